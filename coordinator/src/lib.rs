@@ -1,0 +1,9 @@
+//! The head of a cluster.
+//!
+//! Owns membership, placement, scheduling, the OpenAI-compatible API, the dashboard and the command line.
+//! Never sees a device: device work is asked of the `worker` binary.
+//!
+//! Rooms: `api -> text, engine`; `cluster -> engine`; `engine` knows neither; `dashboard` only reads.
+#![forbid(unsafe_code)]
+
+pub mod engine;

@@ -1,0 +1,62 @@
+//! How tensors are stored in files.
+
+/// Element or block type of a stored tensor. Block layouts are those of GGML.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StoredType {
+    /// 32-bit float.
+    F32,
+    /// 16-bit IEEE float.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// 32 values: f16 scale, 16 bytes of nibbles, offset -8.
+    Q4_0,
+    /// 32 values: f16 scale, f16 minimum, 16 bytes of nibbles.
+    Q4_1,
+    /// 32 values: f16 scale, 4 bytes of fifth bits, 16 bytes of nibbles, offset -16.
+    Q5_0,
+    /// 32 values: f16 scale, f16 minimum, 4 bytes of fifth bits, 16 bytes of nibbles.
+    Q5_1,
+    /// 32 values: f16 scale, 32 signed bytes.
+    Q8_0,
+    /// 256 values: f16 d, f16 dmin, 12 bytes of 6-bit scales and minimums, 128 bytes of nibbles.
+    Q4K,
+    /// 256 values: as `Q4K` with 32 bytes of fifth bits.
+    Q5K,
+    /// 256 values: 128 bytes low nibbles, 64 bytes high pairs, 16 signed scales, f16 d.
+    Q6K,
+    /// 32 values: f16 scale, 16 bytes of nibbles into a table of 16 values.
+    IQ4NL,
+}
+
+impl StoredType {
+    /// Values in one block along a row.
+    pub const fn block_len(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => 1,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::IQ4NL => 32,
+            Self::Q4K | Self::Q5K | Self::Q6K => 256,
+        }
+    }
+
+    /// Bytes of one block.
+    pub const fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+            Self::Q4_0 | Self::IQ4NL => 18,
+            Self::Q4_1 => 20,
+            Self::Q5_0 => 22,
+            Self::Q5_1 => 24,
+            Self::Q8_0 => 34,
+            Self::Q4K => 144,
+            Self::Q5K => 176,
+            Self::Q6K => 210,
+        }
+    }
+
+    /// Bytes of a row of `len` values, or `None` where blocks do not divide it.
+    pub const fn row_bytes(self, len: usize) -> Option<usize> {
+        if len.is_multiple_of(self.block_len()) { Some(len / self.block_len() * self.block_bytes()) } else { None }
+    }
+}

@@ -1,0 +1,327 @@
+//! The contract between models and devices.
+
+use phalanx_formats::StoredType;
+
+use crate::{CollectiveError, KernelError};
+
+/// A weight matrix `[rows, cols]`, row-major, in its stored format, on its way to a device.
+///
+/// A fused matrix is a list of these, one below the other, each in its own format.
+#[derive(Debug, Clone)]
+pub struct HostMatrix {
+    /// Stored format.
+    pub dtype: StoredType,
+    /// Output width N.
+    pub rows: usize,
+    /// Input width K.
+    pub cols: usize,
+    /// `rows * dtype.row_bytes(cols)` bytes.
+    pub data: Vec<u8>,
+}
+
+/// Sizes of one layer's K and V storage: `[K/V][kv head][slot][head dim]`, `slot = block * block_size + offset`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Blocks.
+    pub num_blocks: usize,
+    /// Slots in a block, a multiple of 16.
+    pub block_size: usize,
+    /// KV heads on this rank.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// F32 or F16.
+    pub dtype: StoredType,
+}
+
+/// Heads on this rank, and where their output goes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// KV heads on this rank, padding included.
+    pub num_kv_heads: usize,
+    /// Query heads of one KV head, padding included.
+    pub group: usize,
+    /// Query heads that are real: the first ones. Nothing is written for the others.
+    pub num_heads_owned: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Column of the output buffer where the first owned head goes; columns outside the owned heads stay zero.
+    pub out_column: usize,
+    /// Factor on q . k.
+    pub scale: f32,
+    /// A query sees this many positions back, itself included.
+    pub window: Option<usize>,
+}
+
+/// Rotary cosines and sines, host side: `[max_position, head_dim / 2]` each. Halves are rotated (not interleaved pairs).
+#[derive(Debug, Clone)]
+pub struct RopeTable {
+    /// Cosines.
+    pub cos: Vec<f32>,
+    /// Sines.
+    pub sin: Vec<f32>,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+/// One sequence's share of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SeqInputs {
+    /// Its first row in the batch.
+    pub query_start: u32,
+    /// Its rows.
+    pub query_len: u32,
+    /// Tokens that its last query may see, its own included.
+    pub context_len: u32,
+    /// Where its block table begins in `StepInputs::block_tables`.
+    pub table_start: u32,
+}
+
+/// What a step computes, on the host. `T` rows: the tokens of all sequences, one after the other.
+#[derive(Debug, Clone, Default)]
+pub struct StepInputs {
+    /// `[T]` token ids.
+    pub token_ids: Vec<u32>,
+    /// `[T]` positions.
+    pub positions: Vec<u32>,
+    /// `[T]` slot where the row's K and V are stored.
+    pub kv_slots: Vec<u32>,
+    /// Sequences, in batch order.
+    pub seqs: Vec<SeqInputs>,
+    /// Block tables, one after the other.
+    pub block_tables: Vec<u32>,
+    /// Rows whose logits are wanted, ascending.
+    pub logit_rows: Vec<u32>,
+}
+
+/// Largest step that a backend must hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InputLimits {
+    /// Rows.
+    pub tokens_max: usize,
+    /// Sequences.
+    pub seqs_max: usize,
+    /// Entries of all block tables.
+    pub table_entries_max: usize,
+    /// Rows with logits.
+    pub logit_rows_max: usize,
+}
+
+/// A rank's term of a sum over ranks: only a collective op makes a value of it.
+#[derive(Debug)]
+pub struct Partial<B>(pub(crate) B);
+
+impl<B> Partial<B> {
+    /// Marks a buffer as a place for terms.
+    pub fn new(buffer: B) -> Self {
+        Self(buffer)
+    }
+}
+
+/// Host collectives of a group; every call is made by all ranks, in the same order, with the same sizes.
+///
+/// Sums are formed in rank order, so that all ranks hold the same bits. Each call has a deadline.
+pub trait Collective: Send {
+    /// This rank.
+    fn rank(&self) -> usize;
+    /// Ranks in the group.
+    fn world_size(&self) -> usize;
+    /// Replaces `data` by the sum over ranks.
+    ///
+    /// # Errors
+    /// A peer is late or gone: the group is broken, and the caller leaves its epoch.
+    fn all_reduce_sum(&mut self, data: &mut [f32]) -> Result<(), CollectiveError>;
+    /// Concatenates every rank's `part` in rank order: `out.len() == part.len() * world_size`.
+    ///
+    /// # Errors
+    /// As `all_reduce_sum`.
+    fn all_gather(&mut self, part: &[u8], out: &mut [u8]) -> Result<(), CollectiveError>;
+}
+
+/// What a backend computes. Buffers are `[rows_max, width]`; `rows` of them are in use, as `Inputs` says.
+pub trait Ops {
+    /// Activations, `[rows_max, width]`.
+    type Buffer;
+    /// A weight matrix `[N, K]`, in the backend's layout.
+    type Matrix;
+    /// A one-dimensional parameter: a norm's weight or a bias.
+    type Vector;
+    /// K and V of one layer.
+    type KvLayer;
+    /// The step's inputs on the device.
+    type Inputs;
+    /// Rotary tables on the device.
+    type Rope;
+
+    // ---- planning: before the first step ----
+
+    /// Plans a zeroed buffer.
+    ///
+    /// # Errors
+    /// No memory.
+    fn buffer(&mut self, rows_max: usize, width: usize) -> Result<Self::Buffer, KernelError>;
+    /// Takes a matrix in, parts one below the other.
+    ///
+    /// # Errors
+    /// A format that this backend lacks, parts of different widths, no memory.
+    fn matrix(&mut self, parts: Vec<HostMatrix>) -> Result<Self::Matrix, KernelError>;
+    /// Takes gate and up in, in the layout that `gate_up_act` wants.
+    ///
+    /// # Errors
+    /// As `matrix`; both must have the same shape.
+    fn gate_up_matrix(&mut self, gate: HostMatrix, up: HostMatrix) -> Result<Self::Matrix, KernelError>;
+    /// Bytes that a matrix holds on the device.
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> u64;
+    /// Takes a vector in.
+    ///
+    /// # Errors
+    /// No memory.
+    fn vector(&mut self, values: &[f32]) -> Result<Self::Vector, KernelError>;
+    /// Takes rotary tables in.
+    ///
+    /// # Errors
+    /// No memory.
+    fn rope_table(&mut self, table: RopeTable) -> Result<Self::Rope, KernelError>;
+    /// Allocates one layer's K and V.
+    ///
+    /// # Errors
+    /// No memory.
+    fn kv_layer(&mut self, shape: KvShape) -> Result<Self::KvLayer, KernelError>;
+    /// Plans the inputs.
+    ///
+    /// # Errors
+    /// No memory.
+    fn inputs(&mut self, limits: InputLimits) -> Result<Self::Inputs, KernelError>;
+
+    // ---- around a forward ----
+
+    /// Puts a step's inputs on the device.
+    ///
+    /// # Errors
+    /// More than the planned limits.
+    fn load_inputs(&mut self, step: &StepInputs, inputs: &mut Self::Inputs) -> Result<(), KernelError>;
+    /// Waits for the device and shows the first `rows` of a buffer, `[rows, width]`.
+    ///
+    /// # Errors
+    /// A device fault or a passed deadline.
+    fn read<'a>(&'a mut self, buffer: &'a Self::Buffer, rows: usize) -> Result<&'a [f32], KernelError>;
+    /// The host collective of the group, for sampling.
+    fn collective(&mut self) -> &mut dyn Collective;
+
+    // ---- fine ops ----
+
+    /// `out[t] = table[token_ids[t] - first_id]`, zero where the id is outside the table. `out` `[T, hidden]`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit (this holds for all ops below).
+    fn embed(
+        &mut self,
+        inputs: &Self::Inputs,
+        table: &Self::Matrix,
+        first_id: u32,
+        out: &mut Partial<Self::Buffer>,
+    ) -> Result<(), KernelError>;
+    /// `out = x / rms(x) * weight`, row by row. Source: arXiv:1910.07467.
+    fn rms_norm(
+        &mut self,
+        inputs: &Self::Inputs,
+        x: &Self::Buffer,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<(), KernelError>;
+    /// `out = x W^T + bias`. `x` `[T, K]`, `out` `[T, N]`.
+    fn linear(
+        &mut self,
+        inputs: &Self::Inputs,
+        x: &Self::Buffer,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Buffer,
+    ) -> Result<(), KernelError>;
+    /// Rotates q and k in place and stores k and v. `qkv` `[T, (kv * group + 2 kv) * head_dim]`: q, then k, then v.
+    /// Source: arXiv:2104.09864.
+    fn rope_store(
+        &mut self,
+        inputs: &Self::Inputs,
+        shape: &AttentionShape,
+        rope: &Self::Rope,
+        qkv: &mut Self::Buffer,
+        kv: &mut Self::KvLayer,
+    ) -> Result<(), KernelError>;
+    /// Causal attention of the step's queries over the paged cache. `out` `[T, width]`, see `AttentionShape::out_column`.
+    fn attend(
+        &mut self,
+        inputs: &Self::Inputs,
+        shape: &AttentionShape,
+        qkv: &Self::Buffer,
+        kv: &Self::KvLayer,
+        out: &mut Self::Buffer,
+    ) -> Result<(), KernelError>;
+    /// `out = silu(gate(x)) * up(x)`. `x` `[T, K]`, `out` `[T, inner]`.
+    fn gate_up_act(
+        &mut self,
+        inputs: &Self::Inputs,
+        x: &Self::Buffer,
+        gate_up: &Self::Matrix,
+        out: &mut Self::Buffer,
+    ) -> Result<(), KernelError>;
+    /// `out = x W^T`, this rank's term of a row-parallel linear layer. Source: arXiv:1909.08053, section 3.
+    fn linear_partial(
+        &mut self,
+        inputs: &Self::Inputs,
+        x: &Self::Buffer,
+        weight: &Self::Matrix,
+        out: &mut Partial<Self::Buffer>,
+    ) -> Result<(), KernelError>;
+    /// Sums the terms of all ranks. Collective. `out` `[T, width]`.
+    fn reduce(
+        &mut self,
+        inputs: &Self::Inputs,
+        partial: &mut Partial<Self::Buffer>,
+        out: &mut Self::Buffer,
+    ) -> Result<(), KernelError>;
+    /// `x += y`.
+    fn add(&mut self, inputs: &Self::Inputs, y: &Self::Buffer, x: &mut Self::Buffer) -> Result<(), KernelError>;
+    /// `out[i] = x[logit_rows[i]] W^T`. `out` `[logit_rows, vocab on this rank]`.
+    fn logits(
+        &mut self,
+        inputs: &Self::Inputs,
+        x: &Self::Buffer,
+        head: &Self::Matrix,
+        out: &mut Self::Buffer,
+    ) -> Result<(), KernelError>;
+
+    // ---- block ops: default bodies compose the fine ops ----
+
+    /// Sums the terms of all ranks into the residual stream and normalises it. Collective.
+    fn reduce_add_norm(
+        &mut self,
+        inputs: &Self::Inputs,
+        partial: &mut Partial<Self::Buffer>,
+        residual: &mut Self::Buffer,
+        weight: &Self::Vector,
+        eps: f32,
+        normed: &mut Self::Buffer,
+    ) -> Result<(), KernelError> {
+        self.reduce(inputs, partial, normed)?;
+        self.add(inputs, normed, residual)?;
+        self.rms_norm(inputs, residual, weight, eps, normed)
+    }
+    /// QKV projection, rotary embedding, storage of K and V. `x` `[T, hidden]`, `qkv` as in `rope_store`.
+    #[expect(clippy::too_many_arguments, reason = "one fused block: its operands are what it is")]
+    fn qkv_rope_store(
+        &mut self,
+        inputs: &Self::Inputs,
+        shape: &AttentionShape,
+        x: &Self::Buffer,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        rope: &Self::Rope,
+        qkv: &mut Self::Buffer,
+        kv: &mut Self::KvLayer,
+    ) -> Result<(), KernelError> {
+        self.linear(inputs, x, weight, bias, qkv)?;
+        self.rope_store(inputs, shape, rope, qkv, kv)
+    }
+}

@@ -1,0 +1,77 @@
+//! What can go wrong in an op or a collective.
+
+/// An op that cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// A backend lacks an op or a format.
+    #[error("{backend} has no {op} for {what}")]
+    Unsupported {
+        /// The backend.
+        backend: &'static str,
+        /// The op.
+        op: &'static str,
+        /// Format or shape.
+        what: String,
+    },
+    /// Shapes that do not fit each other.
+    #[error("{op}: {reason}")]
+    Shape {
+        /// The op.
+        op: &'static str,
+        /// What does not fit.
+        reason: String,
+    },
+    /// Memory could not be had.
+    #[error("{bytes} bytes of {device} memory could not be allocated")]
+    OutOfMemory {
+        /// The device.
+        device: &'static str,
+        /// How much was asked for.
+        bytes: u64,
+    },
+    /// A collective failed inside a block op.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// The reference library refused.
+    #[error("reference: {0}")]
+    Reference(#[source] candle_core::Error),
+}
+
+/// A collective that did not complete.
+#[derive(Debug, thiserror::Error)]
+pub enum CollectiveError {
+    /// A peer did not arrive in time.
+    #[error("{op}: rank {rank} waited {waited_ms} ms for rank {peer}")]
+    Deadline {
+        /// The collective.
+        op: &'static str,
+        /// Who waited.
+        rank: usize,
+        /// For whom.
+        peer: usize,
+        /// How long.
+        waited_ms: u64,
+    },
+    /// A peer's connection ended.
+    #[error("{op}: rank {peer} is gone: {reason}")]
+    PeerGone {
+        /// The collective.
+        op: &'static str,
+        /// Who is gone.
+        peer: usize,
+        /// How it was seen.
+        reason: String,
+    },
+    /// The group was told to stop.
+    #[error("{op}: aborted")]
+    Aborted {
+        /// The collective.
+        op: &'static str,
+    },
+    /// Setting the group up failed.
+    #[error("communicator: {reason}")]
+    Setup {
+        /// What failed.
+        reason: String,
+    },
+}

@@ -1,0 +1,36 @@
+//! The wire between head, agents and ranks.
+//!
+//! Owns the protobuf definitions, the ids, and the checked conversions from generated types (`pb`) to domain types.
+//! Knows no device, no scheduler and no text.
+//!
+//! **Invariant:** a domain value that exists is valid; everything that a peer can get wrong is refused by a conversion here.
+#![forbid(unsafe_code)]
+
+mod error;
+mod ids;
+mod plan;
+mod session;
+mod status;
+
+pub use error::WireError;
+pub use ids::{BlockId, DeploymentName, Epoch, Incarnation, NodeId, Rank, SeqId, SeqSlot, StepId, Term, TokenId};
+pub use plan::{
+    Fnv, NewSequence, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SamplingParams, StepOutput, StepPlan,
+    TokenLogprobs,
+};
+pub use session::{HeadMessage, LoadModel, Phase, RankCapacity, RankEvent, RankFailure, RankHello};
+pub use status::*;
+
+/// The generated types. Only `proto`, `session.rs`, `agent/`, `engine/group.rs` and `cluster/membership.rs` may name them.
+pub mod pb {
+    #![expect(clippy::allow_attributes, clippy::allow_attributes_without_reason, reason = "generated code")]
+    tonic::include_proto!("phalanx.v1");
+}
+
+/// The version that both ends must share.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// No encoded plan exceeds this; longer prompts are staged ahead in parts.
+pub const PLAN_BYTES_MAX: usize = 64 * 1024;
+/// Tokens in one staged part: at most 5 bytes each, so that a part stays under `PLAN_BYTES_MAX`.
+pub const STAGE_TOKENS_MAX: usize = 8 * 1024;

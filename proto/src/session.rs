@@ -1,0 +1,388 @@
+//! Messages of a rank's session that are not steps: hello, start-up, failure.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    DeploymentName, Epoch, Incarnation, NodeId, Rank, SeqId, StepOutput, StepPlan, Term, TokenId, WireError, pb,
+};
+
+/// Phases of a rank's start, in order. Each has a name, a deadline and a progress line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// The process starts and dials the head.
+    Connect,
+    /// The device is opened.
+    Device,
+    /// The ranks find each other.
+    Communicator,
+    /// This rank's shard is read.
+    Weights,
+    /// KV blocks are allocated.
+    KvCache,
+    /// Steps are recorded (devices with graphs).
+    Graphs,
+    /// A first step runs.
+    WarmUp,
+    /// Steps are served.
+    Ready,
+}
+
+impl Phase {
+    /// The name on the wire and in `status`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Device => "device",
+            Self::Communicator => "communicator",
+            Self::Weights => "weights",
+            Self::KvCache => "kv_cache",
+            Self::Graphs => "graphs",
+            Self::WarmUp => "warm_up",
+            Self::Ready => "ready",
+        }
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Phase {
+    type Err = WireError;
+
+    fn from_str(name: &str) -> Result<Self, WireError> {
+        let all = [
+            Self::Connect,
+            Self::Device,
+            Self::Communicator,
+            Self::Weights,
+            Self::KvCache,
+            Self::Graphs,
+            Self::WarmUp,
+            Self::Ready,
+        ];
+        all.into_iter().find(|phase| phase.as_str() == name).ok_or_else(|| WireError::Invalid {
+            field: "phase",
+            value: name.into(),
+            expected: "a phase of a rank's start",
+        })
+    }
+}
+
+/// First message of a rank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RankHello {
+    /// The deployment that it was started for.
+    pub deployment: DeploymentName,
+    /// Which replica of it.
+    pub replica: u32,
+    /// Place in the group.
+    pub rank: Rank,
+    /// The set of processes that it belongs to.
+    pub incarnation: Incarnation,
+    /// The node whose agent started it.
+    pub node_id: NodeId,
+    /// Process id on that node.
+    pub pid: u32,
+    /// Proof that this rank was asked for.
+    pub launch_token: String,
+    /// Version of the program.
+    pub version: String,
+    /// The device in words.
+    pub device: String,
+}
+
+/// What fits on a rank once its weights are loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RankCapacity {
+    /// KV blocks that fit.
+    pub num_blocks: u64,
+    /// Bytes of this rank's weights, as held.
+    pub weight_bytes: u64,
+    /// Bytes of one KV block over all layers.
+    pub block_bytes: u64,
+    /// Device bytes free.
+    pub free_bytes: u64,
+}
+
+/// Why a rank gives up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RankFailure {
+    /// In which phase.
+    pub phase: Phase,
+    /// A lower-case word: `model`, `device`, `communicator`, `divergence`, `deadline`, `internal`.
+    pub code: String,
+    /// A sentence for a person.
+    pub message: String,
+}
+
+/// What a rank tells the head.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RankEvent {
+    /// First message.
+    Hello(RankHello),
+    /// A phase began or went on.
+    Progress {
+        /// Which.
+        phase: Phase,
+        /// 0 to 1 within it, where known.
+        fraction: Option<f32>,
+        /// More words, may be empty.
+        detail: String,
+    },
+    /// Where the rank's collective listens; empty for shared memory.
+    Listening(String),
+    /// Weights are loaded.
+    Capacity(RankCapacity),
+    /// Steps may come.
+    Ready {
+        /// KV blocks that were allocated.
+        num_blocks: u32,
+    },
+    /// A step is done.
+    Output(StepOutput),
+    /// The rank gives up; it ends after this.
+    Failure(RankFailure),
+}
+
+/// What a rank needs to load its shard.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoadModel {
+    /// Life of the head.
+    pub term: Term,
+    /// First epoch.
+    pub epoch: Epoch,
+    /// Folder or `.gguf` file on the rank's machine.
+    pub model_path: String,
+    /// auto, safetensors, gguf or dummy.
+    pub load_format: String,
+    /// auto, float16, bfloat16 or float32.
+    pub dtype: String,
+    /// auto or a dtype.
+    pub kv_cache_dtype: String,
+    /// Ranks in the group.
+    pub world_size: u32,
+    /// Tokens in a KV block, a multiple of 16.
+    pub block_size: u32,
+    /// Longest sequence.
+    pub max_model_len: u32,
+    /// Most sequences in a step.
+    pub max_num_seqs: u32,
+    /// Most tokens in a step.
+    pub max_num_batched_tokens: u32,
+    /// Share of device memory that may be used.
+    pub memory_utilization: f64,
+    /// Fixed number of KV blocks instead of what fits.
+    pub num_blocks_override: Option<u32>,
+    /// For dummy weights.
+    pub seed: u64,
+    /// Names shared memory, authenticates TCP connections.
+    pub group_key: Vec<u8>,
+    /// Node of each rank, in rank order.
+    pub rank_nodes: Vec<NodeId>,
+    /// Most plans queued at a rank.
+    pub steps_in_flight_max: u32,
+    /// Never record graphs.
+    pub enforce_eager: bool,
+    /// Interface for collectives between nodes; empty: chosen by the rank.
+    pub collective_interface: String,
+    /// Ports for it; (0, 0): any.
+    pub collective_ports: (u16, u16),
+}
+
+/// What the head tells a rank.
+#[derive(Debug, Clone, PartialEq)]
+pub enum HeadMessage {
+    /// Load a shard.
+    Load(LoadModel),
+    /// Addresses of all ranks' collectives, in rank order.
+    Connect(Vec<String>),
+    /// Allocate KV blocks: the minimum over ranks.
+    InitKvCache {
+        /// How many.
+        num_blocks: u32,
+    },
+    /// Part of a long prompt, ahead of its plan. The receiver keeps it until `Plan` names the sequence.
+    Stage {
+        /// The sequence that will be born.
+        seq_id: SeqId,
+        /// Next part of its tokens.
+        tokens: Vec<TokenId>,
+    },
+    /// A step. Tokens that were staged are already in place.
+    Plan(StepPlan),
+    /// End.
+    Shutdown(String),
+}
+
+fn missing(message: &'static str) -> WireError {
+    WireError::Missing { message, field: "message" }
+}
+
+impl From<RankEvent> for pb::RankMessage {
+    fn from(event: RankEvent) -> Self {
+        use pb::rank_message::Message as M;
+        let message = match event {
+            RankEvent::Hello(h) => M::Hello(pb::RankHello {
+                deployment: h.deployment.0,
+                replica: h.replica,
+                rank: h.rank.0,
+                incarnation: h.incarnation.0,
+                node_id: h.node_id.0,
+                pid: h.pid,
+                launch_token: h.launch_token,
+                version: h.version,
+                device: h.device,
+            }),
+            RankEvent::Progress { phase, fraction, detail } => {
+                M::Progress(pb::RankProgress { phase: phase.as_str().into(), fraction, detail })
+            }
+            RankEvent::Listening(address) => M::Listening(pb::CollectiveListening { address }),
+            RankEvent::Capacity(c) => M::Capacity(pb::RankCapacity {
+                num_blocks: c.num_blocks,
+                weight_bytes: c.weight_bytes,
+                block_bytes: c.block_bytes,
+                free_bytes: c.free_bytes,
+            }),
+            RankEvent::Ready { num_blocks } => M::Ready(pb::RankReady { num_blocks }),
+            RankEvent::Output(output) => M::Output((&output).into()),
+            RankEvent::Failure(f) => {
+                M::Failure(pb::RankFailure { phase: f.phase.as_str().into(), code: f.code, message: f.message })
+            }
+        };
+        Self { message: Some(message) }
+    }
+}
+
+impl TryFrom<pb::RankMessage> for RankEvent {
+    type Error = WireError;
+
+    fn try_from(message: pb::RankMessage) -> Result<Self, WireError> {
+        use pb::rank_message::Message as M;
+        Ok(match message.message.ok_or_else(|| missing("RankMessage"))? {
+            M::Hello(h) => Self::Hello(RankHello {
+                deployment: DeploymentName(h.deployment),
+                replica: h.replica,
+                rank: Rank(h.rank),
+                incarnation: Incarnation(h.incarnation),
+                node_id: NodeId(h.node_id),
+                pid: h.pid,
+                launch_token: h.launch_token,
+                version: h.version,
+                device: h.device,
+            }),
+            M::Progress(p) => Self::Progress { phase: p.phase.parse()?, fraction: p.fraction, detail: p.detail },
+            M::Listening(l) => Self::Listening(l.address),
+            M::Capacity(c) => Self::Capacity(RankCapacity {
+                num_blocks: c.num_blocks,
+                weight_bytes: c.weight_bytes,
+                block_bytes: c.block_bytes,
+                free_bytes: c.free_bytes,
+            }),
+            M::Ready(r) => Self::Ready { num_blocks: r.num_blocks },
+            M::Output(output) => Self::Output(output.into()),
+            M::Failure(f) => Self::Failure(RankFailure { phase: f.phase.parse()?, code: f.code, message: f.message }),
+        })
+    }
+}
+
+impl From<&LoadModel> for pb::LoadModel {
+    fn from(l: &LoadModel) -> Self {
+        Self {
+            term: l.term.0,
+            epoch: l.epoch.0,
+            model_path: l.model_path.clone(),
+            load_format: l.load_format.clone(),
+            dtype: l.dtype.clone(),
+            kv_cache_dtype: l.kv_cache_dtype.clone(),
+            world_size: l.world_size,
+            block_size: l.block_size,
+            max_model_len: l.max_model_len,
+            max_num_seqs: l.max_num_seqs,
+            max_num_batched_tokens: l.max_num_batched_tokens,
+            memory_utilization: l.memory_utilization,
+            num_blocks_override: l.num_blocks_override,
+            seed: l.seed,
+            group_key: l.group_key.clone().into(),
+            rank_nodes: l.rank_nodes.iter().map(|node| node.0.clone()).collect(),
+            steps_in_flight_max: l.steps_in_flight_max,
+            enforce_eager: l.enforce_eager,
+            collective_interface: l.collective_interface.clone(),
+            collective_port_first: l.collective_ports.0.into(),
+            collective_port_last: l.collective_ports.1.into(),
+        }
+    }
+}
+
+impl TryFrom<pb::LoadModel> for LoadModel {
+    type Error = WireError;
+
+    fn try_from(l: pb::LoadModel) -> Result<Self, WireError> {
+        let port = |value: u32| {
+            u16::try_from(value).map_err(|_| WireError::Invalid {
+                field: "collective_port",
+                value: value.to_string(),
+                expected: "a port",
+            })
+        };
+        if l.world_size == 0 || l.rank_nodes.len() != l.world_size as usize {
+            return Err(WireError::Invalid {
+                field: "world_size",
+                value: l.world_size.to_string(),
+                expected: "the number of rank_nodes, at least 1",
+            });
+        }
+        if l.block_size == 0 || !l.block_size.is_multiple_of(16) {
+            return Err(WireError::Invalid {
+                field: "block_size",
+                value: l.block_size.to_string(),
+                expected: "a multiple of 16",
+            });
+        }
+        Ok(Self {
+            term: Term(l.term),
+            epoch: Epoch(l.epoch),
+            model_path: l.model_path,
+            load_format: l.load_format,
+            dtype: l.dtype,
+            kv_cache_dtype: l.kv_cache_dtype,
+            world_size: l.world_size,
+            block_size: l.block_size,
+            max_model_len: l.max_model_len,
+            max_num_seqs: l.max_num_seqs,
+            max_num_batched_tokens: l.max_num_batched_tokens,
+            memory_utilization: l.memory_utilization,
+            num_blocks_override: l.num_blocks_override,
+            seed: l.seed,
+            group_key: l.group_key.to_vec(),
+            rank_nodes: l.rank_nodes.into_iter().map(NodeId).collect(),
+            steps_in_flight_max: l.steps_in_flight_max,
+            enforce_eager: l.enforce_eager,
+            collective_interface: l.collective_interface,
+            collective_ports: (port(l.collective_port_first)?, port(l.collective_port_last)?),
+        })
+    }
+}
+
+impl From<&HeadMessage> for pb::HeadToRank {
+    fn from(message: &HeadMessage) -> Self {
+        use pb::head_to_rank::Message as M;
+        let message = match message {
+            HeadMessage::Load(load) => M::Load(load.into()),
+            HeadMessage::Connect(addresses) => M::Connect(pb::ConnectGroup { addresses: addresses.clone() }),
+            HeadMessage::InitKvCache { num_blocks } => M::InitKvCache(pb::InitKvCache { num_blocks: *num_blocks }),
+            HeadMessage::Stage { seq_id, tokens } => {
+                M::Stage(pb::StagePart { seq_id: seq_id.0, tokens: tokens.iter().map(|token| token.0).collect() })
+            }
+            HeadMessage::Plan(plan) => M::Plan(plan.into()),
+            HeadMessage::Shutdown(reason) => M::Shutdown(pb::Shutdown { reason: reason.clone() }),
+        };
+        Self { message: Some(message) }
+    }
+}

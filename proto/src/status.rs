@@ -1,0 +1,159 @@
+//! What `status` prints: one snapshot for the CLI, the dashboard, gRPC and HTTP.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// The whole cluster at one moment. Keys may be added, never renamed.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct StatusSnapshot {
+    /// The head itself.
+    pub head: HeadStatus,
+    /// Machines, in order of joining.
+    pub nodes: Vec<NodeStatus>,
+    /// Placement groups.
+    pub placement_groups: Vec<PlacementGroupStatus>,
+    /// Deployments.
+    pub deployments: Vec<DeploymentStatus>,
+    /// Rank processes.
+    pub ranks: Vec<RankStatus>,
+    /// Requests of all deployments.
+    pub queue: QueueStatus,
+}
+
+/// The head.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct HeadStatus {
+    /// Cluster address.
+    pub address: String,
+    /// OpenAI-compatible HTTP.
+    pub http: String,
+    /// Dashboard.
+    pub dashboard: String,
+    /// Version of the program.
+    pub version: String,
+    /// Seconds since the start.
+    pub uptime_s: f64,
+    /// Process id.
+    pub pid: u32,
+}
+
+/// One machine.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Its id.
+    pub id: String,
+    /// Where it came from.
+    pub address: String,
+    /// `alive`, `suspect`, `dead` or `left`.
+    pub state: String,
+    /// Device slots offered.
+    pub slots: u32,
+    /// Device slots taken.
+    pub slots_used: u32,
+    /// The device in words.
+    pub device: String,
+    /// The agent's process id.
+    pub pid: u32,
+    /// Why it is not alive, else empty.
+    pub reason: String,
+}
+
+/// One placement group.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PlacementGroupStatus {
+    /// Its id.
+    pub id: String,
+    /// pack, spread, strict-pack or strict-spread.
+    pub strategy: String,
+    /// `pending`, `created`, `rescheduling`, `removed` or `infeasible`.
+    pub state: String,
+    /// The arithmetic of what is not met, else empty.
+    pub reason: String,
+    /// One for each rank.
+    pub bundles: Vec<BundleStatus>,
+}
+
+/// One bundle.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct BundleStatus {
+    /// Place in the group.
+    pub index: u32,
+    /// The node, once placed.
+    pub node: Option<String>,
+    /// What it takes.
+    pub resources: BTreeMap<String, f64>,
+    /// `pending` or `created`.
+    pub state: String,
+}
+
+/// One deployment.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct DeploymentStatus {
+    /// Served name.
+    pub name: String,
+    /// Model as it was given.
+    pub model: String,
+    /// `pending`, `starting`, `ready`, `recovering`, `failed` or `stopping`.
+    pub state: String,
+    /// Why it is not ready, else empty.
+    pub reason: String,
+    /// Ranks of one replica.
+    pub tensor_parallel_size: u32,
+    /// Copies.
+    pub replicas: u32,
+    /// Life of sequences and KV blocks.
+    pub epoch: u64,
+    /// Set of rank processes.
+    pub incarnation: u64,
+    /// KV blocks of one replica.
+    pub num_blocks: u32,
+    /// Of these, free (cached prefixes count as free).
+    pub num_blocks_free: u32,
+    /// Longest sequence.
+    pub max_model_len: u32,
+    /// Requests in the batch.
+    pub running: u32,
+    /// Requests that wait.
+    pub waiting: u32,
+}
+
+/// One rank process.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct RankStatus {
+    /// Its deployment.
+    pub deployment: String,
+    /// Its replica.
+    pub replica: u32,
+    /// Its place.
+    pub rank: u32,
+    /// Its node.
+    pub node: String,
+    /// Its process id, 0 before it is known.
+    pub pid: u32,
+    /// Its device in words.
+    pub device: String,
+    /// `starting`, `ready`, `failed` or `exited`.
+    pub state: String,
+    /// Phase of the start.
+    pub phase: String,
+    /// Seconds in that phase.
+    pub elapsed_s: f64,
+    /// Bytes of weights held, 0 before they are loaded.
+    pub weight_bytes: u64,
+    /// Bytes of KV cache held.
+    pub kv_cache_bytes: u64,
+    /// Steps done.
+    pub steps: u64,
+    /// Why it failed, or what it does; may be empty.
+    pub detail: String,
+}
+
+/// Requests.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct QueueStatus {
+    /// In a batch.
+    pub running: u32,
+    /// Not yet.
+    pub waiting: u32,
+}

@@ -1,0 +1,1 @@
+//! Starts clusters of real processes for the tests that cross rooms.
