@@ -9,6 +9,7 @@
 mod contract;
 pub mod cpu;
 mod error;
+pub mod ops;
 
 pub use contract::{
     AttentionShape, Collective, HostMatrix, InputLimits, KvShape, Ops, Partial, RopeTable, SeqInputs, StepInputs,
