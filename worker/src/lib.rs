@@ -1,3 +1,7 @@
 //! The node agent and the ranks.
 //!
 //! Inside a rank: `session -> device_thread -> runner -> models -> layers -> collective, kernels`, never backwards.
+
+pub mod backend;
+pub mod device_thread;
+pub mod error;
