@@ -5,3 +5,6 @@
 pub mod backend;
 pub mod device_thread;
 pub mod error;
+pub mod layers;
+pub mod models;
+pub mod weights;
