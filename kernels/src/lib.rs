@@ -8,6 +8,7 @@
 
 mod contract;
 mod error;
+pub mod ops;
 
 pub use contract::{
     AttentionShape, Collective, HostMatrix, InputLimits, KvShape, Ops, Partial, RopeTable, SeqInputs, StepInputs,
