@@ -297,7 +297,7 @@ fn safetensors_headers_that_lie_are_refused() {
 fn a_cut_safetensors_file_is_refused_wherever_it_is_cut() {
     let (header, data_len) = llama_header();
     let bytes = safetensors(&Value::Object(header).to_string(), data_len);
-    for cut in 0..bytes.len() {
+    for cut in (0..bytes.len()).step_by(5).chain([bytes.len() - 1]) {
         assert!(open_with(&bytes[..cut]).is_err(), "cut at {cut}");
     }
 }
