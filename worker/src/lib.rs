@@ -3,6 +3,7 @@
 //! Inside a rank: `session -> device_thread -> runner -> models -> layers -> collective, kernels`, never backwards.
 
 pub mod backend;
+pub mod collective;
 pub mod device_thread;
 pub mod epoch;
 pub mod error;
