@@ -13,7 +13,11 @@ mod outbox;
 pub mod policy;
 mod request;
 pub mod scheduler;
+#[cfg(test)]
+mod scheduler_tests;
 pub mod sequence;
+#[cfg(test)]
+mod simulation;
 mod start;
 mod step_time;
 

@@ -208,6 +208,33 @@ impl Scheduler {
         self.take_events()
     }
 
+    /// Checks this module's invariants and those of the blocks.
+    ///
+    /// # Panics
+    /// If one does not hold.
+    pub fn check_invariants(&self, blocks: &BlockManager) {
+        let mut held = HashMap::new();
+        let mut slots: Vec<SeqSlot> = self.free_slots.clone();
+        for id in &self.running {
+            let Some(Phase::Running(residence)) = self.sequences.get(id).map(|sequence| &sequence.phase) else {
+                unreachable!("sequence {id} is listed as running");
+            };
+            slots.push(residence.slot);
+            for block in residence.blocks.blocks() {
+                *held.entry(*block).or_insert(0) += 1;
+            }
+        }
+        blocks.check_invariants(&held);
+        slots.sort_unstable();
+        assert!(slots.iter().copied().eq((0..self.limits.num_running_max()).map(SeqSlot)), "each slot is in one place");
+        let num_listed = self.running.len() + self.waiting.len();
+        assert_eq!(num_listed, self.sequences.len(), "a sequence waits or runs");
+        for id in &self.waiting {
+            let waits = self.sequences.get(id).is_some_and(|sequence| matches!(sequence.phase, Phase::Waiting));
+            assert!(waits, "sequence {id} is listed as waiting");
+        }
+    }
+
     fn draft(&self) -> Draft {
         let num_released = self.released_slots.len();
         Draft {
