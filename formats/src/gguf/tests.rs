@@ -103,6 +103,7 @@ fn other_keys_shape_the_geometry() {
     check(llama().entry("llama.attention.sliding_window", Entry::U32(64)), &|geometry| {
         geometry.sliding_window = Some(64);
     });
+    check(llama().entry("llama.attention.sliding_window", Entry::U32(0)), &|_| {});
     let linear = llama()
         .entry("llama.rope.scaling.type", Entry::Text("linear".to_owned()))
         .entry("llama.rope.scaling.factor", Entry::F32(4.0));
