@@ -1,6 +1,6 @@
 //! What can be wrong with a model's files.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A model that cannot be used, with what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -56,4 +56,29 @@ pub enum ModelError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Files that the model's index names are not there.
+    #[error("{path} lacks {} of its files: {}", names.len(), names.join(", "))]
+    MissingFiles {
+        /// The folder.
+        path: PathBuf,
+        /// What is absent.
+        names: Vec<String>,
+    },
+}
+
+impl ModelError {
+    /// A header that is cut or lies.
+    pub(crate) fn damaged(path: &Path, reason: impl Into<String>) -> Self {
+        Self::Damaged { path: path.to_owned(), reason: reason.into() }
+    }
+
+    /// A key of a configuration that is missing or wrong.
+    pub(crate) fn config(path: &Path, field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Config { path: path.to_owned(), field: field.into(), reason: reason.into() }
+    }
+
+    /// A tensor that cannot be used.
+    pub fn tensor(name: &str, reason: impl Into<String>) -> Self {
+        Self::Tensor { name: name.to_owned(), reason: reason.into() }
+    }
 }

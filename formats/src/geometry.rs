@@ -1,4 +1,19 @@
 //! The numbers of a model: everything about its shape that head and ranks must agree on.
+//!
+//! **Invariant:** a geometry that left this crate passed [`Geometry::check`]: nothing is zero or absurd, heads divide.
+
+use std::path::Path;
+
+use crate::ModelError;
+
+/// Largest width, vocabulary or position that is believed.
+const SIZE_MAX: usize = 1 << 28;
+/// Most layers that are believed.
+const LAYERS_MAX: usize = 1 << 12;
+/// Most heads that are believed.
+const HEADS_MAX: usize = 1 << 14;
+/// Widest head that is believed.
+const HEAD_DIM_MAX: usize = 1 << 12;
 
 /// Model family, by what its code needs to know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -9,8 +24,29 @@ pub enum Architecture {
     Qwen2,
 }
 
+impl Architecture {
+    /// All that can be read, in the order in which messages list them.
+    pub const ALL: [Self; 2] = [Self::Llama, Self::Qwen2];
+
+    /// Name of the class in a Hugging Face `config.json`.
+    pub const fn class_name(self) -> &'static str {
+        match self {
+            Self::Llama => "LlamaForCausalLM",
+            Self::Qwen2 => "Qwen2ForCausalLM",
+        }
+    }
+
+    /// `model_type` in a `config.json`, and `general.architecture` in a GGUF file.
+    pub const fn model_type(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+        }
+    }
+}
+
 /// How rotary frequencies are stretched beyond the trained length.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// As trained.
     None,
@@ -29,6 +65,11 @@ pub enum RopeScaling {
         high_freq_factor: f32,
         /// Trained length.
         original_max_position: u32,
+    },
+    /// Each frequency divided by a factor of its own: what GGUF files store in place of the rule that made the factors.
+    Factors {
+        /// `[head_dim / 2]` divisors.
+        factors: Vec<f32>,
     },
 }
 
@@ -65,4 +106,73 @@ pub struct Geometry {
     pub qkv_bias: bool,
     /// A query sees this many positions back, itself included; `None` sees all.
     pub sliding_window: Option<usize>,
+}
+
+impl Geometry {
+    /// Width of the output of all query heads.
+    pub const fn query_width(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Width of K, or of V, of all heads.
+    pub const fn kv_width(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// Refuses what no code could run.
+    pub(crate) fn check(&self, path: &Path) -> Result<(), ModelError> {
+        let sizes = [
+            ("hidden_size", self.hidden_size, SIZE_MAX),
+            ("intermediate_size", self.intermediate_size, SIZE_MAX),
+            ("num_hidden_layers", self.num_layers, LAYERS_MAX),
+            ("num_attention_heads", self.num_heads, HEADS_MAX),
+            ("num_key_value_heads", self.num_kv_heads, HEADS_MAX),
+            ("head_dim", self.head_dim, HEAD_DIM_MAX),
+            ("vocab_size", self.vocab_size, SIZE_MAX),
+            ("max_position_embeddings", self.max_position, SIZE_MAX),
+        ];
+        for (field, value, max) in sizes {
+            if value == 0 || value > max {
+                return Err(ModelError::config(path, field, format!("is {value}, which is not within 1 to {max}")));
+            }
+        }
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
+            let reason = format!("is {}, which does not divide {} query heads", self.num_kv_heads, self.num_heads);
+            return Err(ModelError::config(path, "num_key_value_heads", reason));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(ModelError::config(path, "head_dim", format!("is {}, but must be even", self.head_dim)));
+        }
+        if self.sliding_window == Some(0) {
+            return Err(ModelError::config(path, "sliding_window", "is 0, so that no token sees any"));
+        }
+        self.check_floats(path)
+    }
+
+    fn check_floats(&self, path: &Path) -> Result<(), ModelError> {
+        let mut values = vec![("rms_norm_eps", self.norm_eps), ("rope_theta", self.rope_theta)];
+        match &self.rope_scaling {
+            RopeScaling::None => {}
+            RopeScaling::Linear { factor } => values.push(("rope_scaling.factor", *factor)),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
+                values.push(("rope_scaling.factor", *factor));
+                values.push(("rope_scaling.low_freq_factor", *low_freq_factor));
+                values.push(("rope_scaling.high_freq_factor - low_freq_factor", high_freq_factor - low_freq_factor));
+                values.push(("rope_scaling.original_max_position_embeddings", *original_max_position as f32));
+            }
+            RopeScaling::Factors { factors } => {
+                if factors.len() != self.head_dim / 2 {
+                    let reason = format!("has {} factors for {} frequencies", factors.len(), self.head_dim / 2);
+                    return Err(ModelError::config(path, "rope_freqs.weight", reason));
+                }
+                values.extend(factors.iter().map(|factor| ("rope_freqs.weight", *factor)));
+            }
+        }
+        for (field, value) in values {
+            if !value.is_finite() || value <= 0.0 {
+                return Err(ModelError::config(path, field, format!("is {value}, but must be above 0")));
+            }
+        }
+        Ok(())
+    }
 }

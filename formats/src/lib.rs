@@ -8,9 +8,23 @@
 mod dtype;
 mod error;
 mod geometry;
+mod gguf;
+mod huggingface;
+mod json;
+mod mapping;
+mod memory;
+mod model;
 mod shard;
+mod tensors;
+#[cfg(any(test, feature = "test-support"))]
+pub mod test_support;
+mod texts;
 
 pub use dtype::StoredType;
 pub use error::ModelError;
 pub use geometry::{Architecture, Geometry, RopeScaling};
+pub use memory::{kv_block_bytes, weight_bytes};
+pub use model::{FileKind, ModelFiles, TensorView};
 pub use shard::{ShardPlan, Split};
+pub use tensors::{EMBEDDING, FINAL_NORM, HEAD, Sharding, TensorSpec};
+pub use texts::{GenerationDefaults, GgufVocab, TokenizerSource};

@@ -6,12 +6,17 @@
 //! **Invariant:** a domain value that exists is valid; everything that a peer can get wrong is refused by a conversion here.
 #![forbid(unsafe_code)]
 
+mod agent;
 mod error;
 mod ids;
 mod plan;
 mod session;
 mod status;
 
+pub use agent::{
+    AgentCommand, AgentEvent, AgentHello, AgentWelcome, DesiredRank, DesiredRanks, DeviceKind, HeadSocket, RankKey,
+    RankObserved, RankProcess,
+};
 pub use error::WireError;
 pub use ids::{BlockId, DeploymentName, Epoch, Incarnation, NodeId, Rank, SeqId, SeqSlot, StepId, Term, TokenId};
 pub use plan::{

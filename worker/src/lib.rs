@@ -1,3 +1,15 @@
 //! The node agent and the ranks.
 //!
 //! Inside a rank: `session -> device_thread -> runner -> models -> layers -> collective, kernels`, never backwards.
+
+pub mod backend;
+pub mod collective;
+pub mod device_thread;
+pub mod epoch;
+pub mod error;
+pub mod inputs;
+pub mod kv_cache;
+pub mod layers;
+pub mod models;
+pub mod runner;
+pub mod weights;
