@@ -6,4 +6,8 @@
 //! Rooms: `api -> text, engine`; `cluster -> engine`; `engine` knows neither; `dashboard` only reads.
 #![forbid(unsafe_code)]
 
+pub mod cluster;
+pub mod config;
 pub mod engine;
+mod security;
+mod store;

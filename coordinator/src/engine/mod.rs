@@ -7,3 +7,5 @@
 mod request;
 
 pub use request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent, Usage};
+mod stub;
+pub use stub::*;
