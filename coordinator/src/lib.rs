@@ -8,6 +8,9 @@
 
 pub mod cluster;
 pub mod config;
+pub mod dashboard;
 pub mod engine;
+pub mod head;
+pub mod logging;
 mod security;
 mod store;

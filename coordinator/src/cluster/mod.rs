@@ -6,11 +6,13 @@
 //! **Invariant:** what runs follows from what is desired: each turn compares both and sends the difference, so an event
 //! that comes twice, late or never leads to the same end.
 
+mod admission;
 mod board;
 mod deployment;
 mod event;
 mod handle;
 mod launch;
+pub mod membership;
 
 mod nodes;
 pub mod placement;
