@@ -14,3 +14,4 @@ pub mod head;
 pub mod logging;
 mod security;
 mod store;
+pub mod text;

@@ -1,0 +1,1 @@
+//! Products against f64, and bit for bit against themselves.

@@ -1,0 +1,54 @@
+//! Devices that a rank can compute on, one file per kind.
+//!
+//! Owns the list of kinds and how each is opened. Knows no plan and no model.
+//!
+//! **Invariant:** a kind that cannot be used is refused by name when the rank starts; nothing falls back to another one.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::WorkerError;
+
+/// Kind of device of a rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// Own kernels on the host.
+    Cpu,
+    /// candle-core on the host: slow, the oracle of the others.
+    Reference,
+    /// NVIDIA.
+    Cuda,
+    /// AMD.
+    Rocm,
+}
+
+impl DeviceKind {
+    /// The word in flags and logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Reference => "reference",
+            Self::Cuda => "cuda",
+            Self::Rocm => "rocm",
+        }
+    }
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for DeviceKind {
+    type Err = WorkerError;
+
+    fn from_str(name: &str) -> Result<Self, WorkerError> {
+        let all = [Self::Cpu, Self::Reference, Self::Cuda, Self::Rocm];
+        all.into_iter().find(|kind| kind.as_str() == name).ok_or_else(|| WorkerError::Setting {
+            setting: "device",
+            found: name.into(),
+            expected: "cpu, reference, cuda or rocm",
+        })
+    }
+}

@@ -1,0 +1,64 @@
+//! The pre-norm decoder layer: attention, then a gated MLP, each added to the residual stream.
+
+use phalanx_kernels::{KernelError, Ops};
+
+use super::{Activations, Attention, AttentionNames, Build, BuildError, Mlp, MlpNames, RmsNorm};
+
+/// Names of a layer's tensors.
+pub struct DecoderNames {
+    /// Norm before attention, with `.weight`.
+    pub input_norm: String,
+    /// Attention.
+    pub attention: AttentionNames,
+    /// Norm before the MLP, with `.weight`.
+    pub mlp_norm: String,
+    /// MLP.
+    pub mlp: MlpNames,
+}
+
+/// One layer. Its residual additions are fused with the norm that follows, so the next layer's norm is its last step.
+pub struct DecoderLayer<B: Ops> {
+    input_norm: RmsNorm<B>,
+    attention: Attention<B>,
+    mlp_norm: RmsNorm<B>,
+    mlp: Mlp<B>,
+}
+
+impl<B: Ops> DecoderLayer<B> {
+    /// Reads this rank's part of a layer.
+    ///
+    /// # Errors
+    /// A tensor is absent or has another shape; no memory.
+    pub fn load(build: &mut Build<'_, B>, names: &DecoderNames) -> Result<Self, BuildError> {
+        Ok(Self {
+            input_norm: RmsNorm::load(build, &names.input_norm)?,
+            attention: Attention::load(build, &names.attention)?,
+            mlp_norm: RmsNorm::load(build, &names.mlp_norm)?,
+            mlp: Mlp::load(build, &names.mlp)?,
+        })
+    }
+
+    /// The norm that the layer's input must have passed.
+    pub fn input_norm(&self) -> &RmsNorm<B> {
+        &self.input_norm
+    }
+
+    /// From `normed` to `normed`, through `next`: the norm of what follows. Two reductions over the ranks.
+    ///
+    /// # Errors
+    /// A device fault or a broken group.
+    pub fn forward(
+        &self,
+        ops: &mut B,
+        inputs: &B::Inputs,
+        rope: &B::Rope,
+        kv: &mut B::KvLayer,
+        next: &RmsNorm<B>,
+        act: &mut Activations<B>,
+    ) -> Result<(), KernelError> {
+        self.attention.forward(ops, inputs, rope, kv, act)?;
+        self.mlp_norm.add_reduced(ops, inputs, act)?;
+        self.mlp.forward(ops, inputs, act)?;
+        next.add_reduced(ops, inputs, act)
+    }
+}
