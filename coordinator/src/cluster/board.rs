@@ -51,7 +51,7 @@ impl StatusBoard {
             snapshot.queue.waiting += now.waiting;
             let name = deployment.name.clone();
             for rank in snapshot.ranks.iter_mut().filter(|rank| rank.deployment == name) {
-                rank.steps = rank.steps.max(now.steps);
+                rank.steps = rank.steps.max(now.steps());
             }
         }
         snapshot

@@ -11,7 +11,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::ClusterError;
 use super::deployment::{CheckedSpec, DeployEvent};
 use super::nodes::AgentSession;
-use crate::engine::{EngineHandle, RankLink};
+use crate::engine::EngineHandle;
+use crate::engine::group::RankLink;
 
 /// Names one incarnation of one replica: answers of an older one are ignored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +27,16 @@ pub(super) struct GroupKey {
 pub(super) struct StartedGroup {
     pub engine: EngineHandle,
     pub num_blocks: u32,
+}
+
+/// How far a rank's start is.
+#[derive(Debug, Clone)]
+pub(super) struct RankStep {
+    pub rank: Rank,
+    pub phase: Phase,
+    pub fraction: Option<f32>,
+    pub detail: String,
+    pub capacity: Option<RankCapacity>,
 }
 
 /// Everything that happens to a cluster.
@@ -44,9 +55,7 @@ pub(super) enum ClusterEvent {
     /// A rank dialed and said hello.
     RankDialed { hello: RankHello, link: RankLink, reply: oneshot::Sender<Result<(), ClusterError>> },
     /// A rank went on with its start.
-    RankProgress { group: GroupKey, rank: Rank, phase: Phase, fraction: Option<f32>, detail: String },
-    /// A rank told what fits beside its weights.
-    RankCapacity { group: GroupKey, rank: Rank, capacity: RankCapacity },
+    RankProgress { group: GroupKey, step: RankStep },
     /// A group's start ended.
     GroupStarted { group: GroupKey, result: Result<StartedGroup, String> },
     /// A group that took steps broke.

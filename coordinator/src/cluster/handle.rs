@@ -3,18 +3,17 @@
 use std::time::{Duration, Instant};
 
 use phalanx_proto::{
-    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, NodeId, RankCapacity, RankHello, RankKey,
-    Term,
+    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, NodeId, RankHello, Term,
 };
 use tokio::sync::{mpsc, oneshot};
 
 use super::deployment::{CheckedSpec, DeployEvent};
-use super::event::{ClusterEvent, GroupKey};
+use super::event::ClusterEvent;
 use super::nodes::{AgentSession, Patience};
 use super::reconcile::Reconciler;
 use super::{ClusterError, ServingChange, StatusBoard};
 use crate::config::defaults;
-use crate::engine::RankLink;
+use crate::engine::group::RankLink;
 
 /// What a cluster is told once, when it starts.
 #[derive(Debug, Clone)]
@@ -116,16 +115,6 @@ impl ClusterHandle {
     /// Nobody asked for this rank; it should end.
     pub async fn rank_dialed(&self, hello: RankHello, link: RankLink) -> Result<(), ClusterError> {
         self.ask(|reply| ClusterEvent::RankDialed { hello, link, reply }).await?
-    }
-
-    /// Tells what fits on a rank, for `status`.
-    ///
-    /// # Errors
-    /// The head is stopping.
-    pub async fn rank_capacity(&self, key: &RankKey, capacity: RankCapacity) -> Result<(), ClusterError> {
-        let RankKey { deployment, replica, rank, incarnation } = key.clone();
-        let group = GroupKey { deployment, replica, incarnation };
-        self.send(ClusterEvent::RankCapacity { group, rank, capacity }).await
     }
 
     /// Asks for a deployment; `watcher` hears how it goes, last `Ready` or `Failed`.

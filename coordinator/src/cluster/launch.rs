@@ -8,10 +8,11 @@ use phalanx_proto::{Epoch, LoadModel, NodeId, Term};
 use tokio::sync::mpsc;
 
 use super::deployment::CheckedSpec;
-use super::event::{ClusterEvent, GroupKey, StartedGroup};
+use super::event::{ClusterEvent, GroupKey, RankStep, StartedGroup};
 use super::replica::Starter;
 use crate::config::defaults;
-use crate::engine::{self, EngineHandle, EngineLimits, RankLink, StartDeadlines, StartProgress, TpGroup};
+use crate::engine::group::{RankLink, TpGroup};
+use crate::engine::{self, EngineHandle, EngineLimits, StartDeadlines, StartProgress};
 use crate::security;
 
 /// What one start needs.
@@ -77,6 +78,7 @@ pub(super) fn start_group(start: GroupStart, events: mpsc::Sender<ClusterEvent>)
         let (result, ()) = tokio::join!(started, relay);
         let result = match result {
             Ok(group) => {
+                let group = group.with_incarnation(key.incarnation);
                 let num_blocks = group.num_blocks();
                 let engine = engine::spawn(group, EngineLimits { num_blocks, ..limits });
                 Ok(StartedGroup { engine, num_blocks })
@@ -90,8 +92,9 @@ pub(super) fn start_group(start: GroupStart, events: mpsc::Sender<ClusterEvent>)
 
 /// Passes the ranks' phases on until the start is over.
 async fn relay(mut reports: mpsc::Receiver<StartProgress>, group: GroupKey, events: mpsc::Sender<ClusterEvent>) {
-    while let Some(StartProgress { rank, phase, fraction, detail }) = reports.recv().await {
-        let event = ClusterEvent::RankProgress { group: group.clone(), rank, phase, fraction, detail };
+    while let Some(StartProgress { rank, phase, fraction, detail, capacity }) = reports.recv().await {
+        let step = RankStep { rank, phase, fraction, detail, capacity };
+        let event = ClusterEvent::RankProgress { group: group.clone(), step };
         if events.send(event).await.is_err() {
             return;
         }

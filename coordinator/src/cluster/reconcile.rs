@@ -121,14 +121,7 @@ impl Reconciler {
             ClusterEvent::RankDialed { hello, link, reply } => {
                 let _ = reply.send(self.rank_dialed(hello, link, now));
             }
-            ClusterEvent::RankProgress { group, rank, phase, fraction, detail } => {
-                self.rank_progress(&group, rank, (phase, fraction, detail), now);
-            }
-            ClusterEvent::RankCapacity { group, rank, capacity } => {
-                if let Some(record) = self.replica_mut(&group).and_then(|replica| replica.rank_mut(rank)) {
-                    record.capacity = Some(capacity);
-                }
-            }
+            ClusterEvent::RankProgress { group, step } => self.rank_progress(&group, step, now),
             ClusterEvent::GroupStarted { group, result } => self.group_started(&group, result, now),
             ClusterEvent::GroupFailed { group, reason } => self.group_failed(&group, reason, now),
             ClusterEvent::GroupStopped { group } => self.group_stopped(&group, now),

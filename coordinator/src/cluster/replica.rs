@@ -11,7 +11,8 @@ use phalanx_proto::{Incarnation, NodeId, Phase, Rank, RankCapacity, RankProcess}
 use tokio::task::AbortHandle;
 
 use super::placement_group::Place;
-use crate::engine::{EngineHandle, RankLink};
+use crate::engine::EngineHandle;
+use crate::engine::group::RankLink;
 use crate::security::LaunchToken;
 
 /// An agent that was told to start a rank and then not to may never speak of it.

@@ -9,7 +9,7 @@ use tracing::warn;
 use super::super::ClusterHandle;
 use super::{first_message, refused};
 use crate::config::defaults;
-use crate::engine::RankLink;
+use crate::engine::group::RankLink;
 
 /// Takes ranks in.
 pub(super) struct RankService {
@@ -34,14 +34,13 @@ impl pb::rank_sessions_server::RankSessions for RankService {
         let (commands, outbound) = mpsc::channel(defaults::PEER_QUEUE);
         let (events, incoming) = mpsc::channel(defaults::PEER_QUEUE);
         self.cluster.rank_dialed(hello, RankLink { rank, commands, events: incoming }).await?;
-        tokio::spawn(listen(self.cluster.clone(), key, inbound, events));
+        tokio::spawn(listen(key, inbound, events));
         Ok(Response::new(ReceiverStream::new(outbound)))
     }
 }
 
 /// Passes a rank's events to its group until either side ends.
 async fn listen(
-    cluster: ClusterHandle,
     key: RankKey,
     mut inbound: Streaming<pb::RankMessage>,
     events: mpsc::Sender<RankEvent>,
@@ -59,9 +58,6 @@ async fn listen(
                 return;
             }
         };
-        if let RankEvent::Capacity(capacity) = event {
-            let _ = cluster.rank_capacity(&key, capacity).await;
-        }
         if events.send(event).await.is_err() {
             return;
         }

@@ -9,12 +9,12 @@ use phalanx_proto::{
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use super::super::event::{GroupKey, StartedGroup};
+use super::super::event::{GroupKey, RankStep, StartedGroup};
 use super::super::nodes::{AgentSession, JoinError};
 use super::super::replica::Stage;
 use super::super::{ClusterError, launch};
 use super::{AgentLink, Reconciler};
-use crate::engine::RankLink;
+use crate::engine::group::RankLink;
 
 impl Reconciler {
     pub(super) fn agent_joined(
@@ -147,14 +147,10 @@ impl Reconciler {
         Ok(())
     }
 
-    pub(super) fn rank_progress(
-        &mut self,
-        group: &GroupKey,
-        rank: Rank,
-        (phase, fraction, detail): (Phase, Option<f32>, String),
-        now: Instant,
-    ) {
+    pub(super) fn rank_progress(&mut self, group: &GroupKey, step: RankStep, now: Instant) {
+        let RankStep { rank, phase, fraction, detail, capacity } = step;
         let Some(record) = self.replica_mut(group).and_then(|replica| replica.rank_mut(rank)) else { return };
+        record.capacity = capacity.or(record.capacity);
         record.enter(phase, fraction, detail.clone(), now);
         self.tell_phase(group, rank, phase, fraction, &detail);
     }
