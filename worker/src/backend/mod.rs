@@ -4,6 +4,8 @@
 //!
 //! **Invariant:** a kind that cannot be used is refused by name when the rank starts; nothing falls back to another one.
 
+pub mod presence;
+
 use std::fmt;
 use std::str::FromStr;
 
