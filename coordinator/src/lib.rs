@@ -6,5 +6,7 @@
 //! Rooms: `api -> text, engine`; `cluster -> engine`; `engine` knows neither; `dashboard` only reads.
 #![forbid(unsafe_code)]
 
+pub mod api;
 pub mod engine;
+pub mod metrics;
 pub mod text;
