@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use phalanx_coordinator::text::{ChatPrompt, ChatTemplate, Detokenizer, Tokenizer};
+use phalanx_formats::ModelFiles;
 use phalanx_proto::TokenId;
 use serde_json::Value;
 
@@ -19,6 +20,17 @@ fn root() -> PathBuf {
 fn read_json(path: &Path) -> Value {
     let bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// SmolLM2's tokenizer and template come out of its GGUF metadata.
+fn smollm2() -> Option<(Tokenizer, Option<String>)> {
+    let file = root().join(".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    if !file.exists() {
+        println!("SmolLM2 is not in .cache/models: run `cargo xtask fetch`");
+        return None;
+    }
+    let source = ModelFiles::open(&file).unwrap().tokenizer_source().unwrap();
+    Some(Tokenizer::from_source(&source).unwrap())
 }
 
 /// The folder that holds a tokenizer's files, where it could be had.
@@ -36,6 +48,9 @@ fn folder(name: &str) -> Option<PathBuf> {
 }
 
 fn tokenizer(name: &str) -> Option<Tokenizer> {
+    if name == "smollm2" {
+        return smollm2().map(|(tokenizer, _)| tokenizer);
+    }
     let folder = folder(name)?;
     let mut config = read_json(&folder.join("tokenizer_config.json"));
     if name == "qwen2_5" {
@@ -122,6 +137,9 @@ fn template(name: &str, golden: &Value) -> Option<String> {
         return Some(inline.as_str().unwrap().to_owned());
     }
     let from = golden["template_from"].as_str().unwrap();
+    if name == "smollm2" {
+        return smollm2()?.1;
+    }
     if from == "tokenizer_config.json" {
         let config = read_json(&folder(name)?.join("tokenizer_config.json"));
         return Some(config["chat_template"].as_str().unwrap().to_owned());

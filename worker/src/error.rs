@@ -4,6 +4,8 @@ use phalanx_formats::ModelError;
 use phalanx_kernels::{CollectiveError, KernelError};
 use phalanx_proto::{BlockId, Phase, SeqSlot, StepId, TokenId};
 
+use crate::layers::BuildError;
+
 /// A plan that does not fit what this rank knows: head and rank have parted, and the epoch must end.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Divergence {
@@ -160,6 +162,14 @@ pub enum WorkerError {
     /// The group is broken.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    /// A row without a finite logit: weights or kernels are broken.
+    #[error("step {step}: slot {slot} has no finite logit")]
+    NoToken {
+        /// The plan's step.
+        step: StepId,
+        /// The sequence.
+        slot: SeqSlot,
+    },
     /// This build or machine has no such device.
     #[error("device {device} cannot be used: {reason}")]
     Device {
@@ -207,6 +217,12 @@ pub enum WorkerError {
         /// What came.
         found: &'static str,
     },
+    /// The head ended the rank before it was ready.
+    #[error("the head ended the start: {reason}")]
+    ShutDown {
+        /// What the head said.
+        reason: String,
+    },
     /// The session took no events for too long.
     #[error("the session took no event for {waited_ms} ms")]
     SessionStuck {
@@ -233,6 +249,15 @@ pub enum WorkerError {
     },
 }
 
+impl From<BuildError> for WorkerError {
+    fn from(error: BuildError) -> Self {
+        match error {
+            BuildError::Model(error) => Self::Model(error),
+            BuildError::Kernel(error) => Self::Kernel(error),
+        }
+    }
+}
+
 impl WorkerError {
     /// The word that stands in `RankFailure::code`.
     pub fn code(&self) -> &'static str {
@@ -240,9 +265,10 @@ impl WorkerError {
             Self::Divergence { .. } | Self::OutOfOrder { .. } => "divergence",
             Self::Model(_) | Self::Setting { .. } => "model",
             Self::Kernel(KernelError::Collective(_)) | Self::Collective(_) => "communicator",
-            Self::Kernel(_) | Self::Device { .. } | Self::KvMemory { .. } => "device",
+            Self::Kernel(_) | Self::NoToken { .. } | Self::Device { .. } | Self::KvMemory { .. } => "device",
             Self::Deadline { .. } => "deadline",
-            Self::SessionStuck { .. }
+            Self::ShutDown { .. }
+            | Self::SessionStuck { .. }
             | Self::SessionGone { .. }
             | Self::Thread(_)
             | Self::Meminfo(_)

@@ -5,7 +5,12 @@
 pub mod backend;
 pub mod collective;
 pub mod device_thread;
+pub mod epoch;
 pub mod error;
+pub mod inputs;
+pub mod kv_cache;
 pub mod layers;
 pub mod models;
+pub mod runner;
+pub mod shard;
 pub mod weights;

@@ -28,6 +28,9 @@ const CULPRIT_GRACE: Duration = Duration::from_millis(250);
 /// How long a rank's channel may refuse the last message.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(1);
 
+/// A message as the streams take it.
+pub(super) type Wire = pb::HeadToRank;
+
 /// The stream of one rank.
 #[derive(Debug)]
 pub struct RankLink {
@@ -212,7 +215,9 @@ impl TpGroup {
         self.plan_hash = plan.plan_hash;
         let limit = self.deadlines.deadline(plan.num_tokens());
         for message in to_messages(plan) {
-            self.broadcast(message, plan.step, limit).await?;
+            if let Err(error) = self.broadcast(message, plan.step, limit).await {
+                return Err(self.explained(error).await);
+            }
         }
         self.num_in_flight += 1;
         Ok(Launched { step, at: Instant::now() })
@@ -242,17 +247,13 @@ impl TpGroup {
 
     /// Ends when the group breaks while no step is in flight.
     pub async fn broken(&mut self) -> GroupError {
-        let error = std::future::poll_fn(|cx| match self.poll_members(cx) {
-            Ok(()) => Poll::Pending,
-            Err(error) => Poll::Ready(error),
-        })
-        .await;
+        let error = self.next_failure().await;
         self.culprit(error).await
     }
 
     /// Tells every rank to end. Ranks that are gone do not matter any more.
     pub async fn shut_down(&mut self, reason: &str) {
-        let message = pb::HeadToRank::from(&HeadMessage::Shutdown(reason.into()));
+        let message = to_wire(&HeadMessage::Shutdown(reason.into()));
         for member in &self.members {
             let _gone = member.link.commands.send_timeout(Ok(message.clone()), SHUTDOWN_DEADLINE).await;
         }
@@ -341,16 +342,28 @@ impl TpGroup {
         }
         let deadline = Instant::now() + CULPRIT_GRACE;
         loop {
-            let next = std::future::poll_fn(|cx| match self.poll_members(cx) {
-                Err(error) => Poll::Ready(error),
-                Ok(()) => Poll::Pending,
-            });
-            match timeout_at(deadline, next).await {
+            match timeout_at(deadline, self.next_failure()).await {
                 Ok(next) if is_complaint(&next) => {}
                 Ok(culprit) => return culprit,
                 Err(_) => return error,
             }
         }
+    }
+
+    /// A rank that takes no message has often said why, or another one has.
+    async fn explained(&mut self, error: GroupError) -> GroupError {
+        match timeout_at(Instant::now() + CULPRIT_GRACE, self.next_failure()).await {
+            Ok(next) => self.culprit(next).await,
+            Err(_) => error,
+        }
+    }
+
+    async fn next_failure(&mut self) -> GroupError {
+        std::future::poll_fn(|cx| match self.poll_members(cx) {
+            Ok(()) => Poll::Pending,
+            Err(error) => Poll::Ready(error),
+        })
+        .await
     }
 }
 
@@ -390,6 +403,11 @@ pub fn to_messages(plan: &StepPlan) -> Vec<pb::HeadToRank> {
     messages
 }
 
+/// The wire form of a message.
+pub(super) fn to_wire(message: &HeadMessage) -> Wire {
+    message.into()
+}
+
 pub(super) fn event_name(event: &RankEvent) -> &'static str {
     match event {
         RankEvent::Hello(_) => "a hello",
@@ -421,5 +439,38 @@ impl Member {
             Ok(Err(_)) => Err(SendFailure::Gone),
             Err(_) => Err(SendFailure::Late),
         }
+    }
+}
+
+/// What a rank makes of the head's messages: staged parts stand in front of their sequence's tokens.
+#[cfg(test)]
+#[derive(Default)]
+pub(super) struct Decoder {
+    staged: std::collections::HashMap<u64, Vec<u32>>,
+}
+
+#[cfg(test)]
+impl Decoder {
+    /// The message, if it is complete.
+    pub(super) fn decode(&mut self, message: pb::HeadToRank) -> Option<HeadMessage> {
+        use pb::head_to_rank::Message;
+        Some(match message.message.expect("a message has content") {
+            Message::Load(load) => HeadMessage::Load(load.try_into().expect("valid")),
+            Message::Connect(group) => HeadMessage::Connect(group.addresses),
+            Message::InitKvCache(init) => HeadMessage::InitKvCache { num_blocks: init.num_blocks },
+            Message::Stage(part) => {
+                self.staged.entry(part.seq_id).or_default().extend(part.tokens);
+                return None;
+            }
+            Message::Plan(mut plan) => {
+                for new in &mut plan.new_sequences {
+                    let mut tokens = self.staged.remove(&new.seq_id).unwrap_or_default();
+                    tokens.append(&mut new.tokens);
+                    new.tokens = tokens;
+                }
+                HeadMessage::Plan(plan.try_into().expect("valid"))
+            }
+            Message::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
+        })
     }
 }

@@ -7,6 +7,10 @@
 
 mod admission;
 pub mod block_manager;
+#[cfg(test)]
+mod engine_tests;
+#[cfg(test)]
+mod fake_rank;
 pub mod group;
 mod handle;
 mod outbox;

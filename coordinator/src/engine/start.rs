@@ -8,11 +8,11 @@ use std::collections::VecDeque;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use phalanx_proto::{HeadMessage, LoadModel, Phase, Rank, RankCapacity, RankEvent, pb};
+use phalanx_proto::{HeadMessage, LoadModel, Phase, Rank, RankCapacity, RankEvent};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
-use super::group::{GroupError, Member, RankLink, SendFailure, TpGroup, event_name};
+use super::group::{GroupError, Member, RankLink, SendFailure, TpGroup, event_name, to_wire};
 
 /// How long each phase of a rank's start may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,7 +144,7 @@ impl Start {
 
     /// Sends a message to every rank, which puts each in `phase`.
     async fn tell(&mut self, message: &HeadMessage, phase: Phase) -> Result<(), GroupError> {
-        let wire = pb::HeadToRank::from(message);
+        let wire = to_wire(message);
         let limit = self.deadlines.of(phase);
         let now = Instant::now();
         for (member, clock) in self.members.iter().zip(&mut self.clocks) {

@@ -28,7 +28,7 @@ fn unusable(reason: impl ToString) -> TextError {
 
 impl Tokenizer {
     /// Reads a tokenizer, and the chat template that stands beside it.
-    pub(super) fn from_source(source: &TokenizerSource) -> Result<(Self, Option<String>), TextError> {
+    pub fn from_source(source: &TokenizerSource) -> Result<(Self, Option<String>), TextError> {
         match source {
             TokenizerSource::Json { tokenizer_json, tokenizer_config, chat_template } => {
                 let bytes = fs::read(tokenizer_json)

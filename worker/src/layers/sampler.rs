@@ -86,12 +86,7 @@ impl Sampler {
     }
 
     /// The lowest key that survives each row's cut: the largest logits, then histograms of the passes that rows take part in.
-    fn floors<B: Ops>(
-        &mut self,
-        ops: &mut B,
-        logits: &B::Buffer,
-        rows: &[SampleRow],
-    ) -> Result<Vec<u32>, KernelError> {
+    fn floors<B: Ops>(&mut self, ops: &mut B, logits: &B::Buffer, rows: &[SampleRow]) -> Result<Vec<u32>, KernelError> {
         let mut cuts = self.cuts(ops, logits, rows)?;
         let (mut histogram, mut bytes) = (Histogram::default(), vec![0; Histogram::BYTES]);
         for pass in 0..Cut::NUM_PASSES {

@@ -45,8 +45,9 @@ impl<B: Ops> Llama<B> {
     pub fn load(build: &mut Build<'_, B>) -> Result<Self, BuildError> {
         let names = VocabNames { embedding: "model.embed_tokens.weight".into(), head: "lm_head.weight".into() };
         let vocabulary = Vocabulary::load(build, &names)?;
-        let layers =
-            (0..build.geometry.num_layers).map(|index| DecoderLayer::load(build, &layer_names(index))).collect::<Result<_, _>>()?;
+        let layers = (0..build.geometry.num_layers)
+            .map(|index| DecoderLayer::load(build, &layer_names(index)))
+            .collect::<Result<_, _>>()?;
         let norm = RmsNorm::load(build, "model.norm.weight")?;
         let rope = build.ops.rope_table(rope_table(build.geometry, build.max_model_len))?;
         Ok(Self { vocabulary, layers, norm, rope, act: Activations::new(build)? })
@@ -65,8 +66,11 @@ impl<B: Ops> Model<B> for Llama<B> {
         Ok(())
     }
 
-    fn logits(&mut self, ops: &mut B, inputs: &B::Inputs) -> Result<&B::Buffer, KernelError> {
-        self.vocabulary.logits(ops, inputs, &mut self.act)?;
-        Ok(&self.act.logits)
+    fn project(&mut self, ops: &mut B, inputs: &B::Inputs) -> Result<(), KernelError> {
+        self.vocabulary.logits(ops, inputs, &mut self.act)
+    }
+
+    fn logits(&self) -> &B::Buffer {
+        &self.act.logits
     }
 }

@@ -24,11 +24,14 @@ pub trait Model<B: Ops> {
     /// A device fault or a broken group.
     fn forward(&mut self, ops: &mut B, inputs: &B::Inputs, kv: &mut [B::KvLayer]) -> Result<(), KernelError>;
 
-    /// Logits `[logit rows, vocab.padded]` of this rank's tokens, from the hidden states of the last forward.
+    /// Computes logits for the step's logit rows from the hidden states of the last forward.
     ///
     /// # Errors
     /// A device fault.
-    fn logits(&mut self, ops: &mut B, inputs: &B::Inputs) -> Result<&B::Buffer, KernelError>;
+    fn project(&mut self, ops: &mut B, inputs: &B::Inputs) -> Result<(), KernelError>;
+
+    /// What `project` wrote last: logits of this rank's tokens, `[logit rows, vocab.padded]`.
+    fn logits(&self) -> &B::Buffer;
 }
 
 /// Reads this rank's shard of a model.

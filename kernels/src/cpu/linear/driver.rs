@@ -5,6 +5,8 @@
 
 use std::mem::MaybeUninit;
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use super::{
     Activations, CpuMatrix, Scratch,
     disjoint::Disjoint,
@@ -220,6 +222,9 @@ impl<'a> Product<'a> {
     /// `out` has room for the tile's rows, `LANES` values each.
     unsafe fn int8_tile(&self, span: Span<'_>, group: usize, tile: QuantTile, out: *mut f32) {
         match self.scratch.isa().tier() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this tier exists only where the CPU has its instructions; the rest is passed on.
+            Tier::Avx512 => unsafe { avx512::int8_tile(span.part, span.first + group, tile, out) },
             // SAFETY: passed on.
             _ => unsafe { scalar::int8_tile(span.part, span.first + group, tile, out) },
         }
@@ -227,6 +232,10 @@ impl<'a> Product<'a> {
 
     fn float_stretch(&self, span: Span<'_>, rows: FloatRows<'_>, to: usize, sums: Sums) {
         match self.scratch.isa().tier() {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this tier exists only where the CPU has its instructions; a span has at most `SPAN_MAX - to` groups, a
+            // stretch at most `STRETCH` rows.
+            Tier::Avx512 => unsafe { avx512::float_stretch(span, rows, to, sums) },
             _ => scalar::float_stretch(span, rows, to, sums),
         }
     }

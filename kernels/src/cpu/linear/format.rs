@@ -227,7 +227,8 @@ impl Format {
         let mut weights = [0.0; BLOCK];
         for (index, (weight, code)) in weights.iter_mut().zip(codes).enumerate() {
             let level = f32::from(i16::from(self.value(*code)) - i16::from(self.offset));
-            *weight = level.mul_add(scales.scales[index / (BLOCK / 2)], scales.minimum);
+            // The product is exact in f32, so that a fused multiply-add gives the same.
+            *weight = level * scales.scales[index / (BLOCK / 2)] + scales.minimum;
         }
         weights
     }

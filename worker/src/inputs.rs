@@ -1,0 +1,366 @@
+//! From a plan to the inputs of a forward: the persistent batch of a rank.
+//!
+//! Owns one slot per running sequence: tokens, block table, how far it is computed. Plans are deltas against it. Knows no
+//! device and no model.
+//!
+//! **Invariant:** a plan that does not fit the batch is refused before anything is computed; the inputs that leave here name
+//! blocks, positions and tokens that exist.
+
+use std::collections::HashMap;
+
+use phalanx_kernels::{SeqInputs, StepInputs};
+use phalanx_proto::{NewSequence, PlanRow, SamplingParams, SeqSlot, StepId, StepPlan, TokenId};
+
+use crate::error::Divergence;
+use crate::layers::{LOGPROBS_MAX, SampleRow};
+
+/// What was agreed when the group started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchLimits {
+    /// KV blocks that exist.
+    pub num_blocks: usize,
+    /// Tokens in a block.
+    pub block_size: usize,
+    /// Longest sequence.
+    pub max_model_len: usize,
+    /// Most sequences in a step.
+    pub max_num_seqs: usize,
+    /// Most tokens in a step.
+    pub max_num_batched_tokens: usize,
+    /// Tokens that exist.
+    pub vocab_size: usize,
+}
+
+/// Slots for each sequence of a step: some sequences wait in the batch for a later step.
+const SLOTS_PER_SEQUENCE_MAX: usize = 4;
+
+/// A sequence as this rank knows it.
+#[derive(Debug)]
+struct Sequence {
+    tokens: Vec<TokenId>,
+    num_prompt_tokens: u32,
+    blocks: Vec<u32>,
+    sampling: SamplingParams,
+    /// Positions whose K and V are stored; `None` until its first row says where it begins.
+    num_computed: Option<u32>,
+    /// The step that sampled the last token.
+    sampled_in: Option<StepId>,
+}
+
+/// Prompt tokens that a step's chunk predicts, and whose log-probabilities are wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PromptChunk {
+    /// The sequence's slot.
+    pub slot: SeqSlot,
+    /// Position of the first predicted token.
+    pub start: u32,
+    /// Batch row that predicts it; the others follow.
+    pub first_row: u32,
+    /// The predicted tokens.
+    pub tokens: Vec<TokenId>,
+    /// Alternatives to report.
+    pub num_top: u32,
+}
+
+impl PromptChunk {
+    /// Batch row, token and alternatives of each predicted token.
+    pub fn rows(&self) -> impl Iterator<Item = (u32, TokenId, u32)> + '_ {
+        (self.first_row..).zip(&self.tokens).map(|(row, token)| (row, *token, self.num_top))
+    }
+}
+
+/// One step's work. Reused from step to step.
+#[derive(Debug, Default)]
+pub struct StepWork {
+    /// Inputs of the forward; their logit rows are those that sample.
+    pub inputs: StepInputs,
+    /// Rows that sample, in plan order.
+    pub samples: Vec<SampleRow>,
+    /// Prompt chunks to score, in plan order.
+    pub prompts: Vec<PromptChunk>,
+}
+
+impl StepWork {
+    fn clear(&mut self) {
+        let StepInputs { token_ids, positions, kv_slots, seqs, block_tables, logit_rows } = &mut self.inputs;
+        for list in [token_ids, positions, kv_slots, block_tables, logit_rows] {
+            list.clear();
+        }
+        seqs.clear();
+        self.samples.clear();
+        self.prompts.clear();
+    }
+}
+
+/// The sequences that run on this rank.
+#[derive(Debug)]
+pub struct Batch {
+    limits: BatchLimits,
+    sequences: HashMap<SeqSlot, Sequence>,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new(limits: BatchLimits) -> Self {
+        Self { limits, sequences: HashMap::new() }
+    }
+
+    /// Drops all sequences.
+    pub fn clear(&mut self) {
+        self.sequences.clear();
+    }
+
+    /// Takes a plan in and writes its work.
+    ///
+    /// # Errors
+    /// The plan does not fit the batch; the rank leaves its epoch.
+    pub fn apply(&mut self, plan: &StepPlan, work: &mut StepWork) -> Result<(), Divergence> {
+        work.clear();
+        for slot in &plan.released_slots {
+            self.sequences.remove(slot).ok_or(Divergence::UnknownSlot(*slot))?;
+        }
+        for new in &plan.new_sequences {
+            self.admit(new)?;
+        }
+        at_most("rows", plan.rows.len(), self.limits.max_num_seqs)?;
+        let num_tokens = plan.rows.iter().fold(0usize, |sum, row| sum.saturating_add(row.num_tokens as usize));
+        at_most("tokens in a step", num_tokens, self.limits.max_num_batched_tokens)?;
+        let first_of = |(index, row): (usize, &PlanRow)| !plan.rows[..index].iter().any(|other| other.slot == row.slot);
+        if let Some(twice) = plan.rows.iter().enumerate().find(|entry| !first_of(*entry)) {
+            return Err(Divergence::SlotTwice(twice.1.slot));
+        }
+        for row in &plan.rows {
+            let sequence = self.sequences.get_mut(&row.slot).ok_or(Divergence::UnknownSlot(row.slot))?;
+            sequence.advance(row, &self.limits)?;
+            sequence.write(row, self.limits.block_size as u32, work);
+            if row.samples && sequence.sampling.variant() as u32 > plan.sampler as u32 {
+                return Err(Divergence::Sampler(row.slot));
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends the tokens that a step sampled.
+    pub fn commit(&mut self, step: StepId, tokens: &[(SeqSlot, TokenId)]) {
+        for (slot, token) in tokens {
+            if let Some(sequence) = self.sequences.get_mut(slot) {
+                sequence.tokens.push(*token);
+                sequence.sampled_in = Some(step);
+            }
+        }
+    }
+
+    fn admit(&mut self, new: &NewSequence) -> Result<(), Divergence> {
+        let slot = new.slot;
+        at_most("slots", self.sequences.len() + 1, self.limits.max_num_seqs.saturating_mul(SLOTS_PER_SEQUENCE_MAX))?;
+        at_most("tokens in a sequence", new.tokens.len(), self.limits.max_model_len)?;
+        if let Some(token) = new.tokens.iter().find(|token| token.0 as usize >= self.limits.vocab_size) {
+            return Err(Divergence::Token { slot, token: *token, vocab_size: self.limits.vocab_size });
+        }
+        if self.sequences.contains_key(&slot) {
+            return Err(Divergence::SlotTaken(slot));
+        }
+        let mut sequence = Sequence {
+            tokens: new.tokens.clone(),
+            num_prompt_tokens: new.num_prompt_tokens,
+            blocks: Vec::with_capacity(self.limits.max_model_len.div_ceil(self.limits.block_size)),
+            sampling: new.sampling.clone(),
+            num_computed: None,
+            sampled_in: None,
+        };
+        sequence.extend_table(slot, new.blocks.iter().map(|block| block.0), &self.limits)?;
+        self.sequences.insert(slot, sequence);
+        Ok(())
+    }
+}
+
+impl Sequence {
+    fn extend_table(
+        &mut self,
+        slot: SeqSlot,
+        blocks: impl Iterator<Item = u32>,
+        limits: &BatchLimits,
+    ) -> Result<(), Divergence> {
+        for block in blocks {
+            if block as usize >= limits.num_blocks {
+                let block = phalanx_proto::BlockId(block);
+                return Err(Divergence::Block { slot, block, num_blocks: limits.num_blocks });
+            }
+            self.blocks.push(block);
+        }
+        if self.blocks.len() > limits.max_model_len.div_ceil(limits.block_size) {
+            return Err(self.bad_table(slot, limits.max_model_len, limits));
+        }
+        Ok(())
+    }
+
+    fn bad_table(&self, slot: SeqSlot, num_tokens: usize, limits: &BatchLimits) -> Divergence {
+        Divergence::Table { slot, num_blocks: self.blocks.len(), num_tokens, block_size: limits.block_size }
+    }
+
+    /// Checks a row against the sequence and moves it on.
+    fn advance(&mut self, row: &PlanRow, limits: &BatchLimits) -> Result<(), Divergence> {
+        let slot = row.slot;
+        let cached = (self.blocks.len() * limits.block_size) as u32;
+        match self.num_computed {
+            Some(expected) if row.start != expected => {
+                return Err(Divergence::Start { slot, expected, found: row.start });
+            }
+            None if row.start > cached => return Err(Divergence::Start { slot, expected: cached, found: row.start }),
+            _ => {}
+        }
+        if let Some(found) = row.consumes.filter(|step| self.sampled_in != Some(*step)) {
+            return Err(Divergence::Consumes { slot, last: self.sampled_in, found });
+        }
+        let end = u64::from(row.start) + u64::from(row.num_tokens);
+        let reaches_last = end == self.tokens.len() as u64;
+        let fits = end <= self.tokens.len() as u64 && end <= limits.max_model_len as u64 && row.num_tokens > 0;
+        if !fits || ((row.samples || row.consumes.is_some()) && !reaches_last) {
+            return Err(Divergence::End { slot, end, num_tokens: self.tokens.len() });
+        }
+        self.extend_table(slot, row.new_blocks.iter().map(|block| block.0), limits)?;
+        if (end as usize).div_ceil(limits.block_size) > self.blocks.len() {
+            return Err(self.bad_table(slot, end as usize, limits));
+        }
+        self.num_computed = Some(end as u32);
+        Ok(())
+    }
+
+    /// Writes a checked row's inputs.
+    fn write(&self, row: &PlanRow, block_size: u32, work: &mut StepWork) {
+        let inputs = &mut work.inputs;
+        let (query_start, end) = (inputs.token_ids.len() as u32, row.start + row.num_tokens);
+        let tokens = &self.tokens[row.start as usize..end as usize];
+        inputs.token_ids.extend(tokens.iter().map(|token| token.0));
+        inputs.positions.extend(row.start..end);
+        inputs.kv_slots.extend(
+            (row.start..end)
+                .map(|position| self.blocks[(position / block_size) as usize] * block_size + position % block_size),
+        );
+        let table_start = inputs.block_tables.len() as u32;
+        inputs.seqs.push(SeqInputs { query_start, query_len: row.num_tokens, context_len: end, table_start });
+        inputs.block_tables.extend_from_slice(&self.blocks[..end.div_ceil(block_size) as usize]);
+        if row.samples {
+            inputs.logit_rows.push(query_start + row.num_tokens - 1);
+            let output_index = (self.tokens.len() as u32).saturating_sub(self.num_prompt_tokens);
+            work.samples.push(SampleRow { slot: row.slot, sampling: self.sampling.clone(), output_index });
+        }
+        self.write_prompt(row, query_start, work);
+    }
+
+    /// Position `p` predicts the prompt's token at `p + 1`, which may lie beyond the chunk.
+    fn write_prompt(&self, row: &PlanRow, first_row: u32, work: &mut StepWork) {
+        let Some(num_top) = self.sampling.prompt_logprobs else { return };
+        let (start, end) = (row.start + 1, (row.start + row.num_tokens + 1).min(self.num_prompt_tokens));
+        if let Some(tokens) = self.tokens.get(start as usize..end as usize).filter(|tokens| !tokens.is_empty()) {
+            let (tokens, num_top) = (tokens.to_vec(), num_top.min(LOGPROBS_MAX));
+            work.prompts.push(PromptChunk { slot: row.slot, start, first_row, tokens, num_top });
+        }
+    }
+}
+
+fn at_most(what: &'static str, found: usize, max: usize) -> Result<(), Divergence> {
+    if found > max { Err(Divergence::TooMany { what, found, max }) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use phalanx_proto::{BlockId, SamplerVariant, SeqId};
+
+    use super::*;
+
+    const SLOT: SeqSlot = SeqSlot(3);
+
+    fn batch() -> Batch {
+        Batch::new(BatchLimits {
+            num_blocks: 8,
+            block_size: 16,
+            max_model_len: 64,
+            max_num_seqs: 2,
+            max_num_batched_tokens: 32,
+            vocab_size: 100,
+        })
+    }
+
+    fn sequence(num_tokens: u32, blocks: &[u32]) -> NewSequence {
+        NewSequence {
+            slot: SLOT,
+            seq_id: SeqId(1),
+            tokens: (0..num_tokens).map(TokenId).collect(),
+            num_prompt_tokens: num_tokens,
+            blocks: blocks.iter().copied().map(BlockId).collect(),
+            sampling: SamplingParams { temperature: 0.0, prompt_logprobs: Some(1), ..SamplingParams::default() },
+        }
+    }
+
+    fn row(start: u32, num_tokens: u32, new_blocks: &[u32], samples: bool) -> PlanRow {
+        let new_blocks = new_blocks.iter().copied().map(BlockId).collect();
+        PlanRow { slot: SLOT, start, num_tokens, new_blocks, samples, consumes: None }
+    }
+
+    fn plan(new: Option<NewSequence>, rows: &[PlanRow]) -> StepPlan {
+        StepPlan { new_sequences: new.into_iter().collect(), rows: rows.to_vec(), ..StepPlan::default() }
+    }
+
+    #[test]
+    fn chunks_cross_blocks_and_predict_across_their_border() {
+        let (mut batch, mut work) = (batch(), StepWork::default());
+        batch.apply(&plan(Some(sequence(20, &[5])), &[row(14, 3, &[2], false)]), &mut work).expect("fits");
+        assert_eq!(work.inputs.kv_slots, [5 * 16 + 14, 5 * 16 + 15, 2 * 16]);
+        assert_eq!(work.inputs.block_tables, [5, 2]);
+        assert_eq!((work.inputs.positions.as_slice(), work.samples.len()), ([14, 15, 16].as_slice(), 0));
+        assert_eq!((work.prompts[0].start, work.prompts[0].tokens.as_slice()), (15, &[15, 16, 17].map(TokenId)[..]));
+        batch.apply(&plan(None, &[row(17, 3, &[], true)]), &mut work).expect("fits");
+        assert_eq!((work.inputs.logit_rows.as_slice(), work.samples[0].output_index), ([2].as_slice(), 0));
+        assert_eq!(work.prompts[0].tokens, [18, 19].map(TokenId), "nothing is predicted beyond the prompt");
+        batch.commit(StepId(7), &[(SLOT, TokenId(42))]);
+        let decode = PlanRow { consumes: Some(StepId(7)), ..row(20, 1, &[], true) };
+        batch.apply(&plan(None, &[decode]), &mut work).expect("fits");
+        assert_eq!((work.inputs.token_ids.as_slice(), work.samples[0].output_index), ([42].as_slice(), 1));
+        assert!(work.prompts.is_empty());
+    }
+
+    #[test]
+    fn plans_that_do_not_fit_are_refused() {
+        let refused = |new: Option<NewSequence>, rows: &[PlanRow]| {
+            batch().apply(&plan(new, rows), &mut StepWork::default()).expect_err("does not fit")
+        };
+        let fine = || Some(sequence(20, &[5]));
+        let table = |num_blocks, num_tokens| Divergence::Table { slot: SLOT, num_blocks, num_tokens, block_size: 16 };
+        assert_eq!(refused(None, &[row(0, 1, &[1], false)]), Divergence::UnknownSlot(SLOT));
+        assert_eq!(
+            refused(fine(), &[row(17, 1, &[1], false)]),
+            Divergence::Start { slot: SLOT, expected: 16, found: 17 }
+        );
+        assert_eq!(refused(fine(), &[row(0, 20, &[], true)]), table(1, 20));
+        assert_eq!(refused(fine(), &[row(16, 4, &[1, 2, 3, 4], true)]), table(5, 64));
+        assert_eq!(refused(fine(), &[row(16, 5, &[1], true)]), Divergence::End { slot: SLOT, end: 21, num_tokens: 20 });
+        assert_eq!(refused(fine(), &[row(16, 3, &[1], true)]), Divergence::End { slot: SLOT, end: 19, num_tokens: 20 });
+        let block = Divergence::Block { slot: SLOT, block: BlockId(8), num_blocks: 8 };
+        assert_eq!(refused(fine(), &[row(16, 4, &[8], true)]), block);
+        assert_eq!(refused(fine(), &[row(0, 16, &[], false), row(16, 4, &[1], true)]), Divergence::SlotTwice(SLOT));
+        let consumes = PlanRow { consumes: Some(StepId(4)), ..row(16, 4, &[1], true) };
+        assert_eq!(refused(fine(), &[consumes]), Divergence::Consumes { slot: SLOT, last: None, found: StepId(4) });
+        let tokens = Divergence::TooMany { what: "tokens in a step", found: 33, max: 32 };
+        assert_eq!(refused(Some(sequence(40, &[])), &[row(0, 33, &[0, 1, 2], false)]), tokens);
+        let long = Divergence::TooMany { what: "tokens in a sequence", found: 65, max: 64 };
+        assert_eq!(refused(Some(sequence(65, &[])), &[]), long);
+        let unknown = NewSequence { tokens: vec![TokenId(100)], ..sequence(1, &[]) };
+        assert_eq!(refused(Some(unknown), &[]), Divergence::Token { slot: SLOT, token: TokenId(100), vocab_size: 100 });
+        let drawn = NewSequence { sampling: SamplingParams::default(), ..sequence(1, &[]) };
+        assert_eq!(refused(Some(drawn), &[row(0, 1, &[1], true)]), Divergence::Sampler(SLOT));
+        assert_eq!(StepPlan::default().sampler, SamplerVariant::Greedy);
+    }
+
+    #[test]
+    fn slots_are_taken_and_released() {
+        let (mut batch, mut work) = (batch(), StepWork::default());
+        let enter = plan(Some(sequence(4, &[])), &[]);
+        batch.apply(&enter, &mut work).expect("fits");
+        assert_eq!(batch.apply(&enter, &mut work), Err(Divergence::SlotTaken(SLOT)));
+        let leave = StepPlan { released_slots: vec![SLOT], ..StepPlan::default() };
+        batch.apply(&leave, &mut work).expect("fits");
+        assert_eq!(batch.apply(&leave, &mut work), Err(Divergence::UnknownSlot(SLOT)));
+        batch.apply(&enter, &mut work).expect("the slot is free again");
+    }
+}

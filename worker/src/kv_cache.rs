@@ -1,0 +1,110 @@
+//! K and V storage by block, and how much of it fits.
+//!
+//! **Invariant:** `num_blocks` never exceeds what the step limits can use, and without an override never what memory allows.
+
+use phalanx_formats::{Geometry, ShardPlan, StoredType, kv_block_bytes};
+use phalanx_kernels::{KernelError, KvShape, Ops};
+use phalanx_proto::{LoadModel, NodeId, RankCapacity};
+
+use crate::backend::ranks_here;
+use crate::error::WorkerError;
+
+/// Most bytes that a CPU rank takes for KV blocks by itself; `--num-gpu-blocks-override` goes beyond.
+pub const HOST_CACHE_BYTES_MAX: u64 = 4 << 30;
+
+/// K and V of all layers on this rank.
+pub struct KvCache<B: Ops> {
+    layers: Vec<B::KvLayer>,
+}
+
+impl<B: Ops> KvCache<B> {
+    /// Allocates all layers.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new(ops: &mut B, num_layers: usize, shape: KvShape) -> Result<Self, KernelError> {
+        Ok(Self { layers: (0..num_layers).map(|_| ops.kv_layer(shape)).collect::<Result<_, _>>()? })
+    }
+
+    /// The layers, first to last.
+    pub fn layers_mut(&mut self) -> &mut [B::KvLayer] {
+        &mut self.layers
+    }
+}
+
+/// Element type of the cache: as asked for, or F32 for exact runs and F16 for all others.
+///
+/// # Errors
+/// A type that no CPU kernel stores.
+pub fn kv_dtype(load: &LoadModel) -> Result<StoredType, WorkerError> {
+    match (load.kv_cache_dtype.as_str(), load.dtype.as_str()) {
+        ("float32" | "fp32", _) | ("auto" | "", "float32") => Ok(StoredType::F32),
+        ("float16" | "fp16", _) | ("auto" | "", _) => Ok(StoredType::F16),
+        (other, _) => Err(WorkerError::Setting {
+            setting: "kv-cache-dtype",
+            found: other.into(),
+            expected: "auto, float16 or float32",
+        }),
+    }
+}
+
+/// What one rank's cache is cut from.
+#[derive(Debug, Clone, Copy)]
+pub struct KvBudget<'a> {
+    /// The model's shape.
+    pub geometry: &'a Geometry,
+    /// This rank's part of it.
+    pub plan: &'a ShardPlan,
+    /// Element type.
+    pub dtype: StoredType,
+    /// This rank's node.
+    pub node_id: &'a NodeId,
+    /// Bytes of its weights, as held.
+    pub weight_bytes: u64,
+    /// Bytes that the machine can still give.
+    pub free_bytes: u64,
+}
+
+impl KvBudget<'_> {
+    /// How many blocks fit on a CPU rank.
+    ///
+    /// # Errors
+    /// Memory is too small for one sequence of the longest length.
+    pub fn capacity(&self, load: &LoadModel) -> Result<RankCapacity, WorkerError> {
+        let block_bytes = kv_block_bytes(self.geometry, self.plan, load.block_size as usize, self.dtype).max(1);
+        let ranks_here = ranks_here(self.node_id, load) as u64;
+        let blocks_of_one = u64::from(load.max_model_len.div_ceil(load.block_size));
+        let num_blocks = match load.num_blocks_override {
+            Some(num_blocks) => u64::from(num_blocks),
+            None => {
+                let share = (self.free_bytes as f64 * load.memory_utilization) as u64 / ranks_here;
+                let fitting = share.min(HOST_CACHE_BYTES_MAX) / block_bytes;
+                if fitting < blocks_of_one {
+                    return Err(WorkerError::KvMemory {
+                        free_bytes: share.min(HOST_CACHE_BYTES_MAX),
+                        needed_bytes: blocks_of_one * block_bytes,
+                        max_model_len: load.max_model_len,
+                    });
+                }
+                fitting.min(blocks_of_one * u64::from(load.max_num_seqs))
+            }
+        };
+        Ok(RankCapacity { num_blocks, weight_bytes: self.weight_bytes, block_bytes, free_bytes: self.free_bytes })
+    }
+}
+
+/// `MemAvailable` of this machine.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn host_bytes_available() -> Result<u64, WorkerError> {
+    let text = std::fs::read_to_string("/proc/meminfo").map_err(WorkerError::Meminfo)?;
+    available(&text).ok_or_else(|| {
+        WorkerError::Meminfo(std::io::Error::new(std::io::ErrorKind::InvalidData, "has no MemAvailable"))
+    })
+}
+
+fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.saturating_mul(1024))
+}
