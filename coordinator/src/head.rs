@@ -113,15 +113,14 @@ pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
     let cluster = ports::bind(&options.cluster)?;
     let http = ports::bind(&options.http)?;
     let dashboard = ports::bind(&options.dashboard)?;
-    let at = |listener: &TcpListener, purpose| {
-        listener.local_addr().map_err(|source| HeadError::Socket { purpose, source })
-    };
+    let at =
+        |listener: &TcpListener, purpose| listener.local_addr().map_err(|source| HeadError::Socket { purpose, source });
     let address = at(&cluster, "the cluster")?;
     let host = options.advertise_address.clone().unwrap_or_else(|| reachable(address));
     let status = HeadStatus {
         address: format!("{host}:{}", address.port()),
-        http: at(&http, "HTTP")?.to_string(),
-        dashboard: at(&dashboard, "the dashboard")?.to_string(),
+        http: url(at(&http, "HTTP")?),
+        dashboard: url(at(&dashboard, "the dashboard")?),
         version: VERSION.to_owned(),
         uptime_s: 0.0,
         pid: std::process::id(),
@@ -136,6 +135,10 @@ fn reachable(address: SocketAddr) -> String {
         IpAddr::V6(ip) => format!("[{ip}]"),
         IpAddr::V4(ip) => ip.to_string(),
     }
+}
+
+fn url(address: SocketAddr) -> String {
+    format!("http://{}:{}", reachable(address), address.port())
 }
 
 fn hostname() -> Option<String> {
@@ -162,7 +165,8 @@ impl BoundHead {
             socket: socket.clone(),
             log_dir: options.home.log_dir(),
         };
-        let head_socket = socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
+        let head_socket =
+            socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
         let settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
         let models = ServedModels::default();
         let (serving, changes) = mpsc::channel(defaults::PEER_QUEUE);
@@ -173,7 +177,13 @@ impl BoundHead {
         servers.push(http_server("HTTP", http, api_router(models, &board, &options.api_keys), ended.clone())?);
         servers.push(http_server("the dashboard", dashboard, dashboard::router(board), ended)?);
         lock.write(&record)?;
-        info!(address = record.address, http = record.http, dashboard = record.dashboard, term = term.0, "head listens");
+        info!(
+            address = record.address,
+            http = record.http,
+            dashboard = record.dashboard,
+            term = term.0,
+            "head listens"
+        );
         Ok(RunningHead { record, cluster: handle, servers, end, socket, _lock: lock })
     }
 }
@@ -233,7 +243,8 @@ fn http_server(
     ended: watch::Receiver<bool>,
 ) -> Result<tokio::task::JoinHandle<()>, HeadError> {
     use axum::serve::ListenerExt;
-    let listener = tokio::net::TcpListener::from_std(listener).map_err(|source| HeadError::Socket { purpose, source })?;
+    let listener =
+        tokio::net::TcpListener::from_std(listener).map_err(|source| HeadError::Socket { purpose, source })?;
     let listener = listener.tap_io(|stream| {
         if let Err(error) = stream.set_nodelay(true) {
             warn!(%error, "a connection keeps its delay");

@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use phalanx_proto::{
-    AgentCommand, AgentEvent, AgentHello, DeploymentName, Incarnation, NodeId, Phase, Rank, RankCapacity,
-    RankHello,
+    AgentCommand, AgentEvent, AgentHello, DeploymentName, Incarnation, NodeId, Phase, Rank, RankCapacity, RankHello,
 };
 use tokio::sync::{mpsc, oneshot};
 

@@ -97,7 +97,12 @@ impl ClusterHandle {
     ///
     /// # Errors
     /// The head is stopping.
-    pub async fn agent_said(&self, node: &NodeId, session: AgentSession, event: AgentEvent) -> Result<(), ClusterError> {
+    pub async fn agent_said(
+        &self,
+        node: &NodeId,
+        session: AgentSession,
+        event: AgentEvent,
+    ) -> Result<(), ClusterError> {
         self.send(ClusterEvent::AgentSaid { node: node.clone(), session, event }).await
     }
 

@@ -20,7 +20,6 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::Status;
 use tonic::transport::server::{Router, TcpIncoming};
 
-
 pub use client::{CallError, HeadAddress, HeadClient};
 
 use super::{ClusterError, ClusterHandle, JoinError, StatusBoard};
@@ -70,9 +69,8 @@ impl ClusterServer {
     fn router(self) -> Router {
         let limit = defaults::MESSAGE_BYTES_MAX;
         let agents = pb::agents_server::AgentsServer::new(agents::AgentService { cluster: self.cluster.clone() });
-        let ranks = pb::rank_sessions_server::RankSessionsServer::new(ranks::RankService {
-            cluster: self.cluster.clone(),
-        });
+        let ranks =
+            pb::rank_sessions_server::RankSessionsServer::new(ranks::RankService { cluster: self.cluster.clone() });
         let admin =
             pb::admin_server::AdminServer::new(admin::AdminService { cluster: self.cluster, board: self.board });
         tonic::transport::Server::builder()

@@ -140,10 +140,7 @@ impl Reconciler {
     /// The replica, if the key's incarnation is its present one.
     fn replica_mut(&mut self, key: &GroupKey) -> Option<&mut Replica> {
         let deployment = self.deployment_mut(&key.deployment)?;
-        deployment
-            .replicas
-            .get_mut(key.replica as usize)
-            .filter(|replica| replica.incarnation == key.incarnation)
+        deployment.replicas.get_mut(key.replica as usize).filter(|replica| replica.incarnation == key.incarnation)
     }
 
     /// Sends each agent what should run on its node, if that is not what it was told last.

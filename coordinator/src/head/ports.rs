@@ -125,9 +125,9 @@ fn listening_inodes(table: &str, port: u16) -> Vec<String> {
 
 fn holds(pid: u32, links: &[String]) -> bool {
     let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-    files.flatten().any(|file| {
-        fs::read_link(file.path()).is_ok_and(|link| links.iter().any(|wanted| link == Path::new(wanted)))
-    })
+    files
+        .flatten()
+        .any(|file| fs::read_link(file.path()).is_ok_and(|link| links.iter().any(|wanted| link == Path::new(wanted))))
 }
 
 fn command(pid: u32) -> String {

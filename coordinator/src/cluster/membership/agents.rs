@@ -39,12 +39,7 @@ impl pb::agents_server::Agents for AgentService {
 }
 
 /// Passes on what an agent says until its stream ends.
-async fn listen(
-    cluster: ClusterHandle,
-    node: NodeId,
-    session: AgentSession,
-    mut inbound: Streaming<pb::AgentMessage>,
-) {
+async fn listen(cluster: ClusterHandle, node: NodeId, session: AgentSession, mut inbound: Streaming<pb::AgentMessage>) {
     while let Ok(Some(message)) = inbound.message().await {
         match AgentEvent::try_from(message) {
             Ok(event) => {

@@ -40,11 +40,7 @@ impl pb::rank_sessions_server::RankSessions for RankService {
 }
 
 /// Passes a rank's events to its group until either side ends.
-async fn listen(
-    key: RankKey,
-    mut inbound: Streaming<pb::RankMessage>,
-    events: mpsc::Sender<RankEvent>,
-) {
+async fn listen(key: RankKey, mut inbound: Streaming<pb::RankMessage>, events: mpsc::Sender<RankEvent>) {
     loop {
         let message = tokio::select! {
             message = inbound.message() => message,

@@ -173,7 +173,8 @@ impl Reconciler {
             let message = format!("waited {} s for machines: {}", wait.as_secs(), shortage.reason);
             warn!(group_id = %name, reason = shortage.reason, "deployment could not be placed in time");
             deployment.group.give_up(shortage.reason.clone());
-            let hint = format!("Join more machines, or use less than --tensor-parallel-size {}", wanted.tensor_parallel_size);
+            let hint =
+                format!("Join more machines, or use less than --tensor-parallel-size {}", wanted.tensor_parallel_size);
             deployment.give_up(DeployFailureCode::Timeout, message, hint);
             return;
         }
@@ -200,11 +201,7 @@ impl Reconciler {
     fn advance_replica(&mut self, index: usize, number: usize, now: Instant) {
         let (name, deployment) = &mut self.deployments[index];
         let replica = &mut deployment.replicas[number];
-        let key = GroupKey {
-            deployment: name.clone(),
-            replica: number as u32,
-            incarnation: replica.incarnation,
-        };
+        let key = GroupKey { deployment: name.clone(), replica: number as u32, incarnation: replica.incarnation };
         match replica.stage {
             Stage::Connecting { since } => {
                 if let Some(links) = replica.take_links() {
@@ -257,7 +254,11 @@ impl Reconciler {
         let reason = replica.reason();
         let restarts = recent_restarts(&mut replica.restarts, now, window);
         if !deployment.has_served {
-            deployment.give_up(DeployFailureCode::StartFailed, reason, format!("See: coordinator logs, or {name}'s rank logs"));
+            deployment.give_up(
+                DeployFailureCode::StartFailed,
+                reason,
+                format!("See: coordinator logs, or {name}'s rank logs"),
+            );
         } else if restarts >= max {
             let minutes = window.as_secs() / 60;
             let message = format!("{reason}; gave up after {restarts} restarts in {minutes} minutes");

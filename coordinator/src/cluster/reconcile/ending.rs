@@ -37,11 +37,7 @@ impl Reconciler {
         }
         info!(group_id = %name, "deployment stops");
         for (number, replica) in deployment.replicas.iter_mut().enumerate() {
-            let key = GroupKey {
-                deployment: name.clone(),
-                replica: number as u32,
-                incarnation: replica.incarnation,
-            };
+            let key = GroupKey { deployment: name.clone(), replica: number as u32, incarnation: replica.incarnation };
             match std::mem::replace(&mut replica.stage, Stage::Ended { since: now }) {
                 Stage::Serving(engine) => {
                     replica.stage = Stage::Draining;
@@ -159,7 +155,8 @@ impl Reconciler {
 
     /// Begins the end of everything.
     pub(super) fn stop(&mut self, reply: oneshot::Sender<()>, now: Instant) {
-        let stopping = self.stopping.get_or_insert_with(|| Stopping { since: now, agents_told: None, replies: Vec::new() });
+        let stopping =
+            self.stopping.get_or_insert_with(|| Stopping { since: now, agents_told: None, replies: Vec::new() });
         stopping.replies.push(reply);
         for name in self.deployments.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>() {
             self.begin_stop(&name, now);
