@@ -1,6 +1,6 @@
 //! Matrices of a small model (hidden 576, inner 1536, 30 layers, vocabulary 49152), by format and batch.
 //!
-//! `cargo bench -p phalanx-kernels --bench linear -- [threads] [formats..]`, formats as `q4_1`, `q8_0`, `bf16`. Prints medians
+//! `cargo bench -p phalanx-kernels --bench linear -- [threads] [formats..] [m1 m16 ..] [float] [tiers]`, formats as `q4_1`, `bf16`. Prints medians
 //! and minimums of many short runs: on a shared machine compare within one run only.
 
 use std::time::{Duration, Instant};
@@ -159,9 +159,14 @@ fn bench(pool: &Pool, isa: Isa, name: &str, model: &Model, activations: Activati
         "{name} {activations:?} {isa:?} {} threads: layers {layers_mb:.1} MB, head {head_mb:.1} MB",
         pool.num_threads()
     );
+    let batches =
+        std::env::args().skip(1).filter_map(|arg| arg.strip_prefix('m')?.parse().ok()).collect::<Vec<usize>>();
     for (rows, head_rows, rounds) in
         [(1, 1, 60), (1, 0, 60), (4, 4, 20), (8, 8, 20), (16, 16, 20), (64, 0, 10), (512, 0, 5)]
     {
+        if !batches.is_empty() && !batches.contains(&rows) {
+            continue;
+        }
         let (median, min) = costs(rounds, || model.step(pool, &mut scratch, &mut buffers, rows, head_rows))?;
         let per_s = |time: Duration| rows as f64 / time.as_secs_f64();
         let bytes = layers_mb + if head_rows > 0 { head_mb } else { 0.0 };
