@@ -9,8 +9,9 @@ use phalanx_formats::StoredType;
 use super::{
     driver::{DEPTH, FloatRows, SPAN_MAX, Span, Sums},
     format::{BLOCK, Codes, Scales, TABLE},
+    memory::LINE_BYTES,
     packed::{GroupLayout, LANES, Part, SUPER},
-    scratch::QuantTile,
+    scratch::{QuantBlock, QuantTile, scale_of},
 };
 
 /// Repeats a body for `0..$n` with the index a constant, so that arrays stay in registers; `$n` is at most 16, or 4.
@@ -244,6 +245,34 @@ impl Scale for SuperHalves {
     }
 }
 
+/// Quantises a block, as `scratch::quantize_block` does.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(super) fn quantize_block(x: &[f32; BLOCK]) -> QuantBlock {
+    let (low, high) = x.split_at(LANES);
+    // SAFETY: each half is one vector.
+    let (low, high) = unsafe { (_mm512_loadu_ps(low.as_ptr()), _mm512_loadu_ps(high.as_ptr())) };
+    let magnitude = |x| _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fff_ffff));
+    let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(magnitude(low), magnitude(high)));
+    let (scale, factor) = scale_of(f32::from_bits(largest));
+    let factor = _mm512_set1_ps(factor);
+    // Nearest, ties to even; what is not finite gives a low byte of zero.
+    let level = |x| _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, factor)));
+    let (low, high) = (level(low), level(high));
+    let sum = |codes| {
+        let sums = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), codes);
+        let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0b01_00_11_10>(sums));
+        _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32::<0b10_11_00_01>(sums)))
+    };
+    let mut codes = [0; BLOCK];
+    // SAFETY: the codes have room for two vectors of 16 bytes.
+    unsafe {
+        _mm_storeu_si128(codes.as_mut_ptr().cast(), low);
+        _mm_storeu_si128(codes.as_mut_ptr().add(LANES).cast(), high);
+    }
+    QuantBlock { codes, scale, half_sums: [sum(low), sum(high)] }
+}
+
 /// A group as kernels see it.
 #[derive(Clone, Copy)]
 struct Group {
@@ -251,13 +280,36 @@ struct Group {
     code_bytes: usize,
     records: *const u8,
     num_blocks: usize,
+    /// Bytes of the group for one block.
+    block_bytes: usize,
 }
+
+/// Bytes ahead of where a kernel reads: memory is fetched across the pages at which the hardware's own prefetch stops.
+const AHEAD: usize = 2048;
 
 impl Group {
     fn new(part: &Part, index: usize) -> Self {
-        let GroupLayout { num_blocks, code_bytes, scales_at, .. } = part.layout;
+        let GroupLayout { num_blocks, code_bytes, scales_at, stride, .. } = part.layout;
         let bytes = part.group(index);
-        Self { codes: bytes.as_ptr(), code_bytes, records: bytes[scales_at..].as_ptr(), num_blocks }
+        Self {
+            codes: bytes.as_ptr(),
+            code_bytes,
+            records: bytes[scales_at..].as_ptr(),
+            num_blocks,
+            block_bytes: stride / num_blocks.max(1),
+        }
+    }
+}
+
+impl Group {
+    /// Fetches what lies `AHEAD` of a block: groups follow each other, so it is soon read.
+    #[inline]
+    fn prefetch(self, block: usize) {
+        let ahead = self.codes.wrapping_add(block * self.block_bytes + AHEAD);
+        for line in (0..self.block_bytes).step_by(LINE_BYTES) {
+            // SAFETY: a prefetch of any address is allowed.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast()) };
+        }
     }
 }
 
@@ -311,6 +363,7 @@ pub(super) unsafe fn int8_tile(part: &Part, group: usize, tile: QuantTile, out: 
 unsafe fn int8_rows<U: Unpack, S: Scale, const R: usize>(group: Group, tile: QuantTile, out: *mut f32) {
     let mut totals = [_mm512_setzero_ps(); R];
     for block in 0..group.num_blocks {
+        group.prefetch(block);
         // SAFETY: the group and the tile have this block.
         let (codes, scales, minimum, x, x_scales) = unsafe {
             let codes = U::unpack(group.codes.add(block * group.code_bytes));

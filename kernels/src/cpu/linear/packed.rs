@@ -23,7 +23,6 @@ pub(super) const SUPER: usize = 8;
 pub(super) struct Part {
     pub(super) dtype: StoredType,
     pub(super) rows: usize,
-    pub(super) cols: usize,
     pub(super) layout: GroupLayout,
     data: AlignedBytes,
 }
@@ -94,7 +93,7 @@ impl Part {
                 }
             }
         }
-        Ok(Self { dtype, rows, cols, layout, data })
+        Ok(Self { dtype, rows, layout, data })
     }
 
     /// Bytes held.

@@ -216,14 +216,13 @@ fn check_batches(isa: Isa, parts: Vec<HostMatrix>, activations: Activations, bat
 #[test]
 fn rows_do_not_depend_on_their_batch() {
     let every: Vec<usize> = (1..=300).collect();
-    let some: Vec<usize> = (1..=40).chain([63, 64, 65, 66, 79, 80, 127, 128, 129, 130, 200, 300]).collect();
+    let some: Vec<usize> = (1..=20).chain([31, 63, 64, 65, 79, 129]).collect();
     let mut random = Random(17);
     for isa in Isa::available() {
         for dtype in FORMATS {
             for activations in [Activations::Float32, Activations::Int8] {
                 let parts = vec![random.matrix(dtype, 39, 512)];
                 let batches = if isa == Isa::detect() { &every } else { &some };
-                let batches = if batches.len() > 300 { &some[..20] } else { &batches[..] };
                 check_batches(isa, parts, activations, batches);
             }
         }
