@@ -43,7 +43,7 @@ pub enum KernelError {
     Collective(#[from] CollectiveError),
     /// The reference library refused.
     #[error("reference: {0}")]
-    Reference(#[source] candle_core::Error),
+    Reference(#[from] candle_core::Error),
 }
 
 /// A collective that did not complete.

@@ -10,6 +10,7 @@ mod contract;
 pub mod cpu;
 mod error;
 pub mod ops;
+pub mod reference;
 
 pub use contract::{
     AttentionShape, Collective, HostMatrix, InputLimits, KvShape, Ops, Partial, RopeTable, SeqInputs, StepInputs,

@@ -302,3 +302,6 @@ impl Job<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

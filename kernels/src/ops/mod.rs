@@ -12,6 +12,8 @@ pub(crate) mod reduce;
 pub(crate) mod rms_norm;
 pub(crate) mod rope_store;
 pub mod sample;
+#[cfg(test)]
+pub(crate) mod test_random;
 
 use crate::KernelError;
 
