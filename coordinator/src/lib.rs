@@ -6,5 +6,14 @@
 //! Rooms: `api -> text, engine`; `cluster -> engine`; `engine` knows neither; `dashboard` only reads.
 #![forbid(unsafe_code)]
 
+pub mod api;
+pub mod cluster;
+pub mod config;
+pub mod dashboard;
 pub mod engine;
+pub mod head;
+pub mod logging;
+pub mod metrics;
+mod security;
+mod store;
 pub mod text;
