@@ -10,7 +10,7 @@ use super::{
     driver::{DEPTH, FloatRows, SPAN_MAX, Span, Sums},
     format::{BLOCK, Codes, Scales, TABLE},
     packed::{GroupLayout, LANES, Part, SUPER},
-    scratch::QuantTile,
+    scratch::{QuantBlock, QuantTile, scale_of},
 };
 
 /// Repeats a body for `0..$n` with the index a constant, so that arrays stay in registers; `$n` is at most 16, or 4.
@@ -242,6 +242,34 @@ impl Scale for SuperHalves {
             ([first, second], _mm512_setzero_ps())
         }
     }
+}
+
+/// Quantises a block, as `scratch::quantize_block` does.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(super) fn quantize_block(x: &[f32; BLOCK]) -> QuantBlock {
+    let (low, high) = x.split_at(LANES);
+    // SAFETY: each half is one vector.
+    let (low, high) = unsafe { (_mm512_loadu_ps(low.as_ptr()), _mm512_loadu_ps(high.as_ptr())) };
+    let magnitude = |x| _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fff_ffff));
+    let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(magnitude(low), magnitude(high)));
+    let (scale, factor) = scale_of(f32::from_bits(largest));
+    let factor = _mm512_set1_ps(factor);
+    // Nearest, ties to even; what is not finite gives a low byte of zero.
+    let level = |x| _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, factor)));
+    let (low, high) = (level(low), level(high));
+    let sum = |codes| {
+        let sums = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), codes);
+        let sums = _mm_add_epi32(sums, _mm_shuffle_epi32::<0b01_00_11_10>(sums));
+        _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32::<0b10_11_00_01>(sums)))
+    };
+    let mut codes = [0; BLOCK];
+    // SAFETY: the codes have room for two vectors of 16 bytes.
+    unsafe {
+        _mm_storeu_si128(codes.as_mut_ptr().cast(), low);
+        _mm_storeu_si128(codes.as_mut_ptr().add(LANES).cast(), high);
+    }
+    QuantBlock { codes, scale, half_sums: [sum(low), sum(high)] }
 }
 
 /// A group as kernels see it.

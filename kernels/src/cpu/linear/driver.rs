@@ -5,16 +5,17 @@
 
 use std::mem::MaybeUninit;
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
 use super::{
     Activations, CpuMatrix, Scratch,
+    activation::silu_mul,
     disjoint::Disjoint,
     isa::Tier,
     packed::{LANES, Part},
     scalar,
     scratch::{QuantTile, tiles},
 };
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 use crate::{KernelError, cpu::Pool};
 
 /// Batch rows of a unit.
@@ -225,6 +226,9 @@ impl<'a> Product<'a> {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this tier exists only where the CPU has its instructions; the rest is passed on.
             Tier::Avx512 => unsafe { avx512::int8_tile(span.part, span.first + group, tile, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Tier::Avx2 => unsafe { avx2::int8_tile(span.part, span.first + group, tile, out) },
             // SAFETY: passed on.
             _ => unsafe { scalar::int8_tile(span.part, span.first + group, tile, out) },
         }
@@ -236,6 +240,9 @@ impl<'a> Product<'a> {
             // SAFETY: this tier exists only where the CPU has its instructions; a span has at most `SPAN_MAX - to` groups, a
             // stretch at most `STRETCH` rows.
             Tier::Avx512 => unsafe { avx512::float_stretch(span, rows, to, sums) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Tier::Avx2 => unsafe { avx2::float_stretch(span, rows, to, sums) },
             _ => scalar::float_stretch(span, rows, to, sums),
         }
     }
@@ -271,11 +278,5 @@ impl<'a> Spans<'a> {
             column += part.rows;
         }
         unreachable!("a unit's span is one of the matrix")
-    }
-}
-
-fn silu_mul(tier: Tier, gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
-    match tier {
-        _ => scalar::silu_mul(gate, up, out),
     }
 }

@@ -8,6 +8,9 @@
 //! **Invariant:** an output depends on its row of `x` and its row of `W` only, bit for bit, whatever M, N, the number of threads, the
 //! tiling and the instructions are.
 
+mod activation;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod disjoint;

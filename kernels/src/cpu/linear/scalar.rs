@@ -102,10 +102,3 @@ fn fill_panel(part: &Part, group: usize, start: usize, panel: &mut [[f32; LANES]
         }
     }
 }
-
-/// `out = gate / (1 + exp(-gate)) * up`.
-pub(super) fn silu_mul(gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
-    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-        *out = gate / (1.0 + (-gate).exp()) * up;
-    }
-}

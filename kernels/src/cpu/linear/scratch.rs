@@ -5,6 +5,8 @@
 //!
 //! **Invariant:** a row's codes, scales and sums depend on that row only.
 
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 use super::{
     disjoint::Disjoint,
     format::BLOCK,
@@ -190,31 +192,30 @@ impl Planes<'_> {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Tier::Avx2 => unsafe { self.fill_avx2(x) },
-            _ => self.fill_plain(x),
+            _ => self.fill_with(x, quantize_block),
         }
     }
 
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     fn fill_avx512(&mut self, x: &[f32]) {
-        self.fill_plain(x);
+        self.fill_with(x, |x| avx512::quantize_block(x));
     }
 
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma")]
+    #[target_feature(enable = "avx2")]
     fn fill_avx2(&mut self, x: &[f32]) {
-        self.fill_plain(x);
+        self.fill_with(x, |x| avx2::quantize_block(x));
     }
 
-    /// The one arithmetic, compiled for each tier.
     #[inline(always)]
-    fn fill_plain(&mut self, x: &[f32]) {
+    fn fill_with(&mut self, x: &[f32], quantize: impl Fn(&[f32; BLOCK]) -> QuantBlock) {
         let cols = x.len() / self.rows;
         for (row, x) in x.chunks_exact(cols).enumerate() {
             let (blocks, _) = x.as_chunks::<BLOCK>();
             for (block, x) in blocks.iter().enumerate() {
                 let at = block * self.rows + row;
-                let quantized = quantize_block(x);
+                let quantized = quantize(x);
                 self.codes[at * BLOCK..][..BLOCK].copy_from_slice(&quantized.codes);
                 let [low, high] = quantized.half_sums;
                 self.scales[at] = quantized.scale;
@@ -227,29 +228,37 @@ impl Planes<'_> {
     }
 }
 
-struct QuantBlock {
-    codes: [i8; BLOCK],
-    scale: f32,
-    half_sums: [i32; 2],
+/// 32 activations as `scale * code`, codes from -127 to 127.
+pub(super) struct QuantBlock {
+    pub(super) codes: [i8; BLOCK],
+    pub(super) scale: f32,
+    /// Sums of the codes of each half.
+    pub(super) half_sums: [i32; 2],
 }
 
-/// `x` as `scale * code`, codes from -127 to 127. Where a value is not finite, the scale is not either.
+/// The scale of a block whose largest magnitude is given, and what values are multiplied with to get codes.
 #[inline(always)]
+pub(super) fn scale_of(largest: f32) -> (f32, f32) {
+    let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+    (largest / 127.0, factor)
+}
+
+/// Quantises a block. Where a value is not finite, the scale is not either.
 fn quantize_block(x: &[f32; BLOCK]) -> QuantBlock {
     // Adding this rounds to the nearest whole number, ties to even, and leaves it in the low bits.
     const ROUND: f32 = 12_582_912.0;
     // As whole numbers, magnitudes are ordered like the floats, infinity and NaN above all.
     let largest = x.iter().fold(0, |largest: u32, x| largest.max(x.to_bits() & 0x7fff_ffff));
-    let largest = f32::from_bits(largest);
-    let factor = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-    let mut codes = [0; BLOCK];
-    let mut half_sums = [0; 2];
-    for (half, x) in x.chunks_exact(BLOCK / 2).enumerate() {
-        for (index, x) in x.iter().enumerate() {
-            let level = (x * factor + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i8;
-            codes[half * (BLOCK / 2) + index] = level;
-            half_sums[half] += i32::from(level);
-        }
+    let (scale, factor) = scale_of(f32::from_bits(largest));
+    let mut levels = [0; BLOCK];
+    for (level, x) in levels.iter_mut().zip(x) {
+        *level = (x * factor + ROUND).to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
     }
-    QuantBlock { codes, scale: largest / 127.0, half_sums }
+    let mut codes = [0; BLOCK];
+    for (code, level) in codes.iter_mut().zip(levels) {
+        *code = level as i8;
+    }
+    let (low, high) = codes.split_at(BLOCK / 2);
+    let half_sums = [low, high].map(|half| half.iter().fold(0, |sum: i32, code| sum.wrapping_add(i32::from(*code))));
+    QuantBlock { codes, scale, half_sums }
 }
