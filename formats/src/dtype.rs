@@ -55,8 +55,12 @@ impl StoredType {
         }
     }
 
-    /// Bytes of a row of `len` values, or `None` where blocks do not divide it.
+    /// Bytes of a row of `len` values, or `None` where blocks do not divide it or no memory could hold it.
     pub const fn row_bytes(self, len: usize) -> Option<usize> {
-        if len.is_multiple_of(self.block_len()) { Some(len / self.block_len() * self.block_bytes()) } else { None }
+        if len.is_multiple_of(self.block_len()) {
+            (len / self.block_len()).checked_mul(self.block_bytes())
+        } else {
+            None
+        }
     }
 }

@@ -8,6 +8,7 @@
 mod dtype;
 mod error;
 mod geometry;
+mod gguf;
 mod huggingface;
 mod json;
 mod mapping;
@@ -15,6 +16,8 @@ mod memory;
 mod model;
 mod shard;
 mod tensors;
+#[cfg(any(test, feature = "test-support"))]
+pub mod test_support;
 mod texts;
 
 pub use dtype::StoredType;

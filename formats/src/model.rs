@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::huggingface::{self, Folder, HuggingFaceTexts};
+use crate::gguf::{self, GgufFile};
+use crate::huggingface::{self, Folder};
 use crate::mapping::Mapping;
 use crate::tensors::EMBEDDING;
+use crate::texts::ModelTexts;
 use crate::{GenerationDefaults, Geometry, ModelError, ShardPlan, Sharding, StoredType, TokenizerSource, weight_bytes};
 
 /// What kind of files a model is made of.
@@ -68,19 +70,26 @@ pub struct ModelFiles {
     main_dtype: StoredType,
     tensors: HashMap<String, TensorEntry>,
     files: Vec<Mapping>,
-    texts: HuggingFaceTexts,
+    texts: ModelTexts,
+    gguf: Option<GgufFile>,
 }
 
 impl ModelFiles {
-    /// Opens a folder in Hugging Face layout or a `.gguf` file. Reads headers only.
+    /// Opens a folder in Hugging Face layout or a `.gguf` file (of a split one, its first part). Reads headers only.
     ///
     /// # Errors
     /// It is no model, a file is missing or damaged, or the model is of a kind that is not supported.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let mut model = Self::open_config(path)?;
-        let found = huggingface::open_tensors(path)?;
-        (model.tensors, model.files) = (found.tensors, found.files);
+        match &model.gguf {
+            Some(gguf) => model.tensors = gguf.tensors(&mut model.files)?,
+            None => {
+                let found = huggingface::open_tensors(path)?;
+                (model.tensors, model.files) = (found.tensors, found.files);
+            }
+        }
         model.check_tensors()?;
+        model.check_unused_biases()?;
         model.main_dtype = model.widest_dtype();
         Ok(model)
     }
@@ -90,6 +99,11 @@ impl ModelFiles {
     /// # Errors
     /// It is no model, or of a kind that is not supported.
     pub fn open_config(path: &Path) -> Result<Self, ModelError> {
+        let metadata = std::fs::metadata(path).map_err(|source| ModelError::Io { path: path.to_owned(), source })?;
+        if metadata.is_dir() { Self::open_folder(path) } else { Self::open_gguf(path) }
+    }
+
+    fn open_folder(path: &Path) -> Result<Self, ModelError> {
         let Folder { geometry, declared_dtype, texts } = huggingface::open_folder(path)?;
         Ok(Self {
             path: path.to_owned(),
@@ -99,6 +113,26 @@ impl ModelFiles {
             tensors: HashMap::new(),
             files: Vec::new(),
             texts,
+            gguf: None,
+        })
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self, ModelError> {
+        let mapping = Mapping::open(path)?;
+        if !gguf::is_gguf(mapping.bytes()) {
+            let reason = "a model is a folder with config.json, or a GGUF file, and this file is not GGUF".to_owned();
+            return Err(ModelError::NotAModel { path: path.to_owned(), reason });
+        }
+        let gguf = GgufFile::open(&mapping)?;
+        Ok(Self {
+            path: path.to_owned(),
+            kind: FileKind::Gguf,
+            geometry: gguf.geometry.clone(),
+            main_dtype: StoredType::F16,
+            tensors: HashMap::new(),
+            files: vec![mapping],
+            texts: gguf.texts.clone(),
+            gguf: Some(gguf),
         })
     }
 
@@ -173,7 +207,10 @@ impl ModelFiles {
 
     /// Where the tokenizer is; `None` where the model has none and serves token ids only.
     pub fn tokenizer_source(&self) -> Option<TokenizerSource> {
-        self.texts.tokenizer.clone()
+        match (&self.gguf, self.files.first()) {
+            (Some(gguf), Some(file)) => gguf.vocab(file).map(TokenizerSource::Gguf),
+            _ => self.texts.tokenizer.clone(),
+        }
     }
 
     /// Longest quantisation block along the columns of any layer's attention output projection: 1 for floats.
@@ -220,6 +257,22 @@ impl ModelFiles {
         Ok(())
     }
 
+    /// A bias that the layers do not apply must be zero: some conversions write such ones.
+    fn check_unused_biases(&self) -> Result<(), ModelError> {
+        for layer in 0..self.geometry.num_layers {
+            for part in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"] {
+                if part != "self_attn.o_proj" && self.geometry.qkv_bias {
+                    continue;
+                }
+                let name = format!("model.layers.{layer}.{part}.bias");
+                if self.has_tensor(&name) && !self.tensor(&name)?.is_zero() {
+                    return Err(ModelError::tensor(&name, "is not zero; this architecture has no such bias here"));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The type of most values of the layers; the embedding has often another one.
     fn widest_dtype(&self) -> StoredType {
         let mut values: Vec<(StoredType, usize)> = Vec::new();
@@ -243,7 +296,7 @@ fn matrix_shape(shape: &[usize]) -> (usize, usize) {
     match shape {
         [] => (1, 1),
         [rows] => (*rows, 1),
-        [rows, cols @ ..] => (*rows, cols.iter().product()),
+        [rows, cols @ ..] => (*rows, cols.iter().fold(1, |product, dim| product.saturating_mul(*dim))),
     }
 }
 
@@ -287,6 +340,17 @@ impl<'a> TensorView<'a> {
         assert!(row < self.num_rows, "row {row} of {}", self.num_rows);
         let start = self.row_order.stored(row) * self.row_bytes;
         &self.data[start..start + self.row_bytes]
+    }
+
+    /// All its bytes, in the order of the file.
+    #[cfg(test)]
+    pub(crate) fn stored_bytes(&self) -> &'a [u8] {
+        self.data
+    }
+
+    /// Whether all its bytes are zero.
+    fn is_zero(&self) -> bool {
+        self.data.iter().all(|byte| *byte == 0)
     }
 
     /// Gives the memory of these rows back, of those that lie together; reading them again reads the file again.

@@ -152,3 +152,130 @@ fn padding(unit: usize) -> usize {
     }
     PADDING / a * unit
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Architecture, RopeScaling};
+
+    fn geometry(num_kv_heads: usize, group: usize, head_dim: usize, inner: usize, vocab_size: usize) -> Geometry {
+        Geometry {
+            architecture: Architecture::Llama,
+            hidden_size: 64,
+            intermediate_size: inner,
+            num_layers: 2,
+            num_heads: num_kv_heads * group,
+            num_kv_heads,
+            head_dim,
+            vocab_size,
+            max_position: 128,
+            norm_eps: 1e-5,
+            rope_theta: 1e4,
+            rope_scaling: RopeScaling::None,
+            tied_embeddings: true,
+            qkv_bias: false,
+            sliding_window: None,
+        }
+    }
+
+    fn plans(geometry: &Geometry, world_size: usize, attention_block: usize, inner_block: usize) -> Vec<ShardPlan> {
+        (0..world_size).map(|rank| ShardPlan::new(geometry, world_size, rank, attention_block, inner_block)).collect()
+    }
+
+    /// Ranges in rank order cover `0..total`, each index once.
+    fn assert_partition<'a>(ranges: impl Iterator<Item = &'a Range<usize>>, total: usize) {
+        let mut at = 0;
+        for range in ranges {
+            assert_eq!(range.start, at);
+            assert!(range.end >= range.start);
+            at = range.end;
+        }
+        assert_eq!(at, total);
+    }
+
+    fn assert_split(split: &Split, block: usize, total: usize) {
+        assert!(split.padded.is_multiple_of(PADDING) && split.padded.is_multiple_of(block), "{split:?}");
+        assert!(split.padded > 0 && split.lead + split.owned.len() <= split.padded, "{split:?}");
+        if !split.owned.is_empty() {
+            assert_eq!(split.lead, split.owned.start % block);
+            let held_end = split.owned.end.next_multiple_of(block).min(total);
+            assert!(held_end - (split.owned.start - split.lead) <= split.padded, "{split:?}");
+        }
+    }
+
+    fn check_invariants(geometry: &Geometry, plans: &[ShardPlan], attention_block: usize, inner_block: usize) {
+        assert_partition(plans.iter().map(|plan| &plan.heads), geometry.num_heads);
+        assert_partition(plans.iter().map(|plan| &plan.attention.owned), geometry.query_width());
+        assert_partition(plans.iter().map(|plan| &plan.inner.owned), geometry.intermediate_size);
+        assert_partition(plans.iter().map(|plan| &plan.vocab.owned), geometry.vocab_size);
+        let group = geometry.num_heads / geometry.num_kv_heads;
+        let shape = |plan: &ShardPlan| {
+            (plan.local_kv_heads, plan.group, plan.attention.padded, plan.inner.padded, plan.vocab.padded)
+        };
+        for plan in plans {
+            assert_eq!(shape(plan), shape(&plans[0]));
+            assert!(plan.kv_heads.len() <= plan.local_kv_heads);
+            assert!(plan.heads.len() <= plan.local_kv_heads * plan.group);
+            assert_eq!(plan.attention.owned, plan.heads.start * geometry.head_dim..plan.heads.end * geometry.head_dim);
+            for (local, head) in plan.heads.clone().enumerate() {
+                assert_eq!(head / group, plan.kv_heads.start + local / plan.group);
+                assert!(plan.kv_heads.contains(&(head / group)));
+            }
+            assert_split(&plan.attention, attention_block, geometry.query_width());
+            assert_split(&plan.inner, inner_block, geometry.intermediate_size);
+            assert_split(&plan.vocab, 1, geometry.vocab_size);
+            if inner_block > 1 {
+                assert!(plan.inner.owned.start.is_multiple_of(inner_block) || plan.inner.owned.is_empty());
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_geometry_on_any_number_of_ranks(
+            num_kv_heads in 1usize..12,
+            group in 1usize..10,
+            half_dim in 1usize..80,
+            inner in 1usize..3000,
+            vocab in 1usize..3000,
+            world_size in 1usize..=16,
+            attention_block in prop_oneof![Just(1), Just(32), Just(256)],
+            inner_block in prop_oneof![Just(1), Just(32), Just(256)],
+        ) {
+            let geometry = geometry(num_kv_heads, group, half_dim * 2, inner, vocab);
+            let plans = plans(&geometry, world_size, attention_block, inner_block);
+            check_invariants(&geometry, &plans, attention_block, inner_block);
+        }
+    }
+
+    #[test]
+    fn nine_heads_on_four_ranks() {
+        let plans = plans(&geometry(3, 3, 64, 1536, 49152), 4, 32, 32);
+        let heads: Vec<_> = plans.iter().map(|plan| (plan.heads.clone(), plan.kv_heads.clone())).collect();
+        assert_eq!(heads, [(0..2, 0..1), (2..3, 0..1), (3..6, 1..2), (6..9, 2..3)]);
+        assert_eq!((plans[0].local_kv_heads, plans[0].group, plans[0].attention.padded), (1, 3, 192));
+        assert_eq!(plans[1].inner, Split { owned: 384..768, lead: 0, padded: 384 });
+    }
+
+    #[test]
+    fn nine_heads_on_two_ranks_keep_their_groups() {
+        let plans = plans(&geometry(3, 3, 64, 1536, 49152), 2, 1, 1);
+        assert_eq!((plans[0].heads.clone(), plans[1].heads.clone()), (0..6, 6..9));
+        assert_eq!((plans[0].local_kv_heads, plans[0].group), (2, 3));
+    }
+
+    #[test]
+    fn a_block_may_begin_before_the_range() {
+        let plans = plans(&geometry(2, 1, 80, 512, 512), 2, 32, 32);
+        assert_eq!(plans[1].attention, Split { owned: 80..160, lead: 16, padded: 128 });
+    }
+
+    #[test]
+    fn ranks_may_have_nothing() {
+        let plans = plans(&geometry(1, 2, 16, 64, 40), 8, 1, 32);
+        assert!(plans[7].heads.is_empty() && plans[7].kv_heads.is_empty() && plans[7].inner.owned.is_empty());
+        assert_eq!((plans[7].local_kv_heads, plans[7].group), (1, 1));
+    }
+}

@@ -10,6 +10,17 @@ use serde_json::Value;
 pub(crate) const CHAT_END_TOKENS: [&str; 6] =
     ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>"];
 
+/// What a model's files say about text.
+#[derive(Debug, Clone)]
+pub(crate) struct ModelTexts {
+    /// Ids that end a sequence.
+    pub end_token_ids: Vec<u32>,
+    /// Recommended sampling parameters.
+    pub defaults: GenerationDefaults,
+    /// Where the tokenizer is; a GGUF file's own vocabulary is read only when it is asked for.
+    pub tokenizer: Option<TokenizerSource>,
+}
+
 /// Ids that end a sequence, each once, in the order in which they were found.
 #[derive(Debug, Default)]
 pub(crate) struct EndTokens(Vec<u32>);

@@ -29,6 +29,15 @@ pub enum KernelError {
         /// How much was asked for.
         bytes: u64,
     },
+    /// A thread could not be started.
+    #[error("compute thread {index} could not be started")]
+    Thread {
+        /// Which of the pool's threads.
+        index: usize,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// A collective failed inside a block op.
     #[error(transparent)]
     Collective(#[from] CollectiveError),

@@ -7,6 +7,7 @@
 //! a device may record it. What an op leaves in a buffer depends only on its inputs, never on batch, threads or chunking.
 
 mod contract;
+pub mod cpu;
 mod error;
 pub mod ops;
 

@@ -1,1 +1,13 @@
-//! Starts clusters of real processes for the tests that cross rooms.
+//! Starts clusters of real processes on this machine, for the tests that cross rooms.
+//!
+//! Every cluster has a `PHALANX_HOME` and free ports of its own, and ends with its value: a test that fails leaves nothing.
+//!
+//! **Invariant:** every wait has a deadline, and what ran over it is named.
+
+mod client;
+mod cluster;
+mod golden;
+
+pub use client::{Completion, Http, Stream, StreamEnd};
+pub use cluster::{Cluster, Finished, Node, Processes, wait_for};
+pub use golden::{Golden, GoldenPrompt, golden, goldens, smollm2};

@@ -17,4 +17,5 @@ pub mod models;
 pub mod rank;
 pub mod runner;
 pub mod session;
+pub mod shard;
 pub mod weights;

@@ -3,7 +3,269 @@
 //! Knows tokens only: no text, no HTTP, no cluster. Runs on a thread of its own.
 //!
 //! **Invariant:** every accepted request ends in exactly one event that carries a finish reason or an error.
+//! **Invariant:** nothing but the engine's thread touches scheduler, blocks and group.
 
+mod admission;
+pub mod block_manager;
+#[cfg(test)]
+mod engine_tests;
+#[cfg(test)]
+mod fake_rank;
+pub mod group;
+mod handle;
+mod outbox;
+pub mod policy;
 mod request;
+pub mod scheduler;
+#[cfg(test)]
+mod scheduler_tests;
+pub mod sequence;
+#[cfg(test)]
+mod simulation;
+mod start;
+mod step_time;
 
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::sync::mpsc;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+pub use handle::{EngineHandle, EngineSnapshot, TokenStream};
 pub use request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent, Usage};
+pub use scheduler::Counters;
+pub use start::{StartDeadlines, StartProgress};
+
+use block_manager::BlockManager;
+use group::{GroupError, Launched, TpGroup};
+use handle::{Command, EngineState, Shared};
+use outbox::{Outbox, is_last};
+use scheduler::{Scheduler, SeqEvent};
+
+/// Weight of a new interval in the mean time between two requests that end.
+const INTERVAL_WEIGHT: f64 = 0.1;
+
+/// Whether a turn had work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    Stepped,
+    Idle,
+}
+
+/// The step loop and all that it owns.
+struct Engine {
+    inbox: mpsc::Receiver<Command>,
+    state: watch::Receiver<EngineState>,
+    scheduler: Scheduler,
+    blocks: BlockManager,
+    group: TpGroup,
+    in_flight: VecDeque<Launched>,
+    outbox: Outbox,
+    shared: Arc<Shared>,
+    last_end: Instant,
+}
+
+impl From<GroupError> for EngineError {
+    fn from(error: GroupError) -> Self {
+        Self::GroupFailed { reason: error.to_string() }
+    }
+}
+
+/// Starts the engine of a group on a thread of its own.
+///
+/// Must be called inside the runtime that reads the streams: the task that hands events to them runs there. Where thread or
+/// runtime cannot be had, the handle has failed already.
+pub fn spawn(mut group: TpGroup, limits: EngineLimits) -> EngineHandle {
+    group.set_step_deadline_min(limits.step_deadline_min);
+    let blocks = BlockManager::new(limits.num_blocks, limits.block_size, limits.enable_prefix_caching);
+    let shared = Shared::new(limits.clone(), EngineSnapshot::default());
+    let (handle, inbox) = EngineHandle::new(Arc::clone(&shared));
+    let (outbox, dispatcher) = outbox::outbox();
+    let engine = Engine {
+        inbox,
+        state: shared.state.subscribe(),
+        scheduler: Scheduler::new(limits),
+        blocks,
+        group,
+        in_flight: VecDeque::new(),
+        outbox,
+        shared: Arc::clone(&shared),
+        last_end: Instant::now(),
+    };
+    engine.publish();
+    match tokio::runtime::Handle::try_current() {
+        Ok(runtime) => drop(runtime.spawn(dispatcher.run())),
+        Err(error) => return handle.refused(&error),
+    }
+    let guard = EndGuard(Arc::clone(&shared));
+    match std::thread::Builder::new().name("engine".into()).spawn(move || engine.run_to_end(&guard)) {
+        Ok(_thread) => handle,
+        Err(error) => handle.refused(&error),
+    }
+}
+
+/// An engine that ends without saying why, by a broken invariant, has failed.
+struct EndGuard(Arc<Shared>);
+
+impl EndGuard {
+    fn set(&self, end: EngineState) {
+        self.0.state.send_replace(end);
+    }
+}
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        self.0.state.send_if_modified(|state| {
+            let ended = matches!(state, EngineState::Failed(_) | EngineState::Stopped);
+            if !ended {
+                *state = EngineState::Failed(EngineError::GroupFailed { reason: "the engine broke".into() });
+            }
+            !ended
+        });
+    }
+}
+
+impl Engine {
+    /// One turn of the loop: take in what was asked, fill the queue of plans at the ranks, commit the oldest step, stream it out.
+    ///
+    /// Devices work on the queue meanwhile; `steps_in_flight_max` bounds it.
+    ///
+    /// # Errors
+    /// A failed rank fails the step and its group; every stream then ends with the reason.
+    async fn turn(&mut self) -> Result<Progress, EngineError> {
+        self.drain_inbox();
+        while self.in_flight.len() < self.shared.limits.steps_in_flight_max.max(1) as usize {
+            let Some(step) = self.scheduler.plan(&mut self.blocks) else { break };
+            self.in_flight.push_back(self.group.launch(step).await?);
+        }
+        let Some(oldest) = self.in_flight.pop_front() else {
+            self.emit(Vec::new()).await?;
+            return Ok(Progress::Idle);
+        };
+        let (step, output) = self.group.finish(oldest).await?;
+        let events = self.scheduler.commit(step, output, &mut self.blocks);
+        self.emit(events).await?;
+        Ok(Progress::Stepped)
+    }
+
+    fn run_to_end(mut self, guard: &EndGuard) {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_time().build() {
+            Ok(runtime) => runtime,
+            Err(error) => {
+                return guard.set(EngineState::Failed(EngineError::GroupFailed { reason: error.to_string() }));
+            }
+        };
+        runtime.block_on(async {
+            match self.run().await {
+                Ok(()) => {
+                    self.end(EngineError::Stopping).await;
+                    guard.set(EngineState::Stopped);
+                }
+                Err(error) => {
+                    tracing::error!(epoch = self.group.epoch().0, %error, "engine failed");
+                    // Set before the streams end: who submits again then must learn why.
+                    guard.set(EngineState::Failed(error.clone()));
+                    self.end(error).await;
+                }
+            }
+        });
+    }
+
+    /// Turns until the engine is stopped or its group breaks.
+    async fn run(&mut self) -> Result<(), EngineError> {
+        loop {
+            let progress = self.turn().await?;
+            if self.is_drained() {
+                return Ok(());
+            }
+            if progress == Progress::Idle {
+                self.rest().await?;
+            }
+        }
+    }
+
+    /// True where a stop was asked for, and nothing is left or its time has passed.
+    fn is_drained(&self) -> bool {
+        let EngineState::Draining(ends) = *self.state.borrow() else { return false };
+        self.scheduler.is_empty() && self.inbox.is_empty() || Instant::now() >= ends
+    }
+
+    /// Waits for something to do: a command, a change of state, or the end of the group.
+    async fn rest(&mut self) -> Result<(), EngineError> {
+        tokio::select! {
+            command = self.inbox.recv() => {
+                match command {
+                    Some(command) => self.take(command),
+                    // Nobody can ask for anything any more.
+                    None => drop(self.shared.state.send_replace(EngineState::Draining(Instant::now()))),
+                }
+                Ok(())
+            }
+            _changed = self.state.changed() => Ok(()),
+            error = self.group.broken() => Err(error.into()),
+        }
+    }
+
+    fn drain_inbox(&mut self) {
+        while let Ok(command) = self.inbox.try_recv() {
+            self.take(command);
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        match command {
+            Command::Submit { sequence, stream } => {
+                self.outbox.open(sequence.id, stream);
+                self.scheduler.enqueue(*sequence);
+            }
+            Command::Cancel(id) => self.scheduler.abort(id, &mut self.blocks),
+        }
+    }
+
+    /// Streams events out, those of aborted sequences too, and says how things stand.
+    async fn emit(&mut self, mut events: Vec<SeqEvent>) -> Result<(), EngineError> {
+        events.append(&mut self.scheduler.take_events());
+        let num_ended = events.iter().filter(|(_, event)| is_last(event)).count() as u32;
+        if num_ended > 0 {
+            self.shared.release(num_ended);
+            self.note_ends(num_ended);
+        }
+        self.publish();
+        self.outbox.send(events).await
+    }
+
+    /// Estimates when a place becomes free.
+    fn note_ends(&mut self, num_ended: u32) {
+        let now = Instant::now();
+        let interval = (now - self.last_end).as_micros() as f64 / f64::from(num_ended);
+        self.last_end = now;
+        let mean = self.shared.retry_after_us.load(Ordering::Relaxed) as f64;
+        let mean = mean + INTERVAL_WEIGHT * (interval - mean);
+        self.shared.retry_after_us.store(mean as u64, Ordering::Relaxed);
+    }
+
+    fn publish(&self) {
+        self.shared.snapshot.send_replace(EngineSnapshot {
+            running: self.scheduler.num_running(),
+            waiting: self.scheduler.num_waiting(),
+            num_blocks: self.blocks.num_blocks(),
+            num_blocks_free: self.blocks.num_available(),
+            num_blocks_cached: self.blocks.num_cached(),
+            epoch: self.group.epoch().0,
+            counters: self.scheduler.counters(),
+        });
+    }
+
+    /// Ends every stream, then the ranks.
+    async fn end(&mut self, error: EngineError) {
+        self.inbox.close();
+        self.drain_inbox();
+        self.scheduler.fail_all(&error, &mut self.blocks);
+        if let Err(error) = self.emit(Vec::new()).await {
+            tracing::warn!(%error, "streams end without their last event");
+        }
+        self.group.shut_down(&error.to_string()).await;
+    }
+}

@@ -70,6 +70,9 @@ pub enum TokenEvent {
 /// Why an engine refuses a request or gives it up.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum EngineError {
+    /// Nothing to continue.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
     /// The queue is full; try again later.
     #[error("{waiting} requests wait already; the limit is {max_queue}")]
     QueueFull {

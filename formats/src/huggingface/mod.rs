@@ -7,6 +7,9 @@ mod config;
 mod safetensors;
 mod texts;
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path, PathBuf};
 
@@ -15,10 +18,10 @@ use serde_json::Value;
 use crate::json::{self, Fields};
 use crate::mapping::Mapping;
 use crate::model::{RowOrder, TensorEntry};
+use crate::texts::ModelTexts;
 use crate::{Geometry, ModelError, StoredType};
 use safetensors::read_header;
-
-pub(crate) use texts::HuggingFaceTexts;
+use texts::open_texts;
 
 const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
@@ -31,7 +34,7 @@ pub(crate) struct Folder {
     /// The type that `config.json` declares.
     pub declared_dtype: StoredType,
     /// End tokens, defaults, tokenizer.
-    pub texts: HuggingFaceTexts,
+    pub texts: ModelTexts,
 }
 
 /// Tensors of a folder, and the files that they are in.
@@ -54,7 +57,7 @@ pub(crate) fn open_folder(folder: &Path) -> Result<Folder, ModelError> {
     Ok(Folder {
         geometry: config::geometry(&path, &config)?,
         declared_dtype: config::declared_dtype(&path, &config)?,
-        texts: HuggingFaceTexts::open(folder, &config)?,
+        texts: open_texts(folder, &config)?,
     })
 }
 

@@ -1,54 +1,41 @@
 //! The files of a folder that concern text: end tokens, generation defaults, where the tokenizer is.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::ModelError;
 use crate::json::{self, Fields};
-use crate::texts::{CHAT_END_TOKENS, EndTokens, GenerationDefaults, TokenizerSource};
+use crate::texts::{CHAT_END_TOKENS, EndTokens, GenerationDefaults, ModelTexts, TokenizerSource};
 
-/// What a folder says about text.
-#[derive(Debug)]
-pub(crate) struct HuggingFaceTexts {
-    /// Ids that end a sequence.
-    pub end_token_ids: Vec<u32>,
-    /// From `generation_config.json`.
-    pub defaults: GenerationDefaults,
-    /// Where the tokenizer is, if there is one.
-    pub tokenizer: Option<TokenizerSource>,
-}
-
-impl HuggingFaceTexts {
-    /// Reads them.
-    ///
-    /// # Errors
-    /// A file cannot be read or is damaged.
-    pub(crate) fn open(folder: &Path, config: &Value) -> Result<Self, ModelError> {
-        let mut end_tokens = EndTokens::default();
-        add_ids(Fields::root(&folder.join("config.json"), config)?, &mut end_tokens)?;
-        let mut defaults = GenerationDefaults::default();
-        let path = folder.join("generation_config.json");
-        if let Some(generation) = json::read_optional(&path)? {
-            let fields = Fields::root(&path, &generation)?;
-            add_ids(fields, &mut end_tokens)?;
-            defaults = generation_defaults(fields)?;
-        }
-        let settings_path = folder.join("tokenizer_config.json");
-        let settings = json::read_optional(&settings_path)?;
-        let chat_template = chat_template(folder, settings.as_ref())?;
-        let tokenizer_json = folder.join("tokenizer.json");
-        let tokens = SpecialTokens::open(settings.as_ref(), &tokenizer_json)?;
-        let eos = settings.as_ref().and_then(|settings| token_text(settings.get("eos_token")?));
-        tokens.add_ends(eos, chat_template.as_deref(), &mut end_tokens);
-        let tokenizer = tokenizer_json.is_file().then_some(TokenizerSource::Json {
-            tokenizer_json,
-            tokenizer_config: settings,
-            chat_template,
-        });
-        Ok(Self { end_token_ids: end_tokens.into_ids(), defaults, tokenizer })
+/// Reads what a folder says about text.
+///
+/// # Errors
+/// A file cannot be read or is damaged.
+pub(crate) fn open_texts(folder: &Path, config: &Value) -> Result<ModelTexts, ModelError> {
+    let mut end_tokens = EndTokens::default();
+    add_ids(Fields::root(&folder.join("config.json"), config)?, &mut end_tokens)?;
+    let mut defaults = GenerationDefaults::default();
+    let path = folder.join("generation_config.json");
+    if let Some(generation) = json::read_optional(&path)? {
+        let fields = Fields::root(&path, &generation)?;
+        add_ids(fields, &mut end_tokens)?;
+        defaults = generation_defaults(fields)?;
     }
+    let settings_path = folder.join("tokenizer_config.json");
+    let settings = json::read_optional(&settings_path)?;
+    let chat_template = chat_template(folder, settings.as_ref())?;
+    let tokenizer_json = folder.join("tokenizer.json");
+    let tokens = SpecialTokens::open(settings.as_ref(), &tokenizer_json)?;
+    let eos = settings.as_ref().and_then(|settings| token_text(settings.get("eos_token")?));
+    tokens.add_ends(eos, chat_template.as_deref(), &mut end_tokens);
+    let tokenizer = tokenizer_json.is_file().then_some(TokenizerSource::Json {
+        tokenizer_json,
+        tokenizer_config: settings,
+        chat_template,
+    });
+    Ok(ModelTexts { end_token_ids: end_tokens.into_ids(), defaults, tokenizer })
 }
 
 /// `eos_token_id` is an id, a list of ids or null.
@@ -127,7 +114,7 @@ struct TokenizerFile {
 }
 
 impl SpecialTokens {
-    fn open(settings: Option<&Value>, tokenizer_json: &PathBuf) -> Result<Self, ModelError> {
+    fn open(settings: Option<&Value>, tokenizer_json: &Path) -> Result<Self, ModelError> {
         let mut tokens = Self::default();
         if let Some(decoder) = settings.and_then(|settings| settings.get("added_tokens_decoder")?.as_object()) {
             for (id, token) in decoder {

@@ -9,6 +9,9 @@
 mod dummy;
 mod source;
 
+#[cfg(test)]
+mod tests;
+
 use std::cell::Cell;
 use std::ops::Range;
 
@@ -99,7 +102,8 @@ impl<'a> ShardLoader<'a> {
     pub fn rows(&self, name: &str, rows: &[Rows]) -> Result<HostMatrix, ModelError> {
         let tensor = self.source.tensor(name)?;
         let (count, cols) = (num_rows(&tensor, name, rows)?, tensor.cols());
-        let data = self.copy_rows(&tensor, rows, count);
+        let data = copy_rows(&tensor, rows, count);
+        self.taken(data.len());
         Ok(HostMatrix { dtype: tensor.dtype(), rows: count, cols, data })
     }
 
@@ -113,7 +117,9 @@ impl<'a> ShardLoader<'a> {
             return Err(ModelError::tensor(name, format!("has {} columns, but should be a vector", tensor.cols())));
         }
         let count = num_rows(&tensor, name, rows)?;
-        to_floats(name, tensor.dtype(), &self.copy_rows(&tensor, rows, count))
+        let floats = to_floats(name, tensor.dtype(), &copy_rows(&tensor, rows, count))?;
+        self.taken(size_of_val(floats.as_slice()));
+        Ok(floats)
     }
 
     /// Takes columns of a matrix: all quantisation blocks that overlap `split.owned`, placed so that local column
@@ -137,28 +143,6 @@ impl<'a> ShardLoader<'a> {
         }
         self.taken(data.len());
         Ok(HostMatrix { dtype: tensor.dtype(), rows, cols: split.padded, data })
-    }
-
-    fn copy_rows(&self, tensor: &SourceTensor<'_>, rows: &[Rows], count: usize) -> Vec<u8> {
-        let row_bytes = tensor.row_bytes();
-        let mut data = vec![0u8; count * row_bytes];
-        let mut at = 0;
-        for part in rows {
-            match part {
-                Rows::Zero(count) => at += count * row_bytes,
-                Rows::Take(range) => {
-                    let mut release = Release::default();
-                    for row in range.clone() {
-                        tensor.copy_part(row, 0..row_bytes, &mut data[at..at + row_bytes]);
-                        release.touched(tensor, row);
-                        at += row_bytes;
-                    }
-                    release.finish(tensor);
-                }
-            }
-        }
-        self.taken(data.len());
-        data
     }
 
     fn taken(&self, bytes: usize) {
@@ -189,6 +173,27 @@ fn num_rows(tensor: &SourceTensor<'_>, name: &str, rows: &[Rows]) -> Result<usiz
         };
     }
     Ok(count)
+}
+
+fn copy_rows(tensor: &SourceTensor<'_>, rows: &[Rows], count: usize) -> Vec<u8> {
+    let row_bytes = tensor.row_bytes();
+    let mut data = vec![0u8; count * row_bytes];
+    let mut at = 0;
+    for part in rows {
+        match part {
+            Rows::Zero(count) => at += count * row_bytes,
+            Rows::Take(range) => {
+                let mut release = Release::default();
+                for row in range.clone() {
+                    tensor.copy_part(row, 0..row_bytes, &mut data[at..at + row_bytes]);
+                    release.touched(tensor, row);
+                    at += row_bytes;
+                }
+                release.finish(tensor);
+            }
+        }
+    }
+    data
 }
 
 /// Where a row's bytes go when columns are taken.

@@ -1,0 +1,289 @@
+//! One output of a request as it grows: tokens in, text and log-probabilities out.
+//!
+//! The same for chat and completions, streamed or not. Knows no JSON.
+//!
+//! **Invariant:** a choice ends with exactly one [`End`] or one error; dropping it before aborts its sequence.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::stream::{self, BoxStream, SelectAll};
+use futures::{Stream, StreamExt};
+use phalanx_proto::{TokenId, TokenLogprobs};
+
+use super::error::ApiError;
+use super::meter::OutputMeter;
+use crate::engine::{FinishReason, TokenEvent, TokenStream};
+use crate::text::{Detokenizer, StopMatcher};
+
+/// What ended an output that stopped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StopCause {
+    /// The model's own end token.
+    EndOfText,
+    /// A token that the request named.
+    Token(TokenId),
+    /// A string that the request named.
+    Text(String),
+}
+
+/// Why an output ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EndReason {
+    /// It stopped.
+    Stop(StopCause),
+    /// It is as long as it may be.
+    Length,
+    /// The engine dropped it.
+    Abort,
+}
+
+/// The end of an output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    /// Why.
+    pub reason: EndReason,
+    /// Tokens of the whole output, what ended it included.
+    pub completion_tokens: u32,
+    /// Prompt tokens that the prefix cache had, where the engine told.
+    pub cached_tokens: Option<u32>,
+}
+
+/// What one event added to an output.
+#[derive(Debug, Clone, Default)]
+pub struct Delta {
+    /// Which output.
+    pub index: usize,
+    /// Text that is certain now.
+    pub text: String,
+    /// Tokens that came.
+    pub tokens: Vec<TokenId>,
+    /// Their log-probabilities, where asked for.
+    pub logprobs: Vec<TokenLogprobs>,
+    /// Log-probabilities of the prompt from its second token on.
+    pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    /// Present on the last one.
+    pub end: Option<End>,
+}
+
+/// Which tokens end an output.
+#[derive(Debug, Clone, Default)]
+pub struct StopTokens {
+    /// The model's own; empty where the request ignores them.
+    pub model: Vec<TokenId>,
+    /// The request's.
+    pub request: Vec<TokenId>,
+}
+
+impl StopTokens {
+    /// All of them, each once.
+    pub fn all(&self) -> Vec<TokenId> {
+        let mut all = self.model.clone();
+        all.extend(self.request.iter().filter(|token| !self.model.contains(token)));
+        all
+    }
+
+    fn contains(&self, token: TokenId) -> bool {
+        self.model.contains(&token) || self.request.contains(&token)
+    }
+
+    fn cause(&self, token: TokenId) -> StopCause {
+        if self.request.contains(&token) { StopCause::Token(token) } else { StopCause::EndOfText }
+    }
+}
+
+/// Tokens to text; absent for models without a tokenizer.
+pub struct OutputText {
+    detokenizer: Detokenizer,
+    stops: Option<StopMatcher>,
+}
+
+impl OutputText {
+    /// Text that ends at the first of `stops`.
+    pub fn new(detokenizer: Detokenizer, stops: &[String], include_stop: bool) -> Self {
+        let stops = (!stops.is_empty()).then(|| StopMatcher::new(stops.to_vec(), include_stop));
+        Self { detokenizer, stops }
+    }
+
+    /// The text that a token makes certain, and the stop string that it completed.
+    fn push(&mut self, token: TokenId) -> (String, Option<String>) {
+        let piece = self.detokenizer.push(token);
+        self.matched(piece)
+    }
+
+    /// What was held back until the end.
+    fn finish(&mut self) -> (String, Option<String>) {
+        let piece = self.detokenizer.finish();
+        let (mut text, stopped) = self.matched(piece);
+        if let (Some(stops), None) = (&mut self.stops, &stopped) {
+            text.push_str(&stops.finish());
+        }
+        (text, stopped)
+    }
+
+    fn matched(&mut self, piece: String) -> (String, Option<String>) {
+        match &mut self.stops {
+            None => (piece, None),
+            Some(stops) => {
+                let step = stops.push(&piece);
+                (step.text, step.stopped)
+            }
+        }
+    }
+}
+
+/// One output that is being made.
+pub struct Choice {
+    /// Its place in the answer.
+    pub index: usize,
+    /// Absent once it has ended.
+    pub stream: Option<TokenStream>,
+    /// Absent where there is no tokenizer.
+    pub text: Option<OutputText>,
+    /// What ends it, apart from strings.
+    pub stop_tokens: Arc<StopTokens>,
+    /// Whether a stop token's text is kept.
+    pub include_stop: bool,
+    /// Tokens so far.
+    pub num_tokens: u32,
+    /// Its measures.
+    pub meter: OutputMeter,
+}
+
+impl Choice {
+    /// What comes next; `None` after the end.
+    pub async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
+        let event = self.stream.as_mut()?.next().await;
+        Some(match event {
+            Some(TokenEvent::PromptLogprobs(logprobs)) => {
+                Ok(Delta { index: self.index, prompt_logprobs: Some(logprobs), ..Delta::default() })
+            }
+            Some(TokenEvent::Token { token, logprobs, .. }) => Ok(self.on_token(token, logprobs)),
+            Some(TokenEvent::Finished { reason, usage }) => Ok(self.on_finished(reason, usage.cached_tokens)),
+            Some(TokenEvent::Failed(error)) => Err(self.on_failed(error.into())),
+            None => Err(self.on_failed(ApiError::EngineGone)),
+        })
+    }
+
+    fn on_token(&mut self, token: TokenId, logprobs: Option<TokenLogprobs>) -> Delta {
+        self.num_tokens += 1;
+        self.meter.token(Instant::now());
+        let silent = self.stop_tokens.contains(token) && !self.include_stop;
+        let (text, stopped) = match &mut self.text {
+            Some(text) if !silent => text.push(token),
+            _ => (String::new(), None),
+        };
+        let end = stopped.map(|stop| self.end(EndReason::Stop(StopCause::Text(stop)), None));
+        Delta {
+            index: self.index,
+            text,
+            tokens: vec![token],
+            logprobs: logprobs.into_iter().collect(),
+            prompt_logprobs: None,
+            end,
+        }
+    }
+
+    fn on_finished(&mut self, reason: FinishReason, cached_tokens: u32) -> Delta {
+        let (text, stopped) = self.text.as_mut().map(OutputText::finish).unwrap_or_default();
+        let reason = match (stopped, reason) {
+            (Some(stop), _) => EndReason::Stop(StopCause::Text(stop)),
+            (None, FinishReason::Stop(token)) => EndReason::Stop(self.stop_tokens.cause(token)),
+            (None, FinishReason::Length) => EndReason::Length,
+            (None, FinishReason::Aborted) => EndReason::Abort,
+        };
+        let end = self.end(reason, Some(cached_tokens));
+        Delta { index: self.index, text, end: Some(end), ..Delta::default() }
+    }
+
+    fn on_failed(&mut self, error: ApiError) -> ApiError {
+        self.stream = None;
+        self.meter.end("error");
+        error
+    }
+
+    /// Ends the sequence: where the engine has not ended it, dropping the stream does.
+    fn end(&mut self, reason: EndReason, cached_tokens: Option<u32>) -> End {
+        self.stream = None;
+        self.meter.end(match reason {
+            EndReason::Stop(_) => "stop",
+            EndReason::Length => "length",
+            EndReason::Abort => "abort",
+        });
+        End { reason, completion_tokens: self.num_tokens, cached_tokens }
+    }
+}
+
+/// The deltas of all choices as they come. Dropping it aborts what still runs.
+pub fn merged(choices: Vec<Choice>) -> impl Stream<Item = Result<Delta, ApiError>> + Send + Unpin + 'static {
+    let mut all: SelectAll<BoxStream<'static, _>> = SelectAll::new();
+    for choice in choices {
+        all.push(stream::unfold(choice, async |mut choice| Some((choice.next().await?, choice))).boxed());
+    }
+    all
+}
+
+/// One output, whole.
+#[derive(Debug, Clone, Default)]
+pub struct Output {
+    /// Its text.
+    pub text: String,
+    /// Its tokens.
+    pub tokens: Vec<TokenId>,
+    /// Their log-probabilities, where asked for.
+    pub logprobs: Vec<TokenLogprobs>,
+    /// Log-probabilities of the prompt from its second token on.
+    pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    /// Its end.
+    pub end: Option<End>,
+}
+
+impl Output {
+    fn add(&mut self, delta: Delta) {
+        self.text.push_str(&delta.text);
+        self.tokens.extend(delta.tokens);
+        self.logprobs.extend(delta.logprobs);
+        self.prompt_logprobs = self.prompt_logprobs.take().or(delta.prompt_logprobs);
+        self.end = self.end.take().or(delta.end);
+    }
+
+    /// Mean log-probability of its tokens, by which the best are chosen.
+    fn mean_logprob(&self) -> f32 {
+        let sum: f32 = self.logprobs.iter().map(|entry| entry.logprob).sum();
+        sum / self.logprobs.len().max(1) as f32
+    }
+}
+
+/// Waits for all choices; outputs come in order of their index.
+///
+/// # Errors
+/// The first error of any choice; the others are aborted.
+pub async fn collect(choices: Vec<Choice>) -> Result<Vec<Output>, ApiError> {
+    let mut outputs = vec![Output::default(); choices.len()];
+    let mut deltas = merged(choices);
+    while let Some(delta) = deltas.next().await {
+        let delta = delta?;
+        if let Some(output) = outputs.get_mut(delta.index) {
+            output.add(delta);
+        }
+    }
+    Ok(outputs)
+}
+
+/// Of each run of `made` outputs the `kept` best, best first.
+pub fn keep_best(outputs: Vec<Output>, made: usize, kept: usize) -> Vec<Output> {
+    if made == kept {
+        return outputs;
+    }
+    let mut best = Vec::with_capacity(outputs.len() / made * kept);
+    let mut rest = outputs.into_iter();
+    loop {
+        let mut group: Vec<Output> = rest.by_ref().take(made).collect();
+        if group.is_empty() {
+            return best;
+        }
+        group.sort_by(|a, b| b.mean_logprob().total_cmp(&a.mean_logprob()));
+        group.truncate(kept);
+        best.append(&mut group);
+    }
+}

@@ -1,0 +1,114 @@
+//! The OpenAI-compatible HTTP surface: one file per endpoint.
+//!
+//! Parses requests into types that cannot be wrong, asks `text` for tokens and `engine` for outputs, and writes answers.
+//! Knows no cluster: [`ServedModels`] is what it is told.
+//!
+//! **Invariant:** every answer that is no success is an OpenAI error object; every field of a request is either obeyed, refused
+//! with its name, or named in `x-phalanx-ignored`.
+
+mod body;
+mod chat;
+mod choice;
+mod completions;
+mod error;
+mod fields;
+mod finish;
+mod guard;
+mod health;
+mod logprobs;
+mod messages;
+mod meter;
+mod metrics;
+mod models;
+mod options;
+mod prompts;
+mod reply;
+mod served_models;
+mod sse;
+mod submission;
+#[cfg(test)]
+mod tests;
+mod tokenize;
+mod usage;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::{Method, Uri};
+use axum::{Router, middleware};
+use phalanx_proto::StatusSnapshot;
+
+pub use body::BodyLimits;
+pub use error::ApiError;
+pub use served_models::{ServedModel, ServedModels};
+
+/// What the deployment is, as OpenAI's answers tell it.
+const SYSTEM_FINGERPRINT: &str = concat!("phalanx-", env!("CARGO_PKG_VERSION"));
+
+/// Limits of the HTTP surface.
+#[derive(Debug, Clone, Copy)]
+pub struct ApiLimits {
+    /// Of a request's body.
+    pub body: BodyLimits,
+    /// A comment is sent on a stream that is silent for so long; proxies cut idle streams.
+    pub sse_keep_alive: Option<Duration>,
+    /// An engine that has work and makes no step for so long is not healthy.
+    pub stall_max: Duration,
+}
+
+impl Default for ApiLimits {
+    fn default() -> Self {
+        Self {
+            body: BodyLimits { bytes_max: 32 << 20, time_max: Duration::from_secs(60) },
+            sse_keep_alive: Some(Duration::from_secs(15)),
+            stall_max: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What handlers share.
+#[derive(Clone)]
+pub struct ApiState {
+    /// Who answers.
+    pub models: ServedModels,
+    /// The cluster, for what is not running and why.
+    pub status: Arc<dyn Fn() -> StatusSnapshot + Send + Sync>,
+    /// Keys that open all routes but health; none: open to all.
+    pub api_keys: Arc<[String]>,
+    /// Limits.
+    pub limits: ApiLimits,
+    progress: Arc<health::ProgressWatch>,
+}
+
+impl ApiState {
+    /// A state with default limits and no keys.
+    pub fn new(models: ServedModels, status: Arc<dyn Fn() -> StatusSnapshot + Send + Sync>) -> Self {
+        Self { models, status, api_keys: Arc::new([]), limits: ApiLimits::default(), progress: Arc::default() }
+    }
+}
+
+/// All routes. Installs the process's metrics recorder.
+pub fn router(state: ApiState) -> Router {
+    if let Err(error) = crate::metrics::recorder() {
+        tracing::warn!(%error, "metrics are not recorded");
+    }
+    Router::new()
+        .merge(chat::routes())
+        .merge(completions::routes())
+        .merge(models::routes())
+        .merge(tokenize::routes())
+        .merge(health::routes())
+        .merge(metrics::routes())
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(state.clone(), guard::pass))
+        .with_state(state)
+}
+
+async fn unknown_route(uri: Uri) -> ApiError {
+    ApiError::UnknownRoute { path: uri.path().to_owned() }
+}
+
+async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
+    ApiError::MethodNotAllowed { method: method.to_string(), path: uri.path().to_owned() }
+}

@@ -1,0 +1,338 @@
+//! What a client asked of a generation, apart from its prompt: fields that chat and completions share.
+//!
+//! Owns their ranges, neutral values and defaults. Does not know prompts, engines or answers.
+//!
+//! **Invariant:** options that exist are within range and ask for nothing that the engine cannot do.
+
+use std::num::NonZeroU32;
+
+use phalanx_formats::GenerationDefaults;
+use phalanx_proto::{SamplingParams, TokenId};
+use serde_json::Value;
+
+use super::error::ApiError;
+use super::fields::{Bounds, Fields, Neutral, type_name};
+
+/// Most outputs of one prompt.
+pub const NUM_CHOICES_MAX: i64 = 16_384;
+/// Most stop strings of one request.
+pub const NUM_STOPS_MAX: usize = 4;
+/// Most alternatives reported beside a token.
+pub const NUM_LOGPROBS_MAX: i64 = 20;
+/// Temperatures below this are greedy.
+const TEMPERATURE_GREEDY: f32 = 1e-5;
+/// Other temperatures are raised to this.
+const TEMPERATURE_MIN: f32 = 0.01;
+
+const TEMPERATURE: Bounds = Bounds { min: 0.0, above_min: false, max: 2.0, words: "between 0 and 2" };
+const TOP_P: Bounds = Bounds { min: 0.0, above_min: true, max: 1.0, words: "above 0 and at most 1" };
+const MIN_P: Bounds = Bounds { min: 0.0, above_min: false, max: 1.0, words: "between 0 and 1" };
+
+/// How a stream is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StreamOptions {
+    /// One more chunk with the usage at the end.
+    pub include_usage: bool,
+    /// Usage on each chunk.
+    pub continuous_usage: bool,
+}
+
+/// The request's own sampling values, before defaults.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct SamplingFields {
+    temperature: Option<f32>,
+    top_k: Option<u32>,
+    top_p: Option<f32>,
+    min_p: Option<f32>,
+    seed: Option<i64>,
+}
+
+/// Validated options of a request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Options {
+    /// Outputs of each prompt.
+    pub num_choices: NonZeroU32,
+    /// Outputs that are made to choose from; at least `num_choices`.
+    pub best_of: NonZeroU32,
+    /// Sampling, before defaults.
+    pub sampling: SamplingFields,
+    /// Strings that end an output.
+    pub stops: Vec<String>,
+    /// Keep what ended the output in its text.
+    pub include_stop: bool,
+    /// Tokens that end an output, beside the model's own.
+    pub stop_token_ids: Vec<TokenId>,
+    /// The model's own end tokens end nothing.
+    pub ignore_eos: bool,
+    /// Log-probabilities of output tokens with so many alternatives.
+    pub logprobs: Option<u32>,
+    /// The same for prompt tokens.
+    pub prompt_logprobs: Option<u32>,
+    /// Leave special tokens out of the text.
+    pub skip_special_tokens: bool,
+    /// Add the tokenizer's own special tokens to the prompt; the default differs by endpoint.
+    pub add_special_tokens: Option<bool>,
+    /// Answer with token ids too.
+    pub return_token_ids: bool,
+    /// Name tokens in log-probabilities by `token_id:N`.
+    pub tokens_as_ids: bool,
+    /// Present where the answer is streamed.
+    pub stream: Option<StreamOptions>,
+    /// The client's own name for the request.
+    pub request_id: Option<String>,
+}
+
+/// Fields of features that come later: each is accepted only where it changes nothing.
+const NOT_SUPPORTED: &[Neutral] = &[
+    Neutral { name: "presence_penalty", feature: "a penalty on tokens", changes_nothing: is_zero },
+    Neutral { name: "frequency_penalty", feature: "a penalty on tokens", changes_nothing: is_zero },
+    Neutral { name: "repetition_penalty", feature: "a penalty on tokens", changes_nothing: is_one },
+    Neutral { name: "min_tokens", feature: "a least length", changes_nothing: is_zero },
+    Neutral { name: "logit_bias", feature: "a bias on logits", changes_nothing: is_empty },
+    Neutral { name: "allowed_token_ids", feature: "a limit to given tokens", changes_nothing: never },
+    Neutral { name: "bad_words", feature: "banned words", changes_nothing: is_empty },
+    Neutral { name: "use_beam_search", feature: "beam search", changes_nothing: is_false },
+    Neutral { name: "length_penalty", feature: "beam search", changes_nothing: is_one },
+    Neutral { name: "early_stopping", feature: "beam search", changes_nothing: is_false },
+    Neutral { name: "logprob_token_ids", feature: "scoring of given tokens", changes_nothing: is_empty },
+    Neutral { name: "prompt_logprob_token_ids", feature: "scoring of given tokens", changes_nothing: is_empty },
+    Neutral { name: "prompt_logprob_start", feature: "scoring of part of a prompt", changes_nothing: is_zero },
+    Neutral { name: "truncate_prompt_tokens", feature: "truncation of prompts", changes_nothing: never },
+    Neutral { name: "thinking_token_budget", feature: "a budget for thoughts", changes_nothing: is_minus_one },
+    Neutral { name: "reasoning_effort", feature: "reasoning", changes_nothing: is_none_word },
+    Neutral { name: "repetition_detection", feature: "detection of loops", changes_nothing: never },
+    Neutral { name: "response_format", feature: "structured output", changes_nothing: is_text_format },
+    Neutral { name: "structured_outputs", feature: "structured output", changes_nothing: is_empty },
+    Neutral { name: "guided_json", feature: "structured output", changes_nothing: never },
+    Neutral { name: "guided_regex", feature: "structured output", changes_nothing: never },
+    Neutral { name: "guided_choice", feature: "structured output", changes_nothing: is_empty },
+    Neutral { name: "guided_grammar", feature: "structured output", changes_nothing: never },
+    Neutral { name: "logits_processors", feature: "code from clients", changes_nothing: is_empty },
+    Neutral { name: "cache_salt", feature: "a separate prefix cache", changes_nothing: never },
+    Neutral { name: "priority", feature: "a priority", changes_nothing: is_zero },
+    Neutral { name: "watermarking", feature: "watermarking", changes_nothing: is_false },
+    Neutral { name: "kv_transfer_params", feature: "transfer of KV blocks", changes_nothing: is_empty },
+    Neutral { name: "vllm_xargs", feature: "an extension of another server", changes_nothing: is_empty },
+];
+
+impl Options {
+    /// Takes the fields that chat and completions share, all but `logprobs`, which the two spell differently.
+    pub fn take(fields: &mut Fields, logprobs: Option<u32>) -> Result<Self, ApiError> {
+        for field in NOT_SUPPORTED {
+            fields.neutral(field)?;
+        }
+        let (num_choices, best_of) = take_counts(fields)?;
+        let options = Self {
+            num_choices,
+            best_of,
+            sampling: SamplingFields::take(fields)?,
+            stops: take_stops(fields)?,
+            include_stop: fields.flag("include_stop_str_in_output", false)?,
+            stop_token_ids: take_token_ids(fields, "stop_token_ids")?,
+            ignore_eos: fields.flag("ignore_eos", false)?,
+            logprobs,
+            prompt_logprobs: take_logprob_count(fields, "prompt_logprobs")?,
+            skip_special_tokens: fields.flag("skip_special_tokens", true)?,
+            add_special_tokens: fields.boolean("add_special_tokens")?,
+            return_token_ids: fields.flag("return_token_ids", false)?,
+            tokens_as_ids: fields.flag("return_tokens_as_token_ids", false)?,
+            stream: take_stream(fields)?,
+            request_id: fields.text("request_id")?,
+        };
+        // Tokenizers of this kind put no spaces of their own between special tokens: both values mean the same.
+        fields.boolean("spaces_between_special_tokens")?;
+        options.check_combinations()?;
+        Ok(options)
+    }
+
+    fn check_combinations(&self) -> Result<(), ApiError> {
+        if self.stream.is_some() && self.prompt_logprobs.is_some() {
+            let rule = "prompt_logprobs cannot be streamed; set stream to false";
+            return Err(ApiError::Conflict { param: "prompt_logprobs", rule });
+        }
+        if self.stream.is_some() && self.best_of > self.num_choices {
+            let rule = "best_of above n cannot be streamed: the best is known only at the end";
+            return Err(ApiError::Conflict { param: "best_of", rule });
+        }
+        Ok(())
+    }
+
+    /// Log-probabilities that the engine must report: those asked for, or what the choice of the best needs.
+    pub fn engine_logprobs(&self) -> Option<u32> {
+        self.logprobs.or((self.best_of > self.num_choices).then_some(0))
+    }
+
+    /// The sampling of output `choice` of a prompt: request, then the model's defaults, then OpenAI's.
+    ///
+    /// # Errors
+    /// Several outputs of a greedy request would be equal: refused as bad `n`.
+    pub fn sampling(&self, defaults: &GenerationDefaults) -> Result<SamplingParams, ApiError> {
+        let own = &self.sampling;
+        let mut params = SamplingParams {
+            temperature: own.temperature.or(defaults.temperature).unwrap_or(1.0),
+            top_k: own.top_k.or(defaults.top_k).unwrap_or(0),
+            top_p: own.top_p.or(defaults.top_p).unwrap_or(1.0),
+            min_p: own.min_p.or(defaults.min_p).unwrap_or(0.0),
+            seed: own.seed.map_or_else(random_seed, |seed| seed as u64),
+            logprobs: self.engine_logprobs(),
+            prompt_logprobs: self.prompt_logprobs,
+        };
+        if params.temperature < TEMPERATURE_GREEDY {
+            params = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, ..params };
+        } else {
+            params.temperature = params.temperature.max(TEMPERATURE_MIN);
+        }
+        if params.temperature == 0.0 && self.best_of.get() > 1 {
+            let rule = "n and best_of must be 1 at temperature 0: all outputs would be the same";
+            return Err(ApiError::Conflict { param: "n", rule });
+        }
+        Ok(params)
+    }
+}
+
+impl SamplingFields {
+    fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+        Ok(Self {
+            temperature: fields.number("temperature", TEMPERATURE)?,
+            top_k: fields.integer("top_k", -1, i64::from(i32::MAX))?.map(|k| k.max(0) as u32),
+            top_p: fields.number("top_p", TOP_P)?,
+            min_p: fields.number("min_p", MIN_P)?,
+            seed: fields.integer("seed", i64::MIN, i64::MAX)?.filter(|seed| *seed != -1),
+        })
+    }
+}
+
+/// A seed for a request that names none.
+fn random_seed() -> u64 {
+    uuid::Uuid::new_v4().as_u64_pair().1
+}
+
+fn take_counts(fields: &mut Fields) -> Result<(NonZeroU32, NonZeroU32), ApiError> {
+    let count = |value: Option<i64>| value.and_then(|n| NonZeroU32::new(n as u32));
+    let num_choices = count(fields.integer("n", 1, NUM_CHOICES_MAX)?).unwrap_or(NonZeroU32::MIN);
+    let best_of = count(fields.integer("best_of", 1, NUM_CHOICES_MAX)?).unwrap_or(num_choices);
+    if best_of < num_choices {
+        return Err(ApiError::Conflict { param: "best_of", rule: "best_of must be at least n" });
+    }
+    Ok((num_choices, best_of))
+}
+
+/// Takes a number of alternatives, 0 to [`NUM_LOGPROBS_MAX`].
+pub fn take_logprob_count(fields: &mut Fields, name: &str) -> Result<Option<u32>, ApiError> {
+    Ok(fields.integer(name, 0, NUM_LOGPROBS_MAX)?.map(|count| count as u32))
+}
+
+/// Takes a token limit of at least `min`.
+pub fn take_max_tokens(fields: &mut Fields, name: &str, min: i64) -> Result<Option<u32>, ApiError> {
+    let limit = fields.integer(name, min, i64::MAX)?;
+    Ok(limit.map(|tokens| u32::try_from(tokens).unwrap_or(u32::MAX)))
+}
+
+fn take_stops(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
+    let param = |index: usize| format!("stop[{index}]");
+    let stops = match fields.take("stop") {
+        None => Vec::new(),
+        Some(Value::String(stop)) => vec![stop],
+        Some(Value::Array(items)) => {
+            let text = |(index, item): (usize, Value)| match item {
+                Value::String(stop) => Ok(stop),
+                other => {
+                    Err(ApiError::WrongType { param: param(index), expected: "a string", found: type_name(&other) })
+                }
+            };
+            items.into_iter().enumerate().map(text).collect::<Result<_, _>>()?
+        }
+        Some(other) => {
+            return Err(ApiError::WrongType {
+                param: "stop".into(),
+                expected: "a string or a list of strings",
+                found: type_name(&other),
+            });
+        }
+    };
+    if stops.len() > NUM_STOPS_MAX {
+        let expected = format!("at most {NUM_STOPS_MAX} strings");
+        return Err(ApiError::OutOfRange { param: "stop".into(), value: stops.len().to_string(), expected });
+    }
+    if stops.iter().any(String::is_empty) {
+        let expected = "without empty strings".into();
+        return Err(ApiError::OutOfRange { param: "stop".into(), value: "\"\"".into(), expected });
+    }
+    Ok(stops)
+}
+
+/// Takes a list of token ids; the vocabulary is checked where the model is known.
+pub fn take_token_ids(fields: &mut Fields, name: &str) -> Result<Vec<TokenId>, ApiError> {
+    let items = fields.list(name)?.unwrap_or_default();
+    items.iter().enumerate().map(|(index, item)| token_id(item, || format!("{name}[{index}]"))).collect()
+}
+
+/// One token id.
+pub fn token_id(item: &Value, param: impl Fn() -> String) -> Result<TokenId, ApiError> {
+    if !item.is_number() {
+        return Err(ApiError::WrongType { param: param(), expected: "a token id", found: type_name(item) });
+    }
+    item.as_u64().and_then(|id| u32::try_from(id).ok()).map(TokenId).ok_or_else(|| ApiError::OutOfRange {
+        param: param(),
+        value: item.to_string(),
+        expected: "a token id".into(),
+    })
+}
+
+fn take_stream(fields: &mut Fields) -> Result<Option<StreamOptions>, ApiError> {
+    let streams = fields.flag("stream", false)?;
+    let Some(mut given) = fields.object("stream_options", "stream_options.")? else {
+        return Ok(streams.then(StreamOptions::default));
+    };
+    let options = StreamOptions {
+        include_usage: given.flag("include_usage", false)?,
+        continuous_usage: given.flag("continuous_usage_stats", false)?,
+    };
+    if !streams {
+        let rule = "stream_options needs stream to be true";
+        return Err(ApiError::Conflict { param: "stream_options", rule });
+    }
+    Ok(Some(options))
+}
+
+/// Never neutral.
+pub fn never(_: &Value) -> bool {
+    false
+}
+
+/// 0.
+pub fn is_zero(value: &Value) -> bool {
+    value.as_f64() == Some(0.0)
+}
+
+fn is_one(value: &Value) -> bool {
+    value.as_f64() == Some(1.0)
+}
+
+fn is_minus_one(value: &Value) -> bool {
+    value.as_i64() == Some(-1)
+}
+
+/// `false`.
+pub fn is_false(value: &Value) -> bool {
+    value == &Value::Bool(false)
+}
+
+/// An empty list, object or string.
+pub fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Array(items) => items.is_empty(),
+        Value::Object(members) => members.is_empty(),
+        Value::String(text) => text.is_empty(),
+        _ => false,
+    }
+}
+
+/// `"none"`.
+pub fn is_none_word(value: &Value) -> bool {
+    value == "none"
+}
+
+fn is_text_format(value: &Value) -> bool {
+    value.get("type").is_some_and(|kind| kind == "text")
+}

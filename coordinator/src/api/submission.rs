@@ -1,0 +1,201 @@
+//! From a validated request to sequences in an engine.
+//!
+//! Owns the way from names and text to token ids and outputs; the same for all endpoints.
+//!
+//! **Invariant:** a request enters the engine whole or not at all: if one of its sequences is refused, the others are dropped.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use phalanx_proto::TokenId;
+
+use super::choice::{Choice, OutputText, StopTokens};
+use super::error::ApiError;
+use super::meter::RequestMeter;
+use super::options::Options;
+use super::served_models::{ServedModel, ServedModels};
+use crate::engine::{EngineError, GenerateRequest};
+use crate::text::{TextError, TextModel};
+
+/// Bodies up to this length are tokenized where they are; longer ones on a blocking thread.
+const INLINE_BYTES_MAX: usize = 8 * 1024;
+/// When a client should try again after a full queue that was seen before its prompt was looked at.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// A request with its name and its model.
+pub struct Accepted {
+    /// `chatcmpl-...` or `cmpl-...`.
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// When it came.
+    pub received: Instant,
+    /// Who answers.
+    pub model: Arc<ServedModel>,
+}
+
+impl Accepted {
+    /// Names a request and finds its model.
+    ///
+    /// # Errors
+    /// No model of that name, or its queue is full: decided before any work is spent.
+    pub fn new(models: &ServedModels, asked: Option<&str>, id: String, received: Instant) -> Result<Self, ApiError> {
+        let model = find_model(models, asked)?;
+        refuse_if_full(&model)?;
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        Ok(Self { id, created, received, model })
+    }
+
+    /// The tokenizer side of the model, for a field that needs one.
+    pub fn text(&self, param: &'static str) -> Result<&Arc<TextModel>, ApiError> {
+        let missing = || ApiError::NoTokenizer { param, model: self.model.name.clone() };
+        self.model.text.as_ref().ok_or_else(missing)
+    }
+}
+
+/// The model of a name; without a name, the first that is served.
+///
+/// # Errors
+/// No such model.
+pub fn find_model(models: &ServedModels, asked: Option<&str>) -> Result<Arc<ServedModel>, ApiError> {
+    match asked {
+        Some(name) => models.lookup(name).ok_or_else(|| ApiError::UnknownModel { model: name.to_owned() }),
+        None => models.list().into_iter().next().ok_or(ApiError::NothingServed),
+    }
+}
+
+fn refuse_if_full(model: &ServedModel) -> Result<(), ApiError> {
+    let (waiting, max_queue) = (model.engine.snapshot().waiting, model.engine.limits().max_queue);
+    if waiting < max_queue {
+        return Ok(());
+    }
+    Err(EngineError::QueueFull { waiting, max_queue, retry_after: RETRY_AFTER }.into())
+}
+
+/// Runs text work: in place for short bodies, on a blocking thread for long ones.
+///
+/// # Errors
+/// The work's own, named by `param`.
+pub async fn with_text<T: Send + 'static>(
+    text: &Arc<TextModel>,
+    num_bytes: usize,
+    param: &'static str,
+    work: impl FnOnce(&TextModel) -> Result<T, TextError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let result = if num_bytes <= INLINE_BYTES_MAX {
+        work(text)
+    } else {
+        let text = Arc::clone(text);
+        tokio::task::spawn_blocking(move || work(&text)).await.map_err(ApiError::TokenizerThread)?
+    };
+    result.map_err(|source| ApiError::Text { param, source })
+}
+
+/// Prompts as token ids, with what an endpoint adds to the options.
+pub struct Submission<'a> {
+    /// One entry a prompt.
+    pub prompts: &'a [Vec<TokenId>],
+    /// The field that held them.
+    pub param: &'static str,
+    /// Most output tokens; `None`: what the context leaves.
+    pub max_tokens: Option<NonZeroU32>,
+    /// Log-probabilities of prompt tokens that the endpoint itself needs.
+    pub echo_logprobs: Option<u32>,
+    /// The rest.
+    pub options: &'a Options,
+}
+
+impl Submission<'_> {
+    /// Starts all outputs of all prompts: output `i` of prompt `p` has index `p * best_of + i`.
+    ///
+    /// # Errors
+    /// A prompt is empty or too long, an option does not fit the model, or the engine refuses.
+    pub fn submit(&self, request: &Accepted) -> Result<Vec<Choice>, ApiError> {
+        let model = &request.model;
+        self.check(model)?;
+        let stop_tokens = Arc::new(self.stop_tokens(model));
+        let meter = RequestMeter::new(&model.name, request.received);
+        let made = self.options.best_of.get() as usize;
+        let mut choices = Vec::with_capacity(self.prompts.len() * made);
+        for prompt in self.prompts {
+            let first = self.generate_request(model, prompt, &stop_tokens)?;
+            for output in 0..made {
+                let index = choices.len();
+                let mut generate = first.clone();
+                generate.request_id =
+                    if self.prompts.len() * made == 1 { request.id.clone() } else { format!("{}-{index}", request.id) };
+                generate.sampling.seed = first.sampling.seed.wrapping_add(output as u64);
+                choices.push(Choice {
+                    index,
+                    stream: Some(model.engine.submit(generate)?),
+                    text: self.output_text(model),
+                    stop_tokens: Arc::clone(&stop_tokens),
+                    include_stop: self.options.include_stop,
+                    num_tokens: 0,
+                    meter: meter.output(prompt.len()),
+                });
+            }
+        }
+        Ok(choices)
+    }
+
+    /// What can only be checked against the model.
+    fn check(&self, model: &ServedModel) -> Result<(), ApiError> {
+        if model.text.is_none() && !self.options.stops.is_empty() {
+            return Err(ApiError::NoTokenizer { param: "stop", model: model.name.clone() });
+        }
+        let limits = model.engine.limits();
+        let outside = |token: &&TokenId| token.0 >= limits.vocab_size;
+        if let Some(token) = self.options.stop_token_ids.iter().find(outside) {
+            let expected = format!("within the vocabulary of {}", limits.vocab_size);
+            let value = token.to_string();
+            return Err(ApiError::OutOfRange { param: "stop_token_ids".into(), value, expected });
+        }
+        let outputs = self.prompts.len() as u64 * u64::from(self.options.best_of.get());
+        let room = u64::from(limits.max_queue) + u64::from(limits.max_num_seqs);
+        if outputs > room {
+            let expected = format!("such that all prompts together have at most {room} outputs");
+            return Err(ApiError::OutOfRange { param: "n".into(), value: outputs.to_string(), expected });
+        }
+        Ok(())
+    }
+
+    fn stop_tokens(&self, model: &ServedModel) -> StopTokens {
+        let own = if self.options.ignore_eos { Vec::new() } else { model.end_token_ids.clone() };
+        StopTokens { model: own, request: self.options.stop_token_ids.clone() }
+    }
+
+    fn generate_request(
+        &self,
+        model: &ServedModel,
+        prompt: &[TokenId],
+        stop_tokens: &StopTokens,
+    ) -> Result<GenerateRequest, ApiError> {
+        if prompt.is_empty() {
+            let expected = "at least one token long".into();
+            return Err(ApiError::OutOfRange { param: self.param.into(), value: "empty".into(), expected });
+        }
+        let room = u64::from(model.max_model_len).saturating_sub(prompt.len() as u64);
+        let room = NonZeroU32::new(room as u32).ok_or(ApiError::ContextLength {
+            param: self.param,
+            prompt_tokens: prompt.len() as u64,
+            max_model_len: model.max_model_len,
+        })?;
+        let mut sampling = self.options.sampling(&model.defaults)?;
+        sampling.prompt_logprobs = sampling.prompt_logprobs.max(self.echo_logprobs);
+        Ok(GenerateRequest {
+            request_id: String::new(),
+            prompt: prompt.to_vec(),
+            sampling,
+            max_tokens: self.max_tokens.unwrap_or(room).min(room),
+            stop_token_ids: stop_tokens.all(),
+        })
+    }
+
+    fn output_text(&self, model: &ServedModel) -> Option<OutputText> {
+        let text = model.text.as_ref()?;
+        let detokenizer = text.detokenizer(self.options.skip_special_tokens);
+        Some(OutputText::new(detokenizer, &self.options.stops, self.options.include_stop))
+    }
+}

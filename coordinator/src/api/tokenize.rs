@@ -1,0 +1,78 @@
+//! `/tokenize` and `/detokenize`.
+
+use std::time::Instant;
+
+use axum::extract::{Request, State};
+use axum::{Json, Router, routing};
+use phalanx_proto::TokenId;
+use serde::Serialize;
+
+use super::error::ApiError;
+use super::fields::Fields;
+use super::submission::{Accepted, with_text};
+use super::{ApiState, body, messages, options, reply};
+use crate::text::{ChatPrompt, TextModel};
+
+/// The routes.
+pub fn routes() -> Router<ApiState> {
+    Router::new().route("/tokenize", routing::post(tokenize)).route("/detokenize", routing::post(detokenize))
+}
+
+/// What is to be tokenized.
+enum Source {
+    Text(String),
+    Chat(ChatPrompt),
+}
+
+impl Source {
+    fn take(fields: &mut Fields) -> Result<Self, ApiError> {
+        match fields.text("prompt")? {
+            Some(text) => Ok(Self::Text(text)),
+            None => messages::take_prompt(fields).map(Self::Chat),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Tokens {
+    count: usize,
+    max_model_len: u32,
+    tokens: Vec<TokenId>,
+    token_strs: Option<Vec<String>>,
+}
+
+#[derive(Serialize)]
+struct Text {
+    prompt: String,
+}
+
+async fn tokenize(State(state): State<ApiState>, request: Request) -> Result<Json<Tokens>, ApiError> {
+    let body = body::read(request, state.limits.body).await?;
+    let mut fields = body.fields;
+    let model = fields.text("model")?;
+    let source = Source::take(&mut fields)?;
+    let add_special = fields.flag("add_special_tokens", matches!(source, Source::Text(_)))?;
+    let wants_texts = fields.flag("return_token_strs", false)?;
+    let accepted = Accepted::new(&state.models, model.as_deref(), reply::new_id(), Instant::now())?;
+    let work = move |text: &TextModel| {
+        let tokens = match source {
+            Source::Text(prompt) => text.encode(&prompt, add_special)?,
+            Source::Chat(prompt) => text.encode(&text.render_chat(&prompt)?, add_special)?,
+        };
+        let texts = wants_texts.then(|| tokens.iter().map(|token| text.token_text(*token)).collect());
+        Ok((tokens, texts))
+    };
+    let (tokens, token_strs) = with_text(accepted.text("prompt")?, body.num_bytes, "prompt", work).await?;
+    Ok(Json(Tokens { count: tokens.len(), max_model_len: accepted.model.max_model_len, tokens, token_strs }))
+}
+
+async fn detokenize(State(state): State<ApiState>, request: Request) -> Result<Json<Text>, ApiError> {
+    let body = body::read(request, state.limits.body).await?;
+    let mut fields = body.fields;
+    let model = fields.text("model")?;
+    let tokens = options::take_token_ids(&mut fields, "tokens")?;
+    let accepted = Accepted::new(&state.models, model.as_deref(), reply::new_id(), Instant::now())?;
+    let work = move |text: &TextModel| Ok(text.decode(&tokens, false));
+    let prompt = with_text(accepted.text("tokens")?, body.num_bytes, "tokens", work).await?;
+    Ok(Json(Text { prompt }))
+}

@@ -1,0 +1,255 @@
+//! One deployment: what was asked for, its replicas, and the state that `status` shows.
+//!
+//! **Invariant:** the state is derived from the replicas and the user's wish in one place, [`Deployment::derive_state`];
+//! every state but `ready` has a reason or a phase to show.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use phalanx_formats::Geometry;
+use phalanx_proto::{DeploymentStatus, Phase, Rank};
+use tokio::sync::{mpsc, oneshot};
+
+use super::ClusterError;
+use super::placement::Wanted;
+use super::placement_group::PlacementGroup;
+use super::replica::{Replica, Stage};
+use super::spec::DeploymentSpec;
+
+/// Where a deployment stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeploymentState {
+    /// It waits for slots.
+    Pending,
+    /// Its ranks start.
+    Starting,
+    /// It serves.
+    Ready,
+    /// Some replica serves, another starts again.
+    Recovering,
+    /// It does not serve; the reason says whether it starts again by itself.
+    Failed,
+    /// It is being removed.
+    Stopping,
+}
+
+impl DeploymentState {
+    /// The word in `status`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Recovering => "recovering",
+            Self::Failed => "failed",
+            Self::Stopping => "stopping",
+        }
+    }
+}
+
+/// A deployment that was checked against its model: what the cluster takes in.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CheckedSpec {
+    /// What was asked for.
+    pub spec: DeploymentSpec,
+    /// The model's numbers.
+    pub geometry: Geometry,
+}
+
+/// Why a deployment was refused or did not come to serve.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeployFailure {
+    /// Which kind.
+    pub code: DeployFailureCode,
+    /// What happened, with the arithmetic where there is any.
+    pub message: String,
+    /// What to do; may be empty.
+    pub hint: String,
+}
+
+/// Kinds of [`DeployFailure`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeployFailureCode {
+    /// It can never fit on the machines that are there.
+    Infeasible,
+    /// The slots are taken.
+    Busy,
+    /// The time to wait for machines passed.
+    Timeout,
+    /// The model's files cannot be used.
+    Model,
+    /// Ranks did not come up.
+    StartFailed,
+    /// The name is in use.
+    NameTaken,
+    /// Values that contradict each other.
+    Invalid,
+    /// It was removed, or the head ended, before it was ready.
+    Stopped,
+}
+
+impl DeployFailureCode {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Infeasible,
+        Self::Busy,
+        Self::Timeout,
+        Self::Model,
+        Self::StartFailed,
+        Self::NameTaken,
+        Self::Invalid,
+        Self::Stopped,
+    ];
+
+    /// The word on the wire and in errors.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Infeasible => "infeasible",
+            Self::Busy => "busy",
+            Self::Timeout => "timeout",
+            Self::Model => "model_error",
+            Self::StartFailed => "start_failed",
+            Self::NameTaken => "name_taken",
+            Self::Invalid => "invalid",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// What whoever asked for a deployment hears; ends with `Ready` or `Failed`, once.
+#[derive(Debug, Clone, PartialEq)]
+pub enum DeployEvent {
+    /// Something went on.
+    Progress {
+        /// The deployment's state.
+        state: String,
+        /// A line for a person.
+        text: String,
+        /// Which rank of which replica, where it is about one.
+        rank: Option<u32>,
+        /// Phase of that rank's start, else empty.
+        phase: String,
+        /// 0 to 1 within it, where known.
+        fraction: Option<f32>,
+    },
+    /// It serves.
+    Ready(DeploymentStatus),
+    /// It does not, and will not without another `serve`.
+    Failed(DeployFailure),
+}
+
+/// A deployment and everything of it.
+pub(super) struct Deployment {
+    pub checked: Arc<CheckedSpec>,
+    pub size: u32,
+    pub group: PlacementGroup,
+    pub replicas: Vec<Replica>,
+    pub state: DeploymentState,
+    pub reason: String,
+    pub placed_at: SystemTime,
+    pub wait_until: Option<Instant>,
+    /// It was ready once: from then on breaks lead to restarts.
+    pub has_served: bool,
+    /// It does not start again by itself.
+    pub gave_up: bool,
+    /// The table of served models shows what serves now.
+    pub published: bool,
+    pub stopping_since: Option<Instant>,
+    pub watchers: Vec<mpsc::Sender<DeployEvent>>,
+    pub undeploy_replies: Vec<oneshot::Sender<Result<(), ClusterError>>>,
+}
+
+impl Deployment {
+    pub fn new(checked: CheckedSpec, size: u32, now: Instant) -> Self {
+        let spec = &checked.spec;
+        Self {
+            size,
+            group: PlacementGroup::new(format!("pg-{}", spec.name), spec.strategy, spec.replicas, size),
+            replicas: (0..spec.replicas).map(|_| Replica::new()).collect(),
+            state: DeploymentState::Pending,
+            reason: String::new(),
+            placed_at: SystemTime::now(),
+            wait_until: spec.wait.map(|wait| now + wait),
+            has_served: false,
+            gave_up: false,
+            published: false,
+            stopping_since: None,
+            watchers: Vec::new(),
+            undeploy_replies: Vec::new(),
+            checked: Arc::new(checked),
+        }
+    }
+
+    /// What has no slots yet, for placement: all replicas at first, later those that lost theirs.
+    pub fn wanted(&self) -> Wanted {
+        let unplaced = self.replicas.iter().filter(|replica| matches!(replica.stage, Stage::Unplaced)).count();
+        Wanted {
+            tensor_parallel_size: self.size,
+            replicas: u32::try_from(unplaced).unwrap_or(u32::MAX),
+            strategy: self.checked.spec.strategy,
+            waits: self.has_served || self.wait_until.is_some(),
+        }
+    }
+
+    /// The state that follows from the replicas.
+    pub fn derive_state(&self) -> DeploymentState {
+        let serving = self.replicas.iter().filter(|replica| matches!(replica.stage, Stage::Serving(_))).count();
+        if self.stopping_since.is_some() {
+            DeploymentState::Stopping
+        } else if self.gave_up {
+            DeploymentState::Failed
+        } else if serving == self.replicas.len() && self.published {
+            DeploymentState::Ready
+        } else if self.has_served {
+            if serving > 0 && self.published { DeploymentState::Recovering } else { DeploymentState::Failed }
+        } else if self.replicas.iter().any(|replica| matches!(replica.stage, Stage::Unplaced)) {
+            DeploymentState::Pending
+        } else {
+            DeploymentState::Starting
+        }
+    }
+
+    /// Tells everyone who waits for this deployment. The last place of a queue is kept for the end.
+    pub fn tell(&mut self, event: &DeployEvent) {
+        let last = !matches!(event, DeployEvent::Progress { .. });
+        self.watchers.retain(|watcher| {
+            if last || watcher.capacity() > 1 {
+                let _ = watcher.try_send(event.clone());
+            }
+            !last && !watcher.is_closed()
+        });
+    }
+
+    /// Tells a line about the whole deployment.
+    pub fn tell_line(&mut self, text: String) {
+        let state = self.state.as_str().to_owned();
+        self.tell(&DeployEvent::Progress { state, text, rank: None, phase: String::new(), fraction: None });
+    }
+
+    /// Tells that a rank entered or went on in a phase.
+    pub fn tell_phase(&mut self, replica: u32, rank: Rank, phase: Phase, fraction: Option<f32>, detail: &str) {
+        let number = replica * self.size + rank.0;
+        let place = self.replicas.get(replica as usize).and_then(|replica| replica.ranks.get(rank.0 as usize));
+        let node = place.map(|record| record.place.node.to_string()).unwrap_or_default();
+        let mut text = format!("rank {number} on {node}: {phase}");
+        if !detail.is_empty() {
+            text = format!("{text} ({detail})");
+        }
+        let (state, phase) = (self.state.as_str().to_owned(), phase.as_str().to_owned());
+        self.tell(&DeployEvent::Progress { state, text, rank: Some(number), phase, fraction });
+    }
+
+    /// Does not start again: tells the reason and everyone who waits.
+    pub fn give_up(&mut self, code: DeployFailureCode, message: String, hint: String) {
+        self.gave_up = true;
+        self.reason.clone_from(&message);
+        self.state = DeploymentState::Failed;
+        self.tell(&DeployEvent::Failed(DeployFailure { code, message, hint }));
+    }
+}
+
+/// Restarts within `window` before `now`, after forgetting older ones.
+pub(super) fn recent_restarts(restarts: &mut Vec<Instant>, now: Instant, window: Duration) -> usize {
+    restarts.retain(|at| now.saturating_duration_since(*at) < window);
+    restarts.len()
+}

@@ -1,0 +1,295 @@
+//! The machines of the cluster and whether they live: a state machine without sockets and without a clock of its own.
+//!
+//! Owns what an agent said of its machine, when it was last heard, and which of its sessions counts. Does not know what
+//! runs on a machine: which slots are taken is in the placement groups.
+//!
+//! **Invariant:** at most one session of a node counts; whatever an older one says is ignored.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use phalanx_proto::{AgentHello, DeviceKind, NodeId};
+
+/// Whether a node can be worked with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeState {
+    /// It was heard in time.
+    Alive,
+    /// It is late: nothing new is placed there.
+    Suspect,
+    /// Its agent is gone, or silent for too long.
+    Dead,
+    /// It left on purpose.
+    Left,
+}
+
+impl NodeState {
+    /// The word in `status`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Alive => "alive",
+            Self::Suspect => "suspect",
+            Self::Dead => "dead",
+            Self::Left => "left",
+        }
+    }
+}
+
+/// One connection of one agent; grows with each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AgentSession(pub u64);
+
+/// One machine.
+#[derive(Debug, Clone)]
+pub struct Node {
+    /// What its agent said of it.
+    pub hello: AgentHello,
+    /// Where it came from.
+    pub address: String,
+    /// Whether it lives.
+    pub state: NodeState,
+    /// Why it is not alive, else empty.
+    pub reason: String,
+    /// The connection that counts.
+    pub session: AgentSession,
+    last_heard: Instant,
+    order: u64,
+}
+
+impl Node {
+    /// The device in words.
+    pub fn device(&self) -> String {
+        let count = self.hello.num_slots;
+        match self.hello.device_kind {
+            DeviceKind::Cpu => {
+                let cpus = self.hello.num_cpus;
+                let gib = self.hello.memory_bytes as f64 / f64::from(1u32 << 30);
+                format!("cpu ({cpus} processors, {gib:.0} GiB)")
+            }
+            kind => {
+                let name = self.hello.device_names.first().map(String::as_str).unwrap_or_default();
+                format!("{kind} {count} x {name}")
+            }
+        }
+    }
+}
+
+/// Why an agent may not join.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JoinError {
+    /// Another build.
+    #[error("version {theirs} cannot join a head of version {ours}: install the same version on both machines")]
+    Version {
+        /// The agent's.
+        theirs: String,
+        /// The head's.
+        ours: String,
+    },
+    /// Its id is in use.
+    #[error("node {id} has joined already (agent pid {pid} on {hostname}); give this one another PHALANX_HOME")]
+    Duplicate {
+        /// The id.
+        id: NodeId,
+        /// The process that joined first.
+        pid: u32,
+        /// Its machine.
+        hostname: String,
+    },
+    /// The head ends.
+    #[error("the head is stopping")]
+    Stopping,
+}
+
+/// When a silent agent is late, and when it is dead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// Silence after which nothing new is placed on a node.
+    pub suspect_after: Duration,
+    /// Silence after which its ranks are given up.
+    pub dead_after: Duration,
+}
+
+/// All machines that ever joined in this life of the head.
+#[derive(Debug)]
+pub struct NodeTable {
+    nodes: BTreeMap<NodeId, Node>,
+    patience: Patience,
+    next: u64,
+}
+
+impl NodeTable {
+    /// An empty table.
+    pub fn new(patience: Patience) -> Self {
+        Self { nodes: BTreeMap::new(), patience, next: 1 }
+    }
+
+    /// Takes a machine in, or takes it back.
+    ///
+    /// # Errors
+    /// Another version, or a second agent with the id of one that lives.
+    pub fn join(&mut self, hello: AgentHello, address: String, now: Instant) -> Result<AgentSession, JoinError> {
+        let ours = phalanx_proto::VERSION;
+        if hello.version != ours {
+            return Err(JoinError::Version { theirs: hello.version, ours: ours.to_owned() });
+        }
+        let session = AgentSession(self.next);
+        let before = self.nodes.get(&hello.node_id);
+        if let Some(node) = before
+            && node.state == NodeState::Alive
+            && node.hello.pid != hello.pid
+        {
+            let Node { hello: AgentHello { pid, hostname, .. }, .. } = node;
+            return Err(JoinError::Duplicate { id: hello.node_id, pid: *pid, hostname: hostname.clone() });
+        }
+        let order = before.map_or(self.next, |node| node.order);
+        self.next += 1;
+        let (state, reason) = (NodeState::Alive, String::new());
+        let node = Node { address, state, reason, session, last_heard: now, order, hello };
+        self.nodes.insert(node.hello.node_id.clone(), node);
+        Ok(session)
+    }
+
+    /// Notes that a node's agent said something. False where the session does not count any more.
+    pub fn heard(&mut self, id: &NodeId, session: AgentSession, now: Instant) -> bool {
+        let Some(node) = self.nodes.get_mut(id).filter(|node| node.session == session) else { return false };
+        if node.state == NodeState::Dead {
+            return false;
+        }
+        node.last_heard = now;
+        if node.state == NodeState::Suspect {
+            node.state = NodeState::Alive;
+            node.reason.clear();
+        }
+        true
+    }
+
+    /// Notes that a node goes on purpose. False where the session does not count any more.
+    pub fn leaving(&mut self, id: &NodeId, session: AgentSession, reason: String) -> bool {
+        let Some(node) = self.nodes.get_mut(id).filter(|node| node.session == session) else { return false };
+        node.state = NodeState::Left;
+        node.reason = reason;
+        true
+    }
+
+    /// Notes that a session ended. True where the node is dead by that.
+    pub fn closed(&mut self, id: &NodeId, session: AgentSession) -> bool {
+        let Some(node) = self.nodes.get_mut(id).filter(|node| node.session == session) else { return false };
+        if matches!(node.state, NodeState::Left | NodeState::Dead) {
+            return false;
+        }
+        node.state = NodeState::Dead;
+        node.reason = format!("its agent (pid {}) closed the connection without leaving", node.hello.pid);
+        true
+    }
+
+    /// Ages the silent; returns the nodes that died by it.
+    pub fn tick(&mut self, now: Instant) -> Vec<NodeId> {
+        let mut died = Vec::new();
+        for (id, node) in &mut self.nodes {
+            let silent = now.saturating_duration_since(node.last_heard);
+            let state = match node.state {
+                NodeState::Alive | NodeState::Suspect if silent >= self.patience.dead_after => NodeState::Dead,
+                NodeState::Alive if silent >= self.patience.suspect_after => NodeState::Suspect,
+                _ => continue,
+            };
+            node.state = state;
+            node.reason = format!("its agent (pid {}) has been silent for {:.0} s", node.hello.pid, silent.as_secs_f64());
+            if state == NodeState::Dead {
+                died.push(id.clone());
+            }
+        }
+        died
+    }
+
+    /// One machine.
+    pub fn node(&self, id: &NodeId) -> Option<&Node> {
+        self.nodes.get(id)
+    }
+
+    /// All machines, in order of joining.
+    pub fn iter(&self) -> impl Iterator<Item = &Node> {
+        let mut nodes: Vec<&Node> = self.nodes.values().collect();
+        nodes.sort_by_key(|node| node.order);
+        nodes.into_iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Patience = Patience { suspect_after: Duration::from_secs(3), dead_after: Duration::from_secs(10) };
+
+    fn hello(id: &str, pid: u32) -> AgentHello {
+        AgentHello {
+            node_id: NodeId(id.into()),
+            version: phalanx_proto::VERSION.into(),
+            address: String::new(),
+            hostname: "host".into(),
+            device_kind: DeviceKind::Cpu,
+            num_slots: 2,
+            num_cpus: 2,
+            memory_bytes: 1 << 33,
+            pid,
+            device_names: vec!["cpu".into(); 2],
+        }
+    }
+
+    fn state(table: &NodeTable, id: &str) -> NodeState {
+        table.node(&NodeId(id.into())).expect("joined").state
+    }
+
+    #[test]
+    fn silence_ages_a_node_and_a_word_brings_it_back_until_it_is_dead() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut table = NodeTable::new(PATIENCE);
+        let id = NodeId("a".into());
+        let session = table.join(hello("a", 1), "x".into(), start).expect("joins");
+        assert!(table.tick(at(2)).is_empty());
+        assert_eq!(state(&table, "a"), NodeState::Alive);
+        assert!(table.tick(at(4)).is_empty());
+        assert_eq!(state(&table, "a"), NodeState::Suspect);
+        assert!(table.heard(&id, session, at(5)));
+        assert_eq!(state(&table, "a"), NodeState::Alive);
+        assert_eq!(table.tick(at(15)), [id.clone()]);
+        assert!(table.tick(at(16)).is_empty());
+        assert!(!table.heard(&id, session, at(16)));
+        assert_eq!(state(&table, "a"), NodeState::Dead);
+    }
+
+    #[test]
+    fn only_the_newest_session_counts() {
+        let now = Instant::now();
+        let mut table = NodeTable::new(PATIENCE);
+        let id = NodeId("a".into());
+        let first = table.join(hello("a", 1), "x".into(), now).expect("joins");
+        let second = table.join(hello("a", 1), "x".into(), now).expect("the same process may come again");
+        assert!(!table.closed(&id, first));
+        assert_eq!(state(&table, "a"), NodeState::Alive);
+        assert!(table.closed(&id, second));
+        assert_eq!(state(&table, "a"), NodeState::Dead);
+        assert!(table.join(hello("a", 2), "x".into(), now).is_ok());
+    }
+
+    #[test]
+    fn strangers_are_refused() {
+        let now = Instant::now();
+        let mut table = NodeTable::new(PATIENCE);
+        table.join(hello("a", 1), "x".into(), now).expect("joins");
+        assert!(matches!(table.join(hello("a", 2), "x".into(), now), Err(JoinError::Duplicate { pid: 1, .. })));
+        let old = AgentHello { version: "0.0.0".into(), ..hello("b", 1) };
+        assert!(matches!(table.join(old, "x".into(), now), Err(JoinError::Version { .. })));
+    }
+
+    #[test]
+    fn who_leaves_is_not_dead() {
+        let now = Instant::now();
+        let mut table = NodeTable::new(PATIENCE);
+        let id = NodeId("a".into());
+        let session = table.join(hello("a", 1), "x".into(), now).expect("joins");
+        assert!(table.leaving(&id, session, "asked".into()));
+        assert!(!table.closed(&id, session));
+        assert_eq!(state(&table, "a"), NodeState::Left);
+    }
+}

@@ -1,0 +1,271 @@
+//! One replica of a deployment: a tensor-parallel group in the making, at work, or broken.
+//!
+//! Owns what is known of its ranks' processes and streams. A plain record with pure transitions: time is an argument, nothing
+//! here sends or waits.
+//!
+//! **Invariant:** only ranks of the current incarnation count; a stage that wants processes names them all.
+
+use std::time::Instant;
+
+use phalanx_proto::{Incarnation, Phase, Rank, RankCapacity, RankProcess};
+
+use super::placement_group::Place;
+use crate::engine::{EngineHandle, RankLink};
+use crate::security::LaunchToken;
+
+/// Where a replica stands.
+#[derive(Debug)]
+pub(super) enum Stage {
+    /// It has no slots.
+    Unplaced,
+    /// Its ranks are asked for; their streams arrive.
+    Connecting {
+        /// Since when.
+        since: Instant,
+    },
+    /// All ranks are there; the group starts.
+    Starting,
+    /// It takes steps.
+    Serving(EngineHandle),
+    /// It broke; its processes end, and it may start again later.
+    Broken {
+        /// Since when.
+        since: Instant,
+        /// When its fate is decided: words about the processes arrive until then.
+        decide_at: Instant,
+    },
+    /// It drains: its ranks are still wanted.
+    Draining,
+    /// Nothing of it is wanted any more.
+    Ended {
+        /// Since when.
+        since: Instant,
+    },
+}
+
+/// What is known of a rank's process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Process {
+    /// Its agent was told, and has not answered.
+    Asked,
+    /// It runs.
+    Running(u32),
+    /// It has ended.
+    Exited {
+        /// Its pid, 0 where it never ran.
+        pid: u32,
+        /// Exit code, where it ended by itself.
+        code: Option<i32>,
+        /// Signal, where one ended it.
+        signal: Option<i32>,
+        /// The end of its log.
+        last_lines: String,
+    },
+}
+
+/// One rank of the current incarnation.
+#[derive(Debug)]
+pub(super) struct RankRecord {
+    pub place: Place,
+    pub token: LaunchToken,
+    pub process: Process,
+    pub device: String,
+    pub phase: Phase,
+    pub phase_since: Instant,
+    pub fraction: Option<f32>,
+    pub detail: String,
+    pub capacity: Option<RankCapacity>,
+    pub dialed: bool,
+    pub link: Option<RankLink>,
+}
+
+impl RankRecord {
+    fn new(place: Place, now: Instant) -> Self {
+        Self {
+            place,
+            token: LaunchToken::new(),
+            process: Process::Asked,
+            device: String::new(),
+            phase: Phase::Connect,
+            phase_since: now,
+            fraction: None,
+            detail: String::new(),
+            capacity: None,
+            dialed: false,
+            link: None,
+        }
+    }
+
+    /// The process id, 0 before it is known.
+    pub fn pid(&self) -> u32 {
+        match self.process {
+            Process::Asked => 0,
+            Process::Running(pid) | Process::Exited { pid, .. } => pid,
+        }
+    }
+
+    /// Notes a phase; its clock restarts when the phase changes.
+    pub fn enter(&mut self, phase: Phase, fraction: Option<f32>, detail: String, now: Instant) {
+        if self.phase != phase {
+            self.phase = phase;
+            self.phase_since = now;
+        }
+        self.fraction = fraction;
+        self.detail = detail;
+    }
+}
+
+/// One replica.
+#[derive(Debug)]
+pub(super) struct Replica {
+    pub incarnation: Incarnation,
+    pub stage: Stage,
+    pub ranks: Vec<RankRecord>,
+    /// Why it broke, as far as is known.
+    pub cause: String,
+    /// Restarts, oldest first.
+    pub restarts: Vec<Instant>,
+    pub num_blocks: u32,
+}
+
+impl Replica {
+    pub fn new() -> Self {
+        Self {
+            incarnation: Incarnation(0),
+            stage: Stage::Unplaced,
+            ranks: Vec::new(),
+            cause: String::new(),
+            restarts: Vec::new(),
+            num_blocks: 0,
+        }
+    }
+
+    /// Begins a new incarnation on these places.
+    pub fn launch(&mut self, places: Vec<Place>, now: Instant) {
+        self.incarnation = Incarnation(self.incarnation.0 + 1);
+        self.ranks = places.into_iter().map(|place| RankRecord::new(place, now)).collect();
+        self.stage = Stage::Connecting { since: now };
+    }
+
+    /// Whether its ranks' processes should run.
+    pub fn wants_processes(&self) -> bool {
+        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting | Stage::Serving(_) | Stage::Draining)
+    }
+
+    /// Its engine, where it takes steps.
+    pub fn engine(&self) -> Option<&EngineHandle> {
+        match &self.stage {
+            Stage::Serving(engine) => Some(engine),
+            _ => None,
+        }
+    }
+
+    /// One rank of the current incarnation.
+    pub fn rank_mut(&mut self, rank: Rank) -> Option<&mut RankRecord> {
+        self.ranks.get_mut(rank.0 as usize)
+    }
+
+    /// Takes all streams, in rank order, once the last has come.
+    pub fn take_links(&mut self) -> Option<Vec<RankLink>> {
+        if self.ranks.iter().any(|rank| rank.link.is_none()) {
+            return None;
+        }
+        Some(self.ranks.iter_mut().filter_map(|rank| rank.link.take()).collect())
+    }
+
+    /// Notes what became of a process of the current incarnation.
+    pub fn observe(&mut self, rank: Rank, pid: u32, state: RankProcess) {
+        let Some(record) = self.rank_mut(rank) else { return };
+        record.process = match state {
+            RankProcess::Spawned => Process::Running(pid),
+            RankProcess::Exited { code, signal, last_lines } => Process::Exited { pid, code, signal, last_lines },
+        };
+    }
+
+    /// Gives up what runs, for this cause. Dropping engine and streams ends the ranks' sessions.
+    pub fn break_down(&mut self, cause: String, now: Instant, decide_at: Instant) {
+        self.cause = cause;
+        for rank in &mut self.ranks {
+            rank.link = None;
+        }
+        self.stage = Stage::Broken { since: now, decide_at };
+    }
+
+    /// Ranks whose process may still run, with their places.
+    pub fn lingering(&self) -> impl Iterator<Item = &RankRecord> {
+        self.ranks.iter().filter(|rank| !matches!(rank.process, Process::Exited { .. }))
+    }
+
+    /// The words for why it broke: what the agents saw of the processes says more than a closed stream.
+    pub fn reason(&self) -> String {
+        let killed = self.exit_words(|process| matches!(process, Process::Exited { signal: Some(_), .. }));
+        killed.unwrap_or_else(|| self.cause.clone())
+    }
+
+    /// The first process that ended in a way that `which` looks for.
+    pub fn exit_words(&self, which: impl Fn(&Process) -> bool) -> Option<String> {
+        let (rank, record) = self.ranks.iter().enumerate().find(|(_, record)| which(&record.process))?;
+        let Process::Exited { pid, code, signal, last_lines } = &record.process else { return None };
+        let node = &record.place.node;
+        let how = match (signal, code) {
+            (Some(signal), _) => format!("was ended by signal {signal} ({})", signal_name(*signal)),
+            (None, Some(code)) => format!("ended with exit code {code}"),
+            (None, None) => "could not be started".to_owned(),
+        };
+        let last = last_lines.lines().rev().find(|line| !line.trim().is_empty()).map(str::trim).unwrap_or_default();
+        let last = if last.is_empty() || signal.is_some() { String::new() } else { format!(": {last}") };
+        Some(format!("rank {rank} (pid {pid} on {node}) {how}{last}"))
+    }
+}
+
+fn signal_name(signal: i32) -> &'static str {
+    nix::sys::signal::Signal::try_from(signal).map_or("unknown", nix::sys::signal::Signal::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use phalanx_proto::NodeId;
+
+    use super::*;
+
+    fn replica(num_ranks: u32, now: Instant) -> Replica {
+        let mut replica = Replica::new();
+        let places = (0..num_ranks).map(|slot| Place { node: NodeId("node-a".into()), slot }).collect();
+        replica.launch(places, now);
+        replica
+    }
+
+    fn exited(code: Option<i32>, signal: Option<i32>, last_lines: &str) -> RankProcess {
+        RankProcess::Exited { code, signal, last_lines: last_lines.into() }
+    }
+
+    #[test]
+    fn a_killed_rank_is_named_before_those_that_followed_it() {
+        let now = Instant::now();
+        let mut replica = replica(2, now);
+        replica.break_down("rank 0's stream ended".into(), now, now);
+        assert_eq!(replica.reason(), "rank 0's stream ended");
+        replica.observe(Rank(0), 7, exited(Some(1), None, "the group broke"));
+        replica.observe(Rank(1), 8, exited(None, Some(9), ""));
+        assert_eq!(replica.reason(), "rank 1 (pid 8 on node-a) was ended by signal 9 (SIGKILL)");
+    }
+
+    #[test]
+    fn an_exit_quotes_the_last_line() {
+        let mut replica = replica(1, Instant::now());
+        replica.observe(Rank(0), 7, exited(Some(2), None, "one\nout of memory\n\n"));
+        let words = replica.exit_words(|process| matches!(process, Process::Exited { .. }));
+        assert_eq!(words.as_deref(), Some("rank 0 (pid 7 on node-a) ended with exit code 2: out of memory"));
+    }
+
+    #[test]
+    fn a_new_incarnation_forgets_the_old_processes() {
+        let now = Instant::now();
+        let mut replica = replica(2, now);
+        replica.observe(Rank(0), 7, RankProcess::Spawned);
+        assert_eq!(replica.lingering().count(), 2);
+        let places = replica.ranks.iter().map(|rank| rank.place.clone()).collect();
+        replica.launch(places, now);
+        assert_eq!((replica.incarnation, replica.ranks[0].pid()), (Incarnation(2), 0));
+    }
+}

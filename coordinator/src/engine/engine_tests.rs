@@ -1,0 +1,210 @@
+//! The engine on its thread, with fake ranks over real channels.
+
+use std::time::Duration;
+
+use phalanx_proto::{Incarnation, Phase, Rank, StepId, TokenId};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::fake_rank::{BLOCK_SIZE, Fault, start};
+use super::group::GroupError;
+use super::request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent};
+use super::scheduler_tests::{oracle, prompt, request};
+use super::start::StartDeadlines;
+use super::{EngineHandle, TokenStream, spawn};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn limits() -> EngineLimits {
+    EngineLimits {
+        num_blocks: 60,
+        block_size: BLOCK_SIZE,
+        max_queue: 60,
+        step_deadline_min: Duration::from_millis(200),
+        ..super::scheduler_tests::limits()
+    }
+}
+
+async fn engine(faults: &[Fault], limits: EngineLimits) -> (EngineHandle, Vec<JoinHandle<String>>) {
+    let (group, ranks, _) = start(faults, StartDeadlines::default()).await;
+    (spawn(group.unwrap().with_incarnation(Incarnation(2)), limits), ranks)
+}
+
+async fn read(mut stream: TokenStream) -> (Vec<TokenId>, TokenEvent) {
+    let mut tokens = vec![];
+    loop {
+        match timeout(PATIENCE, stream.next()).await.unwrap().unwrap() {
+            TokenEvent::Token { index, token, .. } => {
+                assert_eq!(index as usize, tokens.len());
+                tokens.push(token);
+            }
+            TokenEvent::PromptLogprobs(_) => {}
+            last => {
+                assert!(stream.next().await.is_none(), "one last event");
+                return (tokens, last);
+            }
+        }
+    }
+}
+
+fn failure(event: TokenEvent) -> String {
+    match event {
+        TokenEvent::Failed(EngineError::GroupFailed { reason }) => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Runs requests until the group breaks; every stream, and the handle, must give the same reason.
+async fn reason_of(faults: &[Fault]) -> String {
+    let (engine, _ranks) = engine(faults, limits()).await;
+    let streams: Vec<_> = (0..10).map(|family| engine.submit(request(prompt(family, 20), 100)).unwrap()).collect();
+    let mut reasons = vec![];
+    for stream in streams {
+        reasons.push(failure(read(stream).await.1));
+    }
+    reasons.dedup();
+    assert_eq!(reasons.len(), 1, "{reasons:?}");
+    let reason = reasons.remove(0);
+    let expected = EngineError::GroupFailed { reason: reason.clone() };
+    assert_eq!(timeout(PATIENCE, engine.failed()).await, Ok(expected.clone()));
+    assert_eq!(engine.submit(request(prompt(1, 1), 1)).err(), Some(expected));
+    reason
+}
+
+#[tokio::test]
+async fn streams_get_the_text_of_the_oracle_and_all_blocks_are_free_afterwards() {
+    let (engine, ranks) = engine(&[Fault::None, Fault::None], limits()).await;
+    let requests: Vec<GenerateRequest> = (0..24)
+        .map(|at| GenerateRequest {
+            stop_token_ids: vec![TokenId(at)],
+            ..request(prompt(at % 5, 1 + 5 * at % 60), 1 + 3 * at)
+        })
+        .collect();
+    let streams: Vec<_> = requests.iter().map(|request| engine.submit(request.clone()).unwrap()).collect();
+    for (stream, request) in streams.into_iter().zip(&requests) {
+        let (tokens, reason) = oracle(request, request.max_tokens.get());
+        let (read_tokens, last) = read(stream).await;
+        assert_eq!(read_tokens, tokens);
+        assert!(matches!(last, TokenEvent::Finished { reason: read, .. } if read == reason), "{last:?}");
+    }
+    timeout(PATIENCE, engine.stop(Duration::from_secs(5))).await.unwrap();
+    let snapshot = engine.snapshot();
+    assert_eq!((snapshot.running, snapshot.waiting, snapshot.epoch), (0, 0, 3));
+    assert_eq!((snapshot.num_blocks, snapshot.num_blocks_free), (60, 60));
+    assert_eq!(snapshot.counters.finished, 24);
+    for rank in ranks {
+        assert_eq!(timeout(PATIENCE, rank).await.unwrap().unwrap(), "the deployment is stopping");
+    }
+    assert_eq!(engine.submit(request(prompt(1, 1), 1)).err(), Some(EngineError::Stopping));
+}
+
+#[tokio::test]
+async fn a_dropped_stream_frees_its_blocks() {
+    let (engine, _ranks) = engine(&[Fault::None], limits()).await;
+    let mut streams: Vec<_> = (0..10).map(|family| engine.submit(request(prompt(family, 30), 160)).unwrap()).collect();
+    let kept = streams.pop().unwrap();
+    streams[0].next().await.unwrap();
+    drop(streams);
+    let (tokens, _) = read(kept).await;
+    assert_eq!(tokens, oracle(&request(prompt(9, 30), 160), 160).0);
+    while engine.snapshot().num_blocks_free < 60 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(engine.snapshot().counters.finished, 10);
+    assert!(engine.snapshot().counters.generated_tokens < 9 * 160);
+}
+
+#[tokio::test]
+async fn a_full_queue_is_an_answer() {
+    let limits = EngineLimits { max_num_seqs: 1, max_queue: 1, ..limits() };
+    let (engine, _ranks) = engine(&[Fault::Freeze(StepId(1))], limits).await;
+    let streams = [engine.submit(request(prompt(1, 3), 3)), engine.submit(request(prompt(1, 3), 3))];
+    assert!(streams.iter().all(Result::is_ok));
+    let refused = engine.submit(request(prompt(1, 3), 3)).err();
+    assert!(matches!(refused, Some(EngineError::QueueFull { waiting: 1, max_queue: 1, .. })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_rank_that_dies_ends_every_stream_with_its_name() {
+    let reason = reason_of(&[Fault::None, Fault::Die(StepId(9))]).await;
+    assert_eq!(reason, "rank 1 went away in phase ready");
+}
+
+#[tokio::test]
+async fn the_rank_that_died_is_named_and_not_the_one_that_noticed() {
+    let reason = reason_of(&[Fault::Complain(StepId(9)), Fault::None, Fault::Die(StepId(9))]).await;
+    assert_eq!(reason, "rank 2 went away in phase ready");
+}
+
+#[tokio::test]
+async fn a_late_rank_breaks_the_group() {
+    let reason = reason_of(&[Fault::None, Fault::Freeze(StepId(40))]).await;
+    assert!(reason.starts_with("late: no answer to step 40 within"), "{reason}");
+    assert!(reason.ends_with("from rank 1"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_rank_that_disagrees_breaks_the_group() {
+    let reason = reason_of(&[Fault::None, Fault::Diverge(StepId(5)), Fault::None]).await;
+    assert_eq!(reason, "rank 1 disagrees about the tokens of step 5");
+}
+
+#[tokio::test]
+async fn a_rank_that_dies_while_nothing_runs_breaks_the_group_too() {
+    let (engine, ranks) = engine(&[Fault::None, Fault::None], limits()).await;
+    ranks[1].abort();
+    let error = timeout(PATIENCE, engine.failed()).await.unwrap();
+    assert_eq!(error, EngineError::GroupFailed { reason: "rank 1 went away in phase ready".into() });
+}
+
+#[tokio::test]
+async fn stopping_fails_what_is_left_after_the_drain() {
+    let (engine, _ranks) = engine(&[Fault::None], limits()).await;
+    let stream = engine.submit(request(prompt(1, 3), 190)).unwrap();
+    timeout(PATIENCE, engine.stop(Duration::ZERO)).await.unwrap();
+    let (_, last) = read(stream).await;
+    assert!(matches!(last, TokenEvent::Failed(EngineError::Stopping) | TokenEvent::Finished { .. }), "{last:?}");
+}
+
+#[tokio::test]
+async fn an_engine_that_nobody_holds_ends_its_ranks() {
+    let (engine, ranks) = engine(&[Fault::None], limits()).await;
+    let stream = engine.submit(request(prompt(1, 3), 50)).unwrap();
+    drop(engine);
+    let (_, last) = read(stream).await;
+    assert!(matches!(last, TokenEvent::Finished { reason: FinishReason::Length, .. }), "{last:?}");
+    for rank in ranks {
+        timeout(PATIENCE, rank).await.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_start_takes_the_minimum_of_blocks_and_reports_each_phase() {
+    let (group, _ranks, reports) = start(&[Fault::None, Fault::None, Fault::None], StartDeadlines::default()).await;
+    let group = group.unwrap();
+    assert_eq!(group.num_blocks(), 60);
+    assert_eq!(group.capacities().iter().map(|capacity| capacity.num_blocks).collect::<Vec<_>>(), [60, 70, 80]);
+    for rank in (0..3).map(Rank) {
+        let phases: Vec<_> = reports.iter().filter(|report| report.rank == rank).map(|report| report.phase).collect();
+        let expected =
+            [Phase::Device, Phase::Communicator, Phase::Weights, Phase::Weights, Phase::WarmUp, Phase::Ready];
+        assert_eq!(phases, expected);
+    }
+}
+
+#[tokio::test]
+async fn a_start_that_fails_names_rank_and_phase() {
+    let quick = StartDeadlines { weights: Duration::from_millis(50), ..StartDeadlines::default() };
+    let limit = quick.weights;
+    let cases = [
+        (Fault::HangInWeights, GroupError::StartLate { rank: Rank(1), phase: Phase::Weights, limit }),
+        (Fault::DieInCommunicator, GroupError::Gone { rank: Rank(1), phase: Phase::Communicator }),
+    ];
+    for (fault, expected) in cases {
+        let (group, _ranks, _) = start(&[Fault::None, fault, Fault::None], quick).await;
+        assert_eq!(group.err(), Some(expected));
+    }
+    let (group, _ranks, _) = start(&[Fault::FailWeights, Fault::None], quick).await;
+    let expected = "rank 0 failed in phase weights: no tensor model.norm.weight (model)";
+    assert_eq!(group.err().map(|error| error.to_string()), Some(expected.into()));
+}

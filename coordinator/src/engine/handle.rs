@@ -1,0 +1,267 @@
+//! The engine as the API runtime sees it: submit, read a stream, look at it, stop it.
+//!
+//! Knows nothing of steps. Everything crosses to the engine's thread through one bounded channel.
+//!
+//! **Invariant:** dropping a stream always reaches the engine: its place in the channel is taken when the request is submitted.
+//! **Invariant:** a stream yields exactly one `Finished` or `Failed`, whatever becomes of the engine.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use phalanx_proto::SeqId;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, timeout};
+
+use super::request::{EngineError, EngineLimits, GenerateRequest, TokenEvent};
+use super::scheduler::Counters;
+use super::sequence::Sequence;
+
+/// Events of a stream beside its tokens: the prompt's log-probabilities and the last one.
+const OTHER_EVENTS_MAX: usize = 2;
+/// Streams that may be open for each request that may be in the engine: ended ones that are still read.
+const OPEN_STREAMS_SHARE: usize = 4;
+/// How long an engine may take to end after its drain: a step, and telling the ranks.
+const END_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What the engine's thread is asked for.
+pub(super) enum Command {
+    Submit { sequence: Box<Sequence>, stream: mpsc::Sender<TokenEvent> },
+    Cancel(SeqId),
+}
+
+/// Where an engine stands.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum EngineState {
+    Serving,
+    /// No new requests; those in the engine may go on until then.
+    Draining(Instant),
+    Failed(EngineError),
+    Stopped,
+}
+
+/// An engine at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct EngineSnapshot {
+    /// Sequences in the batch.
+    pub running: u32,
+    /// Sequences in the queue.
+    pub waiting: u32,
+    /// KV blocks of every rank.
+    pub num_blocks: u32,
+    /// Of these, free (cached prefixes count as free).
+    pub num_blocks_free: u32,
+    /// Blocks that hold a prefix that can be found.
+    pub num_blocks_cached: u32,
+    /// This life of sequences and KV blocks.
+    pub epoch: u64,
+    /// What was done in this epoch.
+    pub counters: Counters,
+}
+
+impl EngineSnapshot {
+    /// Steps committed in this epoch.
+    pub fn steps(&self) -> u64 {
+        self.counters.steps
+    }
+}
+
+/// What handle and engine share.
+pub(super) struct Shared {
+    pub(super) limits: EngineLimits,
+    /// Requests accepted and not ended.
+    pub(super) num_accepted: AtomicU32,
+    /// Mean time between two requests that end.
+    pub(super) retry_after_us: AtomicU64,
+    pub(super) snapshot: watch::Sender<EngineSnapshot>,
+    pub(super) state: watch::Sender<EngineState>,
+}
+
+impl Shared {
+    pub(super) fn new(limits: EngineLimits, snapshot: EngineSnapshot) -> Arc<Self> {
+        Arc::new(Self {
+            limits,
+            num_accepted: AtomicU32::new(0),
+            retry_after_us: AtomicU64::new(0),
+            snapshot: watch::Sender::new(snapshot),
+            state: watch::Sender::new(EngineState::Serving),
+        })
+    }
+
+    /// Takes a place for one request, if the bound allows.
+    fn accept(&self) -> Result<(), EngineError> {
+        let max = self.limits.num_accepted_max();
+        let grow = |num: u32| (num < max).then_some(num + 1);
+        match self.num_accepted.fetch_update(Ordering::AcqRel, Ordering::Acquire, grow) {
+            Ok(_) => Ok(()),
+            Err(num) => Err(self.queue_full(num)),
+        }
+    }
+
+    fn queue_full(&self, num_accepted: u32) -> EngineError {
+        let mean = Duration::from_micros(self.retry_after_us.load(Ordering::Relaxed));
+        EngineError::QueueFull {
+            waiting: num_accepted.saturating_sub(self.limits.num_running_max()),
+            max_queue: self.limits.max_queue,
+            retry_after: mean.clamp(Duration::from_secs(1), Duration::from_secs(60)),
+        }
+    }
+
+    /// Gives the places of requests that ended back.
+    pub(super) fn release(&self, num: u32) {
+        self.num_accepted.fetch_sub(num, Ordering::AcqRel);
+    }
+
+    /// Why nothing more comes from the engine.
+    fn reason(&self) -> EngineError {
+        match &*self.state.borrow() {
+            EngineState::Failed(error) => error.clone(),
+            EngineState::Serving | EngineState::Draining(_) | EngineState::Stopped => EngineError::Stopping,
+        }
+    }
+}
+
+/// Submits requests to one engine. Cheap to clone.
+#[derive(Clone)]
+pub struct EngineHandle {
+    shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+    next_id: Arc<AtomicU64>,
+}
+
+impl std::fmt::Debug for EngineHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EngineHandle").field("snapshot", &self.snapshot()).finish_non_exhaustive()
+    }
+}
+
+impl EngineHandle {
+    pub(super) fn new(shared: Arc<Shared>) -> (Self, mpsc::Receiver<Command>) {
+        let places = shared.limits.num_accepted_max() as usize;
+        // One for each submission under way, and one kept by each open stream for its cancellation.
+        let capacity = places.saturating_mul(1 + OPEN_STREAMS_SHARE).min(tokio::sync::Semaphore::MAX_PERMITS);
+        let (commands, inbox) = mpsc::channel(capacity);
+        (Self { shared, commands, next_id: Arc::new(AtomicU64::new(1)) }, inbox)
+    }
+
+    /// Hands a request to the engine and gives the stream of its tokens.
+    ///
+    /// # Errors
+    /// The request can never run (the client must change it), the queue is full (try again later), or the engine has ended.
+    pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
+        if *self.shared.state.borrow() != EngineState::Serving {
+            return Err(self.shared.reason());
+        }
+        let max_tokens = self.shared.limits.admit(&request)?;
+        let (Ok(submission), Ok(cancellation)) =
+            (self.commands.clone().try_reserve_owned(), self.commands.clone().try_reserve_owned())
+        else {
+            return Err(self.refusal());
+        };
+        self.shared.accept()?;
+        let id = SeqId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let capacity = (max_tokens.get() as usize).saturating_add(OTHER_EVENTS_MAX);
+        let (stream, events) = mpsc::channel(capacity);
+        submission.send(Command::Submit { sequence: Box::new(Sequence::new(id, request, max_tokens)), stream });
+        Ok(TokenStream { id, events, cancellation: Some(cancellation), shared: Arc::clone(&self.shared) })
+    }
+
+    /// The engine now.
+    pub fn snapshot(&self) -> EngineSnapshot {
+        *self.shared.snapshot.borrow()
+    }
+
+    /// What it accepts.
+    pub fn limits(&self) -> &EngineLimits {
+        &self.shared.limits
+    }
+
+    /// Resolves when the group broke; never after an orderly stop.
+    pub async fn failed(&self) -> EngineError {
+        let mut state = self.shared.state.subscribe();
+        loop {
+            if let EngineState::Failed(error) = &*state.borrow_and_update() {
+                return error.clone();
+            }
+            if state.changed().await.is_err() {
+                // The sender lives as long as this handle.
+                return EngineError::Stopping;
+            }
+        }
+    }
+
+    /// Refuses new requests, lets those in the engine end for at most `drain`, fails the rest, and ends ranks and thread.
+    pub async fn stop(&self, drain: Duration) {
+        let ends = Instant::now() + drain;
+        self.shared.state.send_if_modified(|state| {
+            let sooner = match state {
+                EngineState::Serving => true,
+                EngineState::Draining(at) => ends < *at,
+                EngineState::Failed(_) | EngineState::Stopped => false,
+            };
+            if sooner {
+                *state = EngineState::Draining(ends);
+            }
+            sooner
+        });
+        let mut state = self.shared.state.subscribe();
+        let ended = state.wait_for(|state| matches!(state, EngineState::Stopped | EngineState::Failed(_)));
+        if timeout(drain.saturating_add(END_DEADLINE), ended).await.is_err() {
+            tracing::warn!("engine has not ended in time");
+        }
+    }
+
+    /// A handle of an engine that could not be started.
+    pub(super) fn refused(self, error: &dyn std::error::Error) -> Self {
+        let error = EngineError::GroupFailed { reason: format!("the engine cannot start: {error}") };
+        self.shared.state.send_replace(EngineState::Failed(error));
+        self
+    }
+
+    fn refusal(&self) -> EngineError {
+        if self.commands.is_closed() {
+            return self.shared.reason();
+        }
+        self.shared.queue_full(self.shared.num_accepted.load(Ordering::Acquire))
+    }
+}
+
+/// The events of one request, in order. Dropping it aborts the sequence at the next commit.
+pub struct TokenStream {
+    id: SeqId,
+    events: mpsc::Receiver<TokenEvent>,
+    /// The place of the cancellation; none once the last event was read.
+    cancellation: Option<mpsc::OwnedPermit<Command>>,
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for TokenStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TokenStream").field("seq_id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl TokenStream {
+    /// The engine's name for the sequence, for logs.
+    pub fn seq_id(&self) -> SeqId {
+        self.id
+    }
+
+    /// The next event; none after the last one.
+    pub async fn next(&mut self) -> Option<TokenEvent> {
+        self.cancellation.as_ref()?;
+        let event = self.events.recv().await.unwrap_or_else(|| TokenEvent::Failed(self.shared.reason()));
+        if super::outbox::is_last(&event) {
+            self.cancellation = None;
+        }
+        Some(event)
+    }
+}
+
+impl Drop for TokenStream {
+    fn drop(&mut self) {
+        if let Some(place) = self.cancellation.take() {
+            place.send(Command::Cancel(self.id));
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! Random operations on scheduler and block manager against a simulated group and a sequential oracle.
+
+use std::collections::HashMap;
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use phalanx_proto::{BlockId, SamplingParams, SeqId, TokenId};
+use proptest::prelude::*;
+
+use super::block_manager::BlockManager;
+use super::request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent};
+use super::scheduler::{Scheduler, SeqEvent};
+use super::sequence::Sequence;
+use super::simulation::{SimulatedGroup, VOCAB_SIZE, describe, next_token};
+
+pub(super) fn limits() -> EngineLimits {
+    EngineLimits {
+        num_blocks: 64,
+        block_size: 4,
+        max_model_len: 200,
+        max_num_seqs: 4,
+        max_num_batched_tokens: 32,
+        max_queue: 1000,
+        steps_in_flight_max: 2,
+        vocab_size: VOCAB_SIZE,
+        enable_prefix_caching: true,
+        step_time_budget: Duration::from_millis(10),
+        step_deadline_min: Duration::from_secs(5),
+    }
+}
+
+pub(super) fn request(prompt: Vec<TokenId>, max_tokens: u32) -> GenerateRequest {
+    GenerateRequest {
+        request_id: "test".into(),
+        prompt,
+        sampling: SamplingParams::default(),
+        max_tokens: NonZeroU32::new(max_tokens).unwrap(),
+        stop_token_ids: vec![],
+    }
+}
+
+/// A prompt of one of a few families, so that prefixes are shared.
+pub(super) fn prompt(family: u32, num_tokens: u32) -> Vec<TokenId> {
+    (0..num_tokens).map(|at| TokenId((family * 7 + at * (family % 2)) % VOCAB_SIZE)).collect()
+}
+
+/// What the model says alone, one token after the other.
+pub(super) fn oracle(request: &GenerateRequest, max_tokens: u32) -> (Vec<TokenId>, FinishReason) {
+    let mut tokens = request.prompt.clone();
+    loop {
+        let token = next_token(&tokens);
+        tokens.push(token);
+        let output = tokens[request.prompt.len()..].to_vec();
+        if request.stop_token_ids.contains(&token) {
+            return (output, FinishReason::Stop(token));
+        } else if output.len() == max_tokens as usize {
+            return (output, FinishReason::Length);
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Operation {
+    Submit { family: u32, num_prompt: u32, max_tokens: u32, stop: Option<u32>, prompt_logprobs: bool },
+    Cancel(usize),
+    Plan,
+    Commit,
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    prop_oneof![
+        3 => (0..4u32, 1..60u32, 1..30u32, proptest::option::of(0..VOCAB_SIZE), proptest::bool::weighted(0.15)).prop_map(
+            |(family, num_prompt, max_tokens, stop, prompt_logprobs)| Operation::Submit {
+                family, num_prompt, max_tokens, stop, prompt_logprobs
+            }
+        ),
+        1 => any::<usize>().prop_map(Operation::Cancel),
+        8 => Just(Operation::Plan),
+        8 => Just(Operation::Commit),
+    ]
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Setting {
+    num_blocks: u32,
+    max_num_seqs: u32,
+    max_num_batched_tokens: u32,
+    steps_in_flight: usize,
+    caching: bool,
+}
+
+fn setting() -> impl Strategy<Value = Setting> {
+    (16..40u32, 1..6u32, 4..64u32, 1..4usize, any::<bool>()).prop_map(
+        |(num_blocks, max_num_seqs, max_num_batched_tokens, steps_in_flight, caching)| Setting {
+            num_blocks,
+            max_num_seqs,
+            max_num_batched_tokens,
+            steps_in_flight,
+            caching,
+        },
+    )
+}
+
+/// One request and what came back for it.
+struct Case {
+    request: GenerateRequest,
+    max_tokens: u32,
+    tokens: Vec<TokenId>,
+    num_prompt_logprobs: Option<usize>,
+    end: Option<FinishReason>,
+    cancelled: bool,
+}
+
+struct Harness {
+    limits: EngineLimits,
+    steps_in_flight: usize,
+    scheduler: Scheduler,
+    blocks: BlockManager,
+    group: SimulatedGroup,
+    cases: Vec<Case>,
+}
+
+impl Harness {
+    fn new(setting: Setting) -> Self {
+        let limits = EngineLimits {
+            num_blocks: setting.num_blocks,
+            max_num_seqs: setting.max_num_seqs,
+            max_num_batched_tokens: setting.max_num_batched_tokens,
+            enable_prefix_caching: setting.caching,
+            ..limits()
+        };
+        Self {
+            scheduler: Scheduler::new(limits.clone()),
+            blocks: BlockManager::new(limits.num_blocks, limits.block_size, setting.caching),
+            group: SimulatedGroup::new(limits.num_blocks, limits.block_size),
+            steps_in_flight: setting.steps_in_flight,
+            cases: vec![],
+            limits,
+        }
+    }
+
+    fn apply(&mut self, operation: &Operation) {
+        match *operation {
+            Operation::Submit { family, num_prompt, max_tokens, stop, prompt_logprobs } => {
+                let mut request = request(prompt(family, num_prompt), max_tokens);
+                request.stop_token_ids = stop.map(TokenId).into_iter().collect();
+                request.sampling.prompt_logprobs = prompt_logprobs.then_some(0);
+                self.submit(request);
+            }
+            Operation::Cancel(index) if !self.cases.is_empty() => {
+                let index = index % self.cases.len();
+                self.cases[index].cancelled |= self.cases[index].end.is_none();
+                self.scheduler.abort(SeqId(index as u64), &mut self.blocks);
+            }
+            Operation::Cancel(_) => {}
+            Operation::Plan => {
+                if self.group.num_in_flight() < self.steps_in_flight {
+                    self.plan();
+                }
+            }
+            Operation::Commit => {
+                self.commit();
+            }
+        }
+        self.scheduler.check_invariants(&self.blocks);
+    }
+
+    fn submit(&mut self, request: GenerateRequest) {
+        let id = SeqId(self.cases.len() as u64);
+        let max_tokens = self.limits.admit(&request).unwrap();
+        self.scheduler.enqueue(Sequence::new(id, request.clone(), max_tokens));
+        let max_tokens = max_tokens.get();
+        let (tokens, end) = (vec![], None);
+        self.cases.push(Case { request, max_tokens, tokens, num_prompt_logprobs: None, end, cancelled: false });
+    }
+
+    fn plan(&mut self) -> bool {
+        let Some(step) = self.scheduler.plan(&mut self.blocks) else {
+            let idle = self.group.num_in_flight() == 0;
+            assert!(!idle || self.scheduler.is_empty(), "sequences wait, and no step brings them on");
+            return false;
+        };
+        assert!(step.plan.num_tokens() <= self.limits.max_num_batched_tokens);
+        assert!(step.plan.rows.len() <= self.limits.max_num_seqs as usize);
+        self.group.launch(step);
+        true
+    }
+
+    fn commit(&mut self) -> bool {
+        let Some((step, output)) = self.group.finish() else { return false };
+        let events = self.scheduler.commit(step, output, &mut self.blocks);
+        self.read(events);
+        true
+    }
+
+    fn read(&mut self, events: Vec<SeqEvent>) {
+        for (id, event) in events {
+            let case = &mut self.cases[id.0 as usize];
+            assert_eq!(case.end, None, "nothing comes after the last event");
+            match event {
+                TokenEvent::PromptLogprobs(all) => {
+                    assert!(case.tokens.is_empty() && case.num_prompt_logprobs.is_none());
+                    let expected: Vec<_> =
+                        (1..case.request.prompt.len()).map(|at| describe(&case.request.prompt, at)).collect();
+                    assert_eq!(all, expected);
+                    case.num_prompt_logprobs = Some(all.len());
+                }
+                TokenEvent::Token { index, token, .. } => {
+                    assert_eq!(index as usize, case.tokens.len(), "each index once, in order");
+                    assert_eq!(case.num_prompt_logprobs.is_some(), case.request.sampling.prompt_logprobs.is_some());
+                    case.tokens.push(token);
+                }
+                TokenEvent::Finished { reason, usage } => {
+                    case.end = Some(reason);
+                    assert_eq!(usage.completion_tokens as usize, case.tokens.len());
+                    assert!(usage.cached_tokens < usage.prompt_tokens.max(1));
+                }
+                TokenEvent::Failed(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    fn run_out(&mut self) {
+        for _ in 0..100_000 {
+            while self.group.num_in_flight() < self.steps_in_flight && self.plan() {}
+            self.scheduler.check_invariants(&self.blocks);
+            if !self.commit() {
+                let events = self.scheduler.take_events();
+                self.read(events);
+                return self.check_end();
+            }
+        }
+        panic!("the sequences do not end");
+    }
+
+    fn check_end(&self) {
+        assert!(self.scheduler.is_empty());
+        for case in &self.cases {
+            let (tokens, reason) = oracle(&case.request, case.max_tokens);
+            if case.cancelled {
+                assert_eq!(case.end, Some(FinishReason::Aborted));
+                assert_eq!(case.tokens, tokens[..case.tokens.len()]);
+            } else {
+                assert_eq!(case.end, Some(reason));
+                assert_eq!(case.tokens, tokens);
+            }
+        }
+        self.blocks.check_invariants(&HashMap::<BlockId, u32>::new());
+        assert_eq!(self.blocks.num_available(), self.limits.num_blocks, "every block is free in the end");
+        assert_eq!(self.scheduler.counters().finished as usize, self.cases.len());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn text_equals_that_of_the_oracle(
+        setting in setting(),
+        operations in proptest::collection::vec(operation(), 1..250),
+    ) {
+        let mut harness = Harness::new(setting);
+        for operation in &operations {
+            harness.apply(operation);
+        }
+        harness.run_out();
+    }
+}
+
+const ROOMY: Setting =
+    Setting { num_blocks: 64, max_num_seqs: 4, max_num_batched_tokens: 32, steps_in_flight: 2, caching: true };
+
+#[test]
+fn a_cached_prompt_still_computes_its_last_token() {
+    let mut harness = Harness::new(ROOMY);
+    harness.submit(request(prompt(1, 16), 3));
+    harness.run_out();
+    harness.submit(request(prompt(1, 16), 3));
+    let step = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert_eq!((step.plan.rows[0].start, step.plan.rows[0].num_tokens), (12, 4));
+    assert_eq!(step.plan.new_sequences[0].blocks.len(), 3);
+    harness.group.launch(step);
+    harness.run_out();
+}
+
+#[test]
+fn a_decode_row_ahead_names_the_step_that_it_consumes() {
+    let mut harness = Harness::new(ROOMY);
+    harness.submit(request(prompt(1, 5), 3));
+    let first = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert!(first.plan.rows[0].samples && first.plan.rows[0].consumes.is_none());
+    let second = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert_eq!(second.plan.rows[0].consumes, Some(first.plan.step));
+    let third = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert_eq!(third.plan.rows[0].consumes, Some(second.plan.step));
+    assert!(harness.scheduler.plan(&mut harness.blocks).is_none(), "max_tokens is known ahead");
+    for step in [first, second, third] {
+        harness.group.launch(step);
+    }
+    harness.run_out();
+}
+
+#[test]
+fn blocks_that_run_out_cost_the_youngest_its_place_and_no_text() {
+    let mut harness = Harness::new(Setting { num_blocks: 16, ..ROOMY });
+    for family in 0..4 {
+        harness.submit(request(prompt(family, 12), 28));
+    }
+    harness.run_out();
+    assert!(harness.scheduler.counters().preemptions > 0);
+}
+
+#[test]
+fn long_prompts_mix_with_decode_in_chunks() {
+    let mut harness = Harness::new(ROOMY);
+    harness.submit(request(prompt(1, 4), 20));
+    harness.plan();
+    harness.commit();
+    harness.submit(request(prompt(3, 100), 2));
+    let step = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert_eq!(step.plan.rows.iter().map(|row| row.num_tokens).collect::<Vec<_>>(), [1, 31]);
+    assert!(!step.plan.rows[1].samples);
+    harness.group.launch(step);
+    harness.run_out();
+}
+
+#[test]
+fn a_plan_of_long_prompts_stays_small() {
+    let limits = EngineLimits {
+        num_blocks: 20_000,
+        max_model_len: 100_000,
+        max_num_batched_tokens: 200_000,
+        max_num_seqs: 8,
+        vocab_size: VOCAB_SIZE,
+        step_time_budget: Duration::from_secs(100_000),
+        ..limits()
+    };
+    let mut scheduler = Scheduler::new(limits.clone());
+    let mut blocks = BlockManager::new(limits.num_blocks, limits.block_size, true);
+    let mut group = SimulatedGroup::new(limits.num_blocks, limits.block_size);
+    for (id, num_tokens) in [(1, 9_000), (2, 9_000), (3, 3_000), (4, 10)] {
+        let request = request(prompt(id as u32, num_tokens), 2);
+        scheduler.enqueue(Sequence::new(SeqId(id), request, NonZeroU32::new(2).unwrap()));
+    }
+    // The simulated rank reads all KV of each row: a few steps are enough to see the sizes.
+    while let Some(step) = scheduler.plan(&mut blocks) {
+        for message in super::group::to_messages(&step.plan) {
+            assert!(prost::Message::encoded_len(&message) <= phalanx_proto::PLAN_BYTES_MAX);
+        }
+        let rows = step.plan.rows.iter().filter(|row| row.samples);
+        let rows = rows.map(|row| phalanx_proto::SampledRow { slot: row.slot, token: TokenId(1), logprobs: None });
+        let output = phalanx_proto::StepOutput { elapsed_us: 1, rows: rows.collect(), ..Default::default() };
+        scheduler.commit(step, output, &mut blocks);
+    }
+    assert!(scheduler.is_empty());
+    drop(group.finish());
+}
+
+#[test]
+fn a_broken_group_ends_every_sequence_once() {
+    let mut harness = Harness::new(ROOMY);
+    for family in 0..6 {
+        harness.submit(request(prompt(family, 12), 28));
+    }
+    harness.plan();
+    let error = EngineError::GroupFailed { reason: "rank 1".into() };
+    harness.scheduler.fail_all(&error, &mut harness.blocks);
+    let events = harness.scheduler.take_events();
+    assert_eq!(events.len(), 6);
+    assert!(events.iter().all(|(_, event)| matches!(event, TokenEvent::Failed(_))));
+    assert!(harness.scheduler.is_empty());
+}

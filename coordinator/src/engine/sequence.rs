@@ -1,0 +1,227 @@
+//! One sequence: its tokens, how far plans reach, where it stands.
+//!
+//! Knows no other sequence, no queue and no block but its own table.
+//!
+//! **Invariant:** only a running sequence owns a slot and KV blocks.
+//! **Invariant:** `num_planned` never passes the known tokens plus those in flight.
+
+use std::num::NonZeroU32;
+
+use phalanx_proto::{PlanRow, PromptLogprobs, SamplingParams, SeqId, SeqSlot, StepId, TokenId, TokenLogprobs};
+
+use super::block_manager::{BlockHash, BlockTable};
+use super::request::{FinishReason, GenerateRequest, TokenEvent, Usage};
+
+/// Where a sequence stands. A finished one is no longer a `Sequence`.
+#[derive(Debug)]
+pub enum Phase {
+    /// In the queue, new or preempted.
+    Waiting,
+    /// In the batch that the ranks hold.
+    Running(Residence),
+}
+
+/// What a sequence owns while it is in the batch.
+#[derive(Debug)]
+pub struct Residence {
+    /// Where the ranks keep it.
+    pub slot: SeqSlot,
+    /// Its KV blocks.
+    pub blocks: BlockTable,
+    /// Blocks of the table that plans have told the ranks.
+    pub num_blocks_sent: usize,
+    /// Tokens that were known when it entered: a row that reaches behind them is a decode row.
+    pub num_entry_tokens: u32,
+    /// Positions whose KV is computed by the plans so far.
+    pub num_planned: u32,
+    /// The last plan with a row of this sequence.
+    pub last_planned: StepId,
+    /// The last plan that samples a token of it.
+    pub last_sampled: Option<StepId>,
+}
+
+/// A request in the engine.
+#[derive(Debug)]
+pub struct Sequence {
+    /// Its name; grows with arrival.
+    pub id: SeqId,
+    /// How it is sampled.
+    pub sampling: SamplingParams,
+    /// Where it stands.
+    pub phase: Phase,
+    tokens: Vec<TokenId>,
+    num_prompt_tokens: u32,
+    num_tokens_max: u32,
+    stop_token_ids: Vec<TokenId>,
+    /// Sampled by plans in flight, not yet committed.
+    num_in_flight: u32,
+    /// Prompt tokens found in the cache at the first admission; none before it.
+    num_cached_tokens: Option<u32>,
+    /// Descriptions of the prompt from position 1 on, until they are emitted.
+    prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    hashes: Vec<BlockHash>,
+}
+
+impl Sequence {
+    /// A waiting sequence. `max_tokens` was clamped to the context by [`super::EngineLimits::admit`].
+    pub fn new(id: SeqId, request: GenerateRequest, max_tokens: NonZeroU32) -> Self {
+        let num_prompt_tokens = request.prompt.len() as u32;
+        Self {
+            id,
+            prompt_logprobs: request.sampling.prompt_logprobs.map(|_| Vec::new()),
+            sampling: request.sampling,
+            phase: Phase::Waiting,
+            tokens: request.prompt,
+            num_prompt_tokens,
+            num_tokens_max: num_prompt_tokens + max_tokens.get(),
+            stop_token_ids: request.stop_token_ids,
+            num_in_flight: 0,
+            num_cached_tokens: None,
+            hashes: Vec::new(),
+        }
+    }
+
+    /// Prompt and committed tokens.
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// Length of the prompt.
+    pub fn num_prompt_tokens(&self) -> u32 {
+        self.num_prompt_tokens
+    }
+
+    /// Tokens sampled by plans in flight.
+    pub fn num_in_flight(&self) -> u32 {
+        self.num_in_flight
+    }
+
+    /// True before its first admission.
+    pub fn is_new(&self) -> bool {
+        self.num_cached_tokens.is_none()
+    }
+
+    /// True while descriptions of the prompt are owed: no prefix may be taken from the cache then.
+    pub fn wants_prompt_logprobs(&self) -> bool {
+        self.prompt_logprobs.is_some()
+    }
+
+    /// What it has cost so far.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.num_prompt_tokens,
+            completion_tokens: self.tokens.len() as u32 - self.num_prompt_tokens,
+            cached_tokens: self.num_cached_tokens.unwrap_or(0),
+        }
+    }
+
+    /// Hashes of the full blocks among the first `num_tokens` known tokens; what is missing is computed.
+    pub fn hashes(&mut self, block_size: u32, num_tokens: u32) -> &[BlockHash] {
+        let size = block_size as usize;
+        let num_full = (num_tokens as usize).min(self.tokens.len()) / size;
+        while self.hashes.len() < num_full {
+            let start = self.hashes.len() * size;
+            let previous = self.hashes.last().copied();
+            self.hashes.push(BlockHash::chain(previous, &self.tokens[start..start + size]));
+        }
+        &self.hashes[..num_full]
+    }
+
+    /// Enters the batch. The first positions of the table that come from the cache are computed already.
+    pub fn start(&mut self, slot: SeqSlot, blocks: BlockTable, block_size: u32) {
+        let num_cached = blocks.num_cached() as u32 * block_size;
+        self.num_cached_tokens.get_or_insert(num_cached.min(self.num_prompt_tokens));
+        self.phase = Phase::Running(Residence {
+            slot,
+            num_blocks_sent: blocks.num_cached(),
+            blocks,
+            num_entry_tokens: self.tokens.len() as u32,
+            num_planned: num_cached,
+            last_planned: StepId(0),
+            last_sampled: None,
+        });
+    }
+
+    /// Leaves the batch; what it held comes back.
+    pub fn stop(&mut self) -> Option<Residence> {
+        match std::mem::replace(&mut self.phase, Phase::Waiting) {
+            Phase::Waiting => None,
+            Phase::Running(residence) => Some(residence),
+        }
+    }
+
+    /// Tokens of its entry that no plan covers yet; 0 for a decoding sequence.
+    pub fn num_prefill_left(&self) -> u32 {
+        match &self.phase {
+            Phase::Waiting => 0,
+            Phase::Running(r) => r.num_entry_tokens.saturating_sub(r.num_planned),
+        }
+    }
+
+    /// True where one more token can be planned: not beyond `max_tokens`, which is known ahead.
+    pub fn can_decode(&self) -> bool {
+        let num_tokens = self.tokens.len() as u32 + self.num_in_flight;
+        self.num_prefill_left() == 0 && num_tokens < self.num_tokens_max
+    }
+
+    /// True where the next row needs a block more than the table has.
+    pub fn needs_block(&self, block_size: u32) -> bool {
+        match &self.phase {
+            Phase::Waiting => false,
+            Phase::Running(r) => r.num_planned >= r.blocks.blocks().len() as u32 * block_size,
+        }
+    }
+
+    /// The next `num_tokens` positions as a row of `step`. The table covers them.
+    pub fn plan_row(&mut self, step: StepId, num_tokens: u32, block_size: u32) -> Option<PlanRow> {
+        let num_known = self.tokens.len() as u32 + self.num_in_flight;
+        let Phase::Running(r) = &mut self.phase else { return None };
+        let start = r.num_planned;
+        r.num_planned += num_tokens;
+        r.last_planned = step;
+        let num_blocks = r.num_planned.div_ceil(block_size) as usize;
+        let new_blocks = r.blocks.blocks().get(r.num_blocks_sent..num_blocks).unwrap_or_default().to_vec();
+        r.num_blocks_sent = r.num_blocks_sent.max(num_blocks);
+        let consumes = if start >= r.num_entry_tokens { r.last_sampled } else { None };
+        let samples = r.num_planned == num_known;
+        if samples {
+            r.last_sampled = Some(step);
+            self.num_in_flight += 1;
+        }
+        Some(PlanRow { slot: r.slot, start, num_tokens, new_blocks, samples, consumes })
+    }
+
+    /// A token in flight has arrived. Events are in order; the last one ends the sequence where it carries a reason.
+    pub fn commit(
+        &mut self,
+        token: TokenId,
+        logprobs: Option<TokenLogprobs>,
+        mut emit: impl FnMut(TokenEvent),
+    ) -> Option<FinishReason> {
+        self.num_in_flight -= 1;
+        if let Some(prompt_logprobs) = self.prompt_logprobs.take() {
+            self.sampling.prompt_logprobs = None;
+            emit(TokenEvent::PromptLogprobs(prompt_logprobs));
+        }
+        let index = self.tokens.len() as u32 - self.num_prompt_tokens;
+        self.tokens.push(token);
+        emit(TokenEvent::Token { index, token, logprobs });
+        if self.stop_token_ids.contains(&token) {
+            Some(FinishReason::Stop(token))
+        } else if self.tokens.len() as u32 >= self.num_tokens_max {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+
+    /// Descriptions of a chunk of the prompt have arrived. After a preemption the first ones come twice: they count once.
+    pub fn commit_prompt_logprobs(&mut self, chunk: PromptLogprobs) {
+        let Some(known) = &mut self.prompt_logprobs else { return };
+        for (position, logprobs) in (chunk.start as usize..).zip(chunk.tokens) {
+            if position == known.len() + 1 && position < self.num_prompt_tokens as usize {
+                known.push(logprobs);
+            }
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! How long steps take: sizes prefill chunks, and says when a step is late.
+//!
+//! Knows numbers of tokens and microseconds; no sequences, and no clock of its own.
+//!
+//! **Invariant:** no measurement, however strange, makes a chunk empty or a deadline shorter than its minimum.
+
+use std::time::Duration;
+
+/// Weight of a new measurement in a moving mean.
+const MEAN_WEIGHT: f64 = 0.2;
+/// A measurement counts at most this many times the mean: the first step of a size is slow on every device.
+const OUTLIER_FACTOR: f64 = 4.0;
+/// Tokens of a first chunk, before anything is known.
+const FIRST_CHUNK_TOKENS: u32 = 64;
+/// No chunk is smaller: below, reading the weights costs more than the tokens.
+const CHUNK_TOKENS_MIN: u32 = 16;
+/// Where nothing decodes nobody waits for the next token, and a step may take this many budgets.
+const PREFILL_ONLY_BUDGETS: u32 = 8;
+/// A step of a class is late after this many times the slowest recent one.
+const DEADLINE_FACTOR: u32 = 20;
+/// A class that has not been seen yet gets this many times the shortest deadline.
+const FIRST_DEADLINE_FACTOR: u32 = 6;
+/// The moving maximum forgets this share with each step.
+const MAXIMUM_DECAY: f64 = 0.99;
+/// Classes of steps: powers of two of their number of tokens.
+const NUM_CLASSES: usize = 33;
+
+/// Moving estimates of what a step costs: a part for the decode rows, and a part for each prefill token.
+#[derive(Debug, Clone, Default)]
+pub struct StepTime {
+    decode_us: Option<f64>,
+    prefill_token_us: Option<f64>,
+}
+
+fn blend(mean: &mut Option<f64>, value: f64) {
+    *mean = Some(match *mean {
+        None => value,
+        Some(mean) => mean + MEAN_WEIGHT * (value.min(mean * OUTLIER_FACTOR) - mean),
+    });
+}
+
+impl StepTime {
+    /// A step of `num_decode` decode rows and `num_prefill` prefill tokens took `elapsed_us`.
+    pub fn observe(&mut self, num_decode: u32, num_prefill: u32, elapsed_us: u64) {
+        let elapsed = (elapsed_us as f64).max(1.0);
+        if num_prefill == 0 {
+            if num_decode > 0 {
+                blend(&mut self.decode_us, elapsed);
+            }
+            return;
+        }
+        if num_prefill >= CHUNK_TOKENS_MIN || self.prefill_token_us.is_none() {
+            // A step with few tokens is mostly the reading of weights, which a decode step shows alone.
+            let fixed = self.decode_us.unwrap_or(0.0).min(elapsed * 0.9);
+            blend(&mut self.prefill_token_us, (elapsed - fixed) / f64::from(num_prefill));
+        }
+    }
+
+    /// Prefill tokens that fit in a step beside `num_decode` decode rows so that it takes about `budget`.
+    ///
+    /// Where decode rows alone take most of the budget, a chunk may double the step: prefill must go on.
+    pub fn num_prefill_tokens(&self, num_decode: u32, budget: Duration) -> u32 {
+        let Some(token_us) = self.prefill_token_us else { return FIRST_CHUNK_TOKENS };
+        let budget = if num_decode == 0 { budget * PREFILL_ONLY_BUDGETS } else { budget };
+        let fixed = self.decode_us.unwrap_or(0.0);
+        let left = (budget.as_micros() as f64 - fixed).max(fixed);
+        ((left / token_us) as u32).max(CHUNK_TOKENS_MIN)
+    }
+}
+
+/// Deadlines of steps, by class.
+#[derive(Debug, Clone)]
+pub struct StepDeadlines {
+    min: Duration,
+    slowest_us: [f64; NUM_CLASSES],
+}
+
+impl StepDeadlines {
+    /// `min` is the shortest deadline.
+    pub fn new(min: Duration) -> Self {
+        Self { min, slowest_us: [0.0; NUM_CLASSES] }
+    }
+
+    fn class(num_tokens: u32) -> usize {
+        (u32::BITS - num_tokens.leading_zeros()) as usize
+    }
+
+    /// How long a step of `num_tokens` may take.
+    pub fn deadline(&self, num_tokens: u32) -> Duration {
+        let slowest = self.slowest_us[Self::class(num_tokens)];
+        if slowest == 0.0 {
+            return self.min * FIRST_DEADLINE_FACTOR;
+        }
+        self.min.max(Duration::from_micros(slowest as u64) * DEADLINE_FACTOR)
+    }
+
+    /// A step of `num_tokens` took `elapsed`.
+    pub fn observe(&mut self, num_tokens: u32, elapsed: Duration) {
+        let slowest = &mut self.slowest_us[Self::class(num_tokens)];
+        *slowest = (*slowest * MAXIMUM_DECAY).max(elapsed.as_micros() as f64).max(1.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUDGET: Duration = Duration::from_millis(10);
+
+    #[test]
+    fn chunks_follow_the_measured_cost() {
+        let mut time = StepTime::default();
+        assert_eq!(time.num_prefill_tokens(0, BUDGET), FIRST_CHUNK_TOKENS);
+        for _ in 0..50 {
+            time.observe(4, 0, 2_000);
+            time.observe(4, 100, 6_000);
+        }
+        let chunk = time.num_prefill_tokens(4, BUDGET);
+        assert!((190..=210).contains(&chunk), "8 ms at 40 us a token, not {chunk}");
+        assert!(time.num_prefill_tokens(0, BUDGET) > 1_500);
+    }
+
+    #[test]
+    fn a_slow_decode_does_not_starve_prefill() {
+        let mut time = StepTime::default();
+        for _ in 0..50 {
+            time.observe(8, 0, 30_000);
+            time.observe(8, 64, 62_000);
+        }
+        let chunk = time.num_prefill_tokens(8, BUDGET);
+        assert!((55..=65).contains(&chunk), "30 ms at 500 us a token, not {chunk}");
+    }
+
+    #[test]
+    fn strange_measurements_are_harmless() {
+        let mut time = StepTime::default();
+        time.observe(0, 1, u64::MAX);
+        time.observe(0, 0, 0);
+        assert_eq!(time.num_prefill_tokens(1, BUDGET), CHUNK_TOKENS_MIN);
+        time.observe(0, u32::MAX, 0);
+        assert!(time.num_prefill_tokens(1, BUDGET) >= CHUNK_TOKENS_MIN);
+    }
+
+    #[test]
+    fn deadlines_follow_the_slowest_of_their_class() {
+        let mut deadlines = StepDeadlines::new(Duration::from_secs(5));
+        assert_eq!(deadlines.deadline(1), Duration::from_secs(30));
+        deadlines.observe(1, Duration::from_millis(10));
+        assert_eq!(deadlines.deadline(1), Duration::from_secs(5));
+        deadlines.observe(500, Duration::from_secs(1));
+        assert_eq!(deadlines.deadline(511), Duration::from_secs(20));
+        assert_eq!(deadlines.deadline(512), Duration::from_secs(30));
+    }
+}

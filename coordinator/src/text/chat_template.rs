@@ -1,0 +1,201 @@
+//! The model's own chat template, rendered as transformers renders it.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use minijinja::value::{Serde, Value};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
+use serde_json::Map;
+
+use super::python_json;
+use super::{TextError, Tokenizer};
+
+/// Instructions that a template may spend on one conversation.
+const TEMPLATE_FUEL: u64 = 20_000_000;
+
+/// What a chat template is asked to render.
+#[derive(Debug, Clone, Default)]
+pub struct ChatPrompt {
+    /// Messages as the client sent them.
+    pub messages: Vec<serde_json::Value>,
+    /// Tools as the client sent them.
+    pub tools: Option<Vec<serde_json::Value>>,
+    /// Ends with the opening of the assistant's turn.
+    pub add_generation_prompt: bool,
+    /// Leaves the last message open, to be continued.
+    pub continue_final_message: bool,
+    /// Further variables for the template.
+    pub kwargs: Map<String, serde_json::Value>,
+}
+
+/// A parsed chat template.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+}
+
+impl ChatTemplate {
+    /// Parses a template; special tokens come from the tokenizer.
+    ///
+    /// # Errors
+    /// The template does not parse.
+    pub fn new(template: String, tokenizer: &Tokenizer) -> Result<Self, TextError> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(TextError::Template)?);
+        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+        environment.set_fuel(Some(TEMPLATE_FUEL));
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_formatter(|out, _, value| {
+            if value.is_undefined() {
+                return Ok(());
+            }
+            out.write_str(&python_json::to_text(value)).map_err(Error::from)
+        });
+        environment.add_filter("tojson", |value: Value, options| python_json::tojson(&value, options));
+        environment.add_filter("trim", |value: Value| python_json::to_text(&value).trim().to_owned());
+        environment.add_filter("string", |value: Value| python_json::to_text(&value));
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_function("strftime_now", |format: String| strftime_utc(&format, SystemTime::now()));
+        environment
+            .add_template_owned("chat", without_generation_tags(&template))
+            .map_err(TextError::Template)?;
+        Ok(Self {
+            environment,
+            bos_token: tokenizer.bos_token().map(str::to_owned),
+            eos_token: tokenizer.eos_token().map(str::to_owned),
+        })
+    }
+
+    /// Renders a conversation.
+    ///
+    /// # Errors
+    /// The template raises, or the messages have not the shape that it expects.
+    pub fn render(&self, prompt: &ChatPrompt) -> Result<String, TextError> {
+        let mut variables = prompt.kwargs.clone();
+        let tools = prompt.tools.clone().map_or(serde_json::Value::Null, serde_json::Value::Array);
+        variables.insert("messages".into(), prompt.messages.clone().into());
+        variables.insert("tools".into(), tools);
+        variables.entry("documents").or_insert(serde_json::Value::Null);
+        variables.insert("add_generation_prompt".into(), prompt.add_generation_prompt.into());
+        for (name, token) in [("bos_token", &self.bos_token), ("eos_token", &self.eos_token)] {
+            if let Some(token) = token {
+                variables.entry(name).or_insert_with(|| token.as_str().into());
+            }
+        }
+        let template = self.environment.get_template("chat").map_err(TextError::Template)?;
+        let text = template.render(Value::from(Serde(variables))).map_err(|error| TextError::Render {
+            reason: error.detail().map_or_else(|| error.to_string(), str::to_owned),
+        })?;
+        if prompt.continue_final_message { cut_after_final_message(text, prompt) } else { Ok(text) }
+    }
+}
+
+/// Leaves the last message open: whatever the template wrote behind its content goes.
+fn cut_after_final_message(mut text: String, prompt: &ChatPrompt) -> Result<String, TextError> {
+    let content = prompt.messages.last().and_then(|message| message["content"].as_str()).unwrap_or_default();
+    let content = content.trim();
+    match text.rfind(content) {
+        Some(at) if !content.is_empty() => {
+            text.truncate(at + content.len());
+            Ok(text)
+        }
+        _ => Err(TextError::Render { reason: "the final message has no text to continue".into() }),
+    }
+}
+
+/// `{% generation %}` marks the assistant's part for training; Jinja does not know it, and it writes nothing.
+fn without_generation_tags(template: &str) -> String {
+    let mut out = String::with_capacity(template.len());
+    let mut rest = template;
+    while let Some(start) = rest.find("{%") {
+        let Some(len) = rest[start..].find("%}") else { break };
+        let tag = &rest[start..start + len + 2];
+        let name = tag.trim_start_matches("{%").trim_end_matches("%}").trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
+        out.push_str(&rest[..start]);
+        if name == "generation" || name == "endgeneration" {
+            // An empty comment keeps the tag's white-space control.
+            out.push_str(if tag.starts_with("{%-") { "{#-" } else { "{#" });
+            out.push_str(if tag.ends_with("-%}") { " -#}" } else { " #}" });
+        } else {
+            out.push_str(tag);
+        }
+        rest = &rest[start + len + 2..];
+    }
+    out.push_str(rest);
+    out
+}
+
+/// `strftime` in UTC, with the fields that chat templates use.
+fn strftime_utc(format: &str, now: SystemTime) -> String {
+    const MONTHS: [&str; 12] = [
+        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "December",
+    ];
+    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let days = seconds / 86_400;
+    let (year, month, day) = civil_date(days);
+    let month_name = MONTHS.get(month as usize - 1).copied().unwrap_or_default();
+    let day_name = DAYS.get((days % 7) as usize).copied().unwrap_or_default();
+    let mut out = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        match chars.next() {
+            Some('Y') => out.push_str(&format!("{year:04}")),
+            Some('y') => out.push_str(&format!("{:02}", year % 100)),
+            Some('m') => out.push_str(&format!("{month:02}")),
+            Some('d') => out.push_str(&format!("{day:02}")),
+            Some('B') => out.push_str(month_name),
+            Some('b') => out.push_str(&month_name[..3.min(month_name.len())]),
+            Some('A') => out.push_str(day_name),
+            Some('a') => out.push_str(&day_name[..3.min(day_name.len())]),
+            Some('H') => out.push_str(&format!("{:02}", seconds / 3600 % 24)),
+            Some('M') => out.push_str(&format!("{:02}", seconds / 60 % 60)),
+            Some('S') => out.push_str(&format!("{:02}", seconds % 60)),
+            Some(other) => out.push(other),
+            None => out.push('%'),
+        }
+    }
+    out
+}
+
+/// Year, month and day of a day count since 1970-01-01 (Gregorian; 400-year cycles of 146,097 days that begin in March).
+fn civil_date(days: u64) -> (u64, u64, u64) {
+    let shifted = days + 719_468;
+    let (cycle, day_of_cycle) = (shifted / 146_097, shifted % 146_097);
+    let year_of_cycle = (day_of_cycle - day_of_cycle / 1460 + day_of_cycle / 36_524 - day_of_cycle / 146_096) / 365;
+    let day_of_year = day_of_cycle - (365 * year_of_cycle + year_of_cycle / 4 - year_of_cycle / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
+    (cycle * 400 + year_of_cycle + u64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        let at = |s| UNIX_EPOCH + Duration::from_secs(s);
+        assert_eq!(strftime_utc("%d %b %Y", at(0)), "01 Jan 1970");
+        assert_eq!(strftime_utc("%A %Y-%m-%d %H:%M:%S", at(1_709_210_096)), "Thursday 2024-02-29 12:34:56");
+        assert_eq!(strftime_utc("%d %B %y %a", at(1_735_689_599)), "31 December 24 Tue");
+    }
+
+    #[test]
+    fn generation_tags_write_nothing() {
+        assert_eq!(without_generation_tags("a{% generation %}b{%- endgeneration -%}c{% if x %}"), "a{# #}b{#- -#}c{% if x %}");
+    }
+}

@@ -1,0 +1,182 @@
+//! Chat templates, round trips and streaming pieces against transformers' own output.
+//!
+//! The tiny tokenizers are in the repository; the real ones are obtained by `cargo xtask fetch` into `.cache/tokenizers`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use phalanx_coordinator::text::{ChatPrompt, ChatTemplate, Detokenizer, Tokenizer};
+use phalanx_formats::ModelFiles;
+use phalanx_proto::TokenId;
+use serde_json::Value;
+
+const TOKENIZERS: [&str; 8] =
+    ["tiny-bpe", "tiny-spm", "qwen1_5", "qwen2_5", "llama3", "llama3_1", "internlm2", "smollm2"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn read_json(path: &Path) -> Value {
+    let bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// SmolLM2's tokenizer and template come out of its GGUF metadata.
+fn smollm2() -> Option<(Tokenizer, Option<String>)> {
+    let file = root().join(".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    if !file.exists() {
+        println!("SmolLM2 is not in .cache/models: run `cargo xtask fetch`");
+        return None;
+    }
+    let source = ModelFiles::open(&file).unwrap().tokenizer_source().unwrap();
+    Some(Tokenizer::from_source(&source).unwrap())
+}
+
+/// The folder that holds a tokenizer's files, where it could be had.
+fn folder(name: &str) -> Option<PathBuf> {
+    let folder = match name {
+        "tiny-bpe" | "tiny-spm" => root().join("tests/goldens/tokenizers").join(name),
+        "qwen2_5" => root().join(".cache/tokenizers/qwen1_5"),
+        other => root().join(".cache/tokenizers").join(other),
+    };
+    let there = folder.join("tokenizer.json").exists();
+    // The fetch step leaves this mark where no registry answered; without it a missing file is a mistake.
+    let excused = root().join(".cache/tokenizers/unavailable").exists();
+    assert!(there || excused, "{name} is not in .cache/tokenizers: run `cargo xtask fetch`");
+    there.then_some(folder)
+}
+
+fn tokenizer(name: &str) -> Option<Tokenizer> {
+    if name == "smollm2" {
+        return smollm2().map(|(tokenizer, _)| tokenizer);
+    }
+    let folder = folder(name)?;
+    let mut config = read_json(&folder.join("tokenizer_config.json"));
+    if name == "qwen2_5" {
+        // The same vocabulary and merges with further added tokens.
+        for entry in read_json(&root().join("tests/goldens/text/added_tokens_qwen2_5.json")).as_array().unwrap() {
+            config["added_tokens_decoder"][entry["id"].to_string()] = entry.clone();
+        }
+    }
+    let bytes = fs::read(folder.join("tokenizer.json")).unwrap();
+    Some(Tokenizer::from_json(&bytes, config.as_object()).unwrap())
+}
+
+fn ids(value: &Value) -> Vec<TokenId> {
+    value.as_array().unwrap().iter().map(|id| TokenId(id.as_u64().unwrap() as u32)).collect()
+}
+
+fn pieces(tokenizer: &std::sync::Arc<Tokenizer>, tokens: &[TokenId]) -> (Vec<String>, String) {
+    let mut detokenizer = Detokenizer::new(tokenizer.clone(), false);
+    let stream = tokens.iter().map(|token| detokenizer.push(*token)).collect();
+    (stream, detokenizer.finish())
+}
+
+fn strings(value: &Value) -> Vec<String> {
+    value.as_array().unwrap().iter().map(|s| s.as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn texts_survive_the_tokenizers_and_stream_in_whole_characters() {
+    let goldens = read_json(&root().join("tests/goldens/text/tokenizer_roundtrip.json"));
+    let texts = strings(&goldens["texts"]);
+    let mut checked = 0;
+    for name in TOKENIZERS {
+        let Some(tokenizer) = tokenizer(name) else { continue };
+        let tokenizer = std::sync::Arc::new(tokenizer);
+        let golden = &goldens["tokenizers"][name];
+        for (text, row) in texts.iter().zip(golden["rows"].as_array().unwrap()) {
+            let expected = ids(&row["ids"]);
+            assert_eq!(tokenizer.encode(text, false).unwrap(), expected, "{name}: {text:?}");
+            if let Some(with_special) = row.get("with_special").filter(|v| v.is_array()) {
+                assert_eq!(tokenizer.encode(text, true).unwrap(), ids(with_special), "{name}: {text:?}");
+            }
+            let decoded = row.get("decoded").and_then(Value::as_str).unwrap_or(text);
+            assert_eq!(tokenizer.decode(&expected, false), decoded, "{name}: {text:?}");
+            if let Some(skipped) = row.get("decoded_skip_special").and_then(Value::as_str) {
+                assert_eq!(tokenizer.decode(&expected, true), skipped, "{name}: {text:?}");
+            }
+            let (stream, tail) = pieces(&tokenizer, &expected);
+            assert_eq!(stream, strings(&row["stream"]), "{name}: {text:?}");
+            assert_eq!(tail, row["stream_tail"].as_str().unwrap(), "{name}: {text:?}");
+            checked += 1;
+        }
+        for cut in golden["cut"].as_array().unwrap() {
+            let (stream, tail) = pieces(&tokenizer, &ids(&cut["ids"]));
+            assert_eq!(stream, strings(&cut["stream"]), "{name}");
+            assert_eq!(tail, cut["held_back_tail"].as_str().unwrap(), "{name}");
+        }
+    }
+    println!("{checked} round trips checked");
+    assert!(checked >= 46);
+}
+
+#[test]
+fn chat_templates_render_as_in_transformers() {
+    let goldens = read_json(&root().join("tests/goldens/text/chat_templates.json"));
+    let mut checked = 0;
+    for (name, golden) in goldens["templates"].as_object().unwrap() {
+        let Some(tokenizer) = tokenizer(golden["tokenizer"].as_str().unwrap()) else { continue };
+        let Some(template) = template(name, golden) else {
+            println!("{name}: its template could not be had");
+            continue;
+        };
+        let template = ChatTemplate::new(template, &tokenizer).unwrap();
+        for case in golden["cases"].as_array().unwrap() {
+            check_case(name, &goldens, golden, case, &template, &tokenizer);
+            checked += 1;
+        }
+    }
+    println!("{checked} renderings checked");
+    assert!(checked >= 22);
+}
+
+fn template(name: &str, golden: &Value) -> Option<String> {
+    if let Some(inline) = golden.get("template") {
+        return Some(inline.as_str().unwrap().to_owned());
+    }
+    let from = golden["template_from"].as_str().unwrap();
+    if name == "smollm2" {
+        return smollm2()?.1;
+    }
+    if from == "tokenizer_config.json" {
+        let config = read_json(&folder(name)?.join("tokenizer_config.json"));
+        return Some(config["chat_template"].as_str().unwrap().to_owned());
+    }
+    fs::read_to_string(root().join(".cache/templates").join(from)).ok()
+}
+
+fn check_case(
+    name: &str,
+    goldens: &Value,
+    golden: &Value,
+    case: &Value,
+    template: &ChatTemplate,
+    tokenizer: &Tokenizer,
+) {
+    let mut kwargs = golden["extra"].as_object().unwrap().clone();
+    for key in ["bos_token", "eos_token"] {
+        if golden[key].is_string() {
+            kwargs.insert(key.into(), golden[key].clone());
+        }
+    }
+    if let Some(extra) = case.get("extra").and_then(Value::as_object) {
+        kwargs.extend(extra.clone());
+    }
+    let with_tools = case.get("tools").and_then(Value::as_bool).unwrap_or(false);
+    let prompt = ChatPrompt {
+        messages: goldens["messages"][case["messages"].as_str().unwrap()].as_array().unwrap().clone(),
+        tools: with_tools.then(|| goldens["tools"].as_array().unwrap().clone()),
+        add_generation_prompt: case.get("add_generation_prompt").and_then(Value::as_bool).unwrap_or(true),
+        continue_final_message: false,
+        kwargs,
+    };
+    let rendered = template.render(&prompt);
+    let Some(expected) = case.get("rendered").and_then(Value::as_str) else {
+        assert!(rendered.is_err(), "{name} {case}: rendered {rendered:?}");
+        return;
+    };
+    assert_eq!(rendered.unwrap(), expected, "{name} {}", case["messages"]);
+    assert_eq!(tokenizer.encode(expected, false).unwrap(), ids(&case["ids"]), "{name} {}", case["messages"]);
+}

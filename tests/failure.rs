@@ -1,0 +1,163 @@
+//! What happens when something dies, freezes or goes away, with real processes and real streams.
+
+use std::time::Duration;
+
+use harness::{Cluster, Processes, Stream, StreamEnd, golden, wait_for};
+use serde_json::{Value, json};
+
+fn served(size: &str) -> Cluster {
+    let cluster = Cluster::start(2);
+    cluster.serve(&golden("tiny-llama").folder, "m", &["--tensor-parallel-size", size, "--dtype", "float32"]);
+    cluster
+}
+
+fn long_request() -> Value {
+    json!({"model": "m", "prompt": golden("tiny-llama").prompts[1].ids, "max_tokens": 900, "temperature": 0, "ignore_eos": true})
+}
+
+/// A stream that has begun.
+fn running(cluster: &Cluster) -> Stream {
+    let mut stream = cluster.http.stream("/v1/completions", &long_request());
+    stream.step().expect("a first event");
+    stream
+}
+
+#[test]
+fn a_killed_rank_ends_streams_with_an_error_and_is_started_again() {
+    let cluster = served("2");
+    let before = cluster.ranks("m");
+    let mut stream = running(&cluster);
+    Processes::kill(before[1].pid);
+    let killed = std::time::Instant::now();
+    let end = stream.finish();
+    assert!(killed.elapsed() < Duration::from_secs(5), "it took {:?}", killed.elapsed());
+    assert!(matches!(end, StreamEnd::Error(_)), "{end:?}");
+    let after = wait_for("the deployment to be ready again", || {
+        let ranks = cluster.ranks("m");
+        let renewed = ranks.iter().all(|rank| rank.state == "ready" && rank.pid != before[1].pid);
+        (renewed && cluster.deployment_state("m") == "ready").then_some(ranks)
+    });
+    assert_eq!(after.len(), 2);
+    Processes::wait_gone(&before.iter().map(|rank| rank.pid).filter(|pid| after.iter().all(|r| r.pid != *pid)).collect::<Vec<_>>());
+    let prompt = &golden("tiny-llama").prompts[1];
+    let body = json!({"model": "m", "prompt": prompt.ids, "max_tokens": 8, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
+    assert_eq!(cluster.http.ask("/v1/completions", &body)["choices"][0]["token_ids"], json!(prompt.greedy[..8]));
+}
+
+#[test]
+fn a_killed_head_takes_agent_and_ranks_with_it() {
+    let cluster = served("2");
+    let status = cluster.status();
+    let others: Vec<u32> = status.ranks.iter().map(|r| r.pid).chain(status.nodes.iter().map(|n| n.pid)).collect();
+    let mut stream = running(&cluster);
+    Processes::kill(status.head.pid);
+    assert_ne!(stream.finish(), StreamEnd::Done);
+    let took = Processes::wait_gone(&others);
+    assert!(took < Duration::from_secs(5), "it took {took:?}");
+}
+
+#[test]
+fn a_killed_agent_takes_its_ranks_with_it_and_the_head_says_so() {
+    let cluster = served("2");
+    let status = cluster.status();
+    let mut stream = running(&cluster);
+    Processes::kill(status.nodes[0].pid);
+    let took = Processes::wait_gone(&status.ranks.iter().map(|rank| rank.pid).collect::<Vec<_>>());
+    assert!(took < Duration::from_secs(1), "it took {took:?}");
+    let end = stream.finish();
+    assert!(matches!(end, StreamEnd::Error(_)), "{end:?}");
+    wait_for("the head to call the node dead", || (cluster.status().nodes[0].state == "dead").then_some(()));
+    let deployment = &cluster.status().deployments[0];
+    assert_ne!(deployment.state, "ready");
+    assert!(!deployment.reason.is_empty());
+}
+
+#[test]
+fn a_client_that_goes_away_frees_its_blocks() {
+    let cluster = served("1");
+    let mut stream = running(&cluster);
+    let deployment = || cluster.status().deployments[0].clone();
+    assert_eq!(deployment().running, 1);
+    stream.step().expect("an event");
+    drop(stream);
+    wait_for("the blocks to be free", || {
+        let now = deployment();
+        (now.running == 0 && now.num_blocks_free == now.num_blocks).then_some(())
+    });
+}
+
+/// A small generator, so that a failing run can be repeated.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// 32 streams with prompts of 1 to 600 tokens, half of them cancelled: the rest give the text that they give alone.
+#[test]
+fn streams_give_the_same_text_in_any_company() {
+    let cluster = Cluster::start(2);
+    cluster.serve(&golden("tiny-llama").folder, "m", &["--tensor-parallel-size", "2", "--num-gpu-blocks-override", "400"]);
+    check_company(&cluster, 500, 48);
+}
+
+#[test]
+fn smollm2_gives_the_same_text_in_any_company() {
+    let Some(model) = harness::smollm2() else { return };
+    let cluster = Cluster::start(2);
+    for dtype in ["auto", "float32"] {
+        cluster.serve(&model.folder, "m", &["--tensor-parallel-size", "2", "--dtype", dtype, "--max-model-len", "1024"]);
+        check_company(&cluster, 40_000, 16);
+        assert_eq!(cluster.node.run("coordinator", &["undeploy", "m"]).code, 0);
+    }
+}
+
+fn check_company(cluster: &Cluster, vocabulary: u64, max_tokens: u32) {
+    let mut random = Random(7);
+    let requests: Vec<Value> = (0..32)
+        .map(|_| {
+            let length = 1 + random.below(600);
+            let prompt: Vec<u64> = (0..length).map(|_| random.below(vocabulary)).collect();
+            json!({"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": true, "return_token_ids": true})
+        })
+        .collect();
+    let kept: Vec<bool> = (0..32).map(|index| index % 2 == 0).collect();
+    let streams: Vec<_> = requests
+        .iter()
+        .zip(&kept)
+        .map(|(request, kept)| {
+            let (http, request, kept, cancel_after) = (cluster.http.clone(), request.clone(), *kept, random.below(12));
+            std::thread::spawn(move || {
+                let mut stream = http.stream("/v1/completions", &request);
+                if kept {
+                    assert_eq!(stream.finish(), StreamEnd::Done);
+                    return Some(stream.token_ids);
+                }
+                for _ in 0..cancel_after {
+                    if stream.step().is_err() {
+                        break;
+                    }
+                }
+                None
+            })
+        })
+        .collect();
+    let together: Vec<Option<Vec<u32>>> = streams.into_iter().map(|stream| stream.join().expect("a stream")).collect();
+    for ((request, together), kept) in requests.iter().zip(together).zip(kept) {
+        if !kept {
+            continue;
+        }
+        let alone = cluster.http.ask("/v1/completions", request);
+        assert_eq!(alone["choices"][0]["token_ids"], json!(together), "{}", request["prompt"]);
+    }
+    wait_for("all blocks to be free", || {
+        let now = cluster.status().deployments[0].clone();
+        (now.running == 0 && now.num_blocks_free == now.num_blocks).then_some(())
+    });
+    let (_, metrics) = cluster.http.get("/metrics");
+    let value = |name: &str| metrics.lines().find(|line| line.starts_with(name)).and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+    assert_eq!(value("phalanx_kv_blocks_free"), value("phalanx_kv_blocks_total"), "{metrics}");
+}

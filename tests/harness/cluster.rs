@@ -1,0 +1,226 @@
+//! Processes of a cluster: a head, agents, ranks.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use phalanx_proto::{RankStatus, StatusSnapshot};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::Http;
+
+/// Longest wait for anything that should be quick.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// One machine of a test: a `PHALANX_HOME` and the programs that use it.
+pub struct Node {
+    home: TempDir,
+}
+
+/// What a command of ours did.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its exit code.
+    pub code: i32,
+    /// Data.
+    pub stdout: String,
+    /// Everything else.
+    pub stderr: String,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Node {
+    /// A node with an empty home.
+    pub fn new() -> Self {
+        Self { home: tempfile::Builder::new().prefix("phalanx-").tempdir().expect("a temporary folder") }
+    }
+
+    /// Its `PHALANX_HOME`.
+    pub fn home(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// A command of `program` (coordinator or worker) in this home.
+    pub fn command<A: AsRef<OsStr>>(&self, program: &str, arguments: &[A]) -> Command {
+        let mut command = Command::new(binary(program));
+        command.args(arguments).env("PHALANX_HOME", self.home.path()).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end.
+    pub fn run<A: AsRef<OsStr>>(&self, program: &str, arguments: &[A]) -> Finished {
+        finish(self.command(program, arguments))
+    }
+
+    /// Starts a command and leaves it running, its output in files of the home.
+    pub fn spawn<A: AsRef<OsStr>>(&self, program: &str, arguments: &[A]) -> Child {
+        let log = fs::File::create(self.home.path().join(format!("{program}-test.log"))).expect("a log file");
+        let error = log.try_clone().expect("a log file");
+        self.command(program, arguments).stdout(log).stderr(error).spawn().expect("the program starts")
+    }
+
+    /// What spawned programs and their children wrote so far.
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        let mut folders = vec![self.home.path().to_path_buf()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.extension().is_some_and(|e| e == "log") {
+                    text.push_str(&format!("---- {}\n", path.display()));
+                    text.push_str(&fs::read_to_string(&path).unwrap_or_default());
+                }
+            }
+        }
+        text
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("{}", self.logs());
+        }
+        let _ = finish(self.command("coordinator", &["stop"]));
+        let _ = finish(self.command("worker", &["leave"]));
+    }
+}
+
+fn finish(mut command: Command) -> Finished {
+    let started = Instant::now();
+    let Output { status, stdout, stderr } = command.output().expect("the program starts");
+    Finished {
+        code: status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&stderr).into_owned(),
+        elapsed: started.elapsed(),
+    }
+}
+
+/// One of the two programs: cargo puts them beside the folder of the tests; `cargo xtask test` builds them first.
+fn binary(program: &str) -> PathBuf {
+    let exe = std::env::current_exe().expect("this test's own path");
+    exe.parent().and_then(Path::parent).expect("a folder with the programs").join(program)
+}
+
+/// A head with its own agent.
+pub struct Cluster {
+    /// The head's machine.
+    pub node: Node,
+    /// Cluster address.
+    pub address: String,
+    /// The API.
+    pub http: Http,
+    /// Address of the dashboard.
+    pub dashboard: String,
+}
+
+impl Cluster {
+    /// Starts a head that offers `slots` CPU slots.
+    pub fn start(slots: u32) -> Self {
+        Self::start_with(slots, &[])
+    }
+
+    /// The same with further flags.
+    pub fn start_with(slots: u32, flags: &[&str]) -> Self {
+        let node = Node::new();
+        let slots = slots.to_string();
+        let mut arguments = vec!["start", "--head", "--num-gpus", &slots, "--json"];
+        arguments.extend(["--port", "0", "--http-port", "0", "--dashboard-port", "0"]);
+        arguments.extend(flags);
+        let started = node.run("coordinator", &arguments);
+        assert_eq!(started.code, 0, "start failed: {}\n{}", started.stderr, node.logs());
+        let line: Value = serde_json::from_str(started.stdout.trim()).expect("start --json prints one object");
+        let field = |key: &str| line[key].as_str().unwrap_or_else(|| panic!("{key} in {line}")).to_owned();
+        Self { http: Http::new(&field("http")), address: field("address"), dashboard: field("dashboard"), node }
+    }
+
+    /// Serves a model and waits until it is ready.
+    pub fn serve(&self, model: &Path, name: &str, flags: &[&str]) -> Finished {
+        let mut arguments: Vec<&str> = vec!["serve", model.to_str().expect("a path"), "--served-model-name", name];
+        arguments.extend(flags);
+        let served = self.node.run("coordinator", &arguments);
+        assert_eq!(served.code, 0, "serve failed: {}\n{}", served.stderr, self.node.logs());
+        served
+    }
+
+    /// What `status --json` prints.
+    pub fn status(&self) -> StatusSnapshot {
+        let status = self.node.run("coordinator", &["status", "--json"]);
+        assert_eq!(status.code, 0, "status failed: {}", status.stderr);
+        serde_json::from_str(&status.stdout).unwrap_or_else(|e| panic!("{e}: {}", status.stdout))
+    }
+
+    /// The ranks of one deployment, in rank order.
+    pub fn ranks(&self, deployment: &str) -> Vec<RankStatus> {
+        let mut ranks = self.status().ranks;
+        ranks.retain(|rank| rank.deployment == deployment);
+        ranks.sort_by_key(|rank| rank.rank);
+        ranks
+    }
+
+    /// State of one deployment, or `absent`.
+    pub fn deployment_state(&self, name: &str) -> String {
+        let deployments = self.status().deployments;
+        deployments.into_iter().find(|d| d.name == name).map_or_else(|| "absent".into(), |d| d.state)
+    }
+}
+
+/// Waits until `check` gives something.
+///
+/// # Panics
+/// When it does not within a minute.
+pub fn wait_for<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = check() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Processes that a test looks after, by pid.
+pub struct Processes;
+
+impl Processes {
+    /// True while a process is there and is not a zombie.
+    pub fn alive(pid: u32) -> bool {
+        let state = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let state = state.rsplit(')').next().and_then(|rest| rest.split_whitespace().next().map(str::to_owned));
+        state.is_some_and(|state| state != "Z" && state != "X")
+    }
+
+    /// `kill -9`.
+    pub fn kill(pid: u32) {
+        Self::signal(pid, Signal::SIGKILL);
+    }
+
+    /// Sends a signal.
+    pub fn signal(pid: u32, signal: Signal) {
+        kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("the process is there");
+    }
+
+    /// Waits until all are gone; returns how long it took.
+    pub fn wait_gone(pids: &[u32]) -> Duration {
+        let started = Instant::now();
+        wait_for(&format!("{pids:?} to end"), || pids.iter().all(|pid| !Self::alive(*pid)).then_some(()));
+        started.elapsed()
+    }
+}

@@ -1,0 +1,85 @@
+//! Reference values of transformers, float32 on a CPU; see `tests/goldens`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+/// A tiny model with what it should compute.
+pub struct Golden {
+    /// Its name.
+    pub name: String,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What it should compute.
+    pub prompts: Vec<GoldenPrompt>,
+}
+
+/// One prompt with what follows from it.
+pub struct GoldenPrompt {
+    /// Its name.
+    pub name: String,
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// ln p of each id given those before; none for the first.
+    pub prompt_logprobs: Vec<Option<f64>>,
+    /// The best tokens behind the prompt with their ln p.
+    pub last_top: Vec<(u32, f64)>,
+    /// The greedy continuation.
+    pub greedy: Vec<u32>,
+    /// Its ln p.
+    pub greedy_logprobs: Vec<f64>,
+    /// Best minus second logit at each of its steps.
+    pub margins: Vec<f64>,
+}
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens")
+}
+
+fn read(path: &Path) -> Value {
+    let bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The tiny models of the architectures that are served.
+pub fn goldens() -> Vec<Golden> {
+    ["tiny-llama", "tiny-llama3-rope", "tiny-qwen2", "tiny-qwen2-tied-sharded"].map(golden).into()
+}
+
+/// One tiny model.
+pub fn golden(name: &str) -> Golden {
+    let folder = folder().join(name);
+    let prompts = prompts(&read(&folder.join("goldens.json"))["prompts"]);
+    Golden { name: name.to_owned(), folder, prompts }
+}
+
+/// SmolLM2-135M-Instruct as GGUF with its prompts, or `None` where no registry had it.
+pub fn smollm2() -> Option<Golden> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    if !file.exists() {
+        eprintln!("SmolLM2 is not in .cache/models: run `cargo xtask fetch`");
+        return None;
+    }
+    let goldens = read(&folder().join("smollm2/goldens-A.json"));
+    let prompts = prompts(&goldens["references"]["gguf"]);
+    Some(Golden { name: "smollm2".into(), folder: file, prompts })
+}
+
+fn prompts(list: &Value) -> Vec<GoldenPrompt> {
+    let numbers = |value: &Value| -> Vec<f64> { value.as_array().into_iter().flatten().filter_map(Value::as_f64).collect() };
+    let ids = |value: &Value| -> Vec<u32> {
+        value.as_array().into_iter().flatten().filter_map(Value::as_u64).map(|id| id as u32).collect()
+    };
+    let prompts = list.as_array().expect("prompts");
+    let read = |prompt: &Value| GoldenPrompt {
+        name: prompt["name"].as_str().unwrap_or_default().to_owned(),
+        ids: ids(&prompt["ids"]),
+        prompt_logprobs: prompt["prompt_logprobs"].as_array().expect("logprobs").iter().map(Value::as_f64).collect(),
+        last_top: ids(&prompt["last"]["top20_ids"]).into_iter().zip(numbers(&prompt["last"]["top20_logprobs"])).collect(),
+        greedy: ids(&prompt["greedy"]["ids"]),
+        greedy_logprobs: numbers(&prompt["greedy"]["logprobs"]),
+        margins: numbers(&prompt["greedy"]["margins"]),
+    };
+    prompts.iter().map(read).collect()
+}

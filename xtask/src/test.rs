@@ -1,0 +1,42 @@
+//! `cargo xtask test`: what CI runs, in the order in which it fails soonest.
+
+use std::process::Command;
+use std::time::Instant;
+
+use crate::fetch;
+use crate::process::{build_binaries, cache, cargo, check, root};
+
+/// Checks licences, bans and sources.
+const CARGO_DENY: &str = "0.20.2";
+
+/// Format, lints, what tests need, every test.
+pub fn run() -> anyhow::Result<()> {
+    let started = Instant::now();
+    let step = |name: &str| eprintln!("\n== {name} ({:.0} s)", started.elapsed().as_secs_f64());
+    step("format");
+    check(cargo().args(["fmt", "--all", "--check"]))?;
+    step("lints");
+    check(cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    step("licences, bans, sources");
+    deny()?;
+    step("what tests need");
+    fetch::model()?;
+    fetch::tokenizers()?;
+    step("programs");
+    build_binaries()?;
+    step("tests");
+    check(cargo().args(["test", "--workspace", "--no-fail-fast"]))?;
+    step("all green");
+    Ok(())
+}
+
+/// `cargo deny`, installed below `.cache` on first use. Advisories are left out: their database is not a package.
+fn deny() -> anyhow::Result<()> {
+    let tools = cache().join("tools");
+    let program = tools.join("bin/cargo-deny");
+    if !program.exists() {
+        let install = ["install", "cargo-deny", "--version", CARGO_DENY, "--locked", "--quiet", "--root"];
+        check(cargo().args(install).arg(&tools))?;
+    }
+    check(Command::new(program).current_dir(root()).args(["--log-level", "error", "check", "licenses", "bans", "sources"]))
+}
