@@ -181,6 +181,11 @@ impl TpGroup {
         self
     }
 
+    /// Ranks in the group.
+    pub fn world_size(&self) -> usize {
+        self.members.len()
+    }
+
     /// KV blocks of every rank.
     pub fn num_blocks(&self) -> u32 {
         self.num_blocks
@@ -241,7 +246,9 @@ impl TpGroup {
         self.finished_step = step.plan.step;
         self.finished_at = Instant::now();
         self.num_in_flight -= 1;
-        self.deadlines.observe(num_tokens, self.finished_at - started);
+        let elapsed = self.finished_at - started;
+        self.deadlines.observe(num_tokens, elapsed);
+        tracing::trace!(step = step.plan.step.0, num_tokens, elapsed_us = elapsed.as_micros() as u64, "step finished");
         Ok((step, output))
     }
 

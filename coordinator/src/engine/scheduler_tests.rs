@@ -310,6 +310,33 @@ fn blocks_that_run_out_cost_the_youngest_its_place_and_no_text() {
 }
 
 #[test]
+fn a_step_in_flight_that_gives_blocks_back_spares_the_others() {
+    let mut harness = Harness::new(Setting { num_blocks: 16, steps_in_flight: 3, ..ROOMY });
+    for family in 0..4 {
+        harness.submit(request(prompt(family, 16), 28));
+    }
+    while harness.scheduler.counters().preemptions == 0 {
+        while harness.group.num_in_flight() < 3 && harness.plan() {}
+        harness.commit();
+    }
+    assert_eq!(harness.scheduler.counters().preemptions, 1, "its blocks come back, and others wait for them");
+    harness.run_out();
+}
+
+#[test]
+fn equal_prompts_that_come_together_are_computed_once() {
+    let mut harness = Harness::new(ROOMY);
+    for _ in 0..3 {
+        harness.submit(request(prompt(1, 100), 2));
+    }
+    harness.run_out();
+    assert_eq!(harness.scheduler.counters().cached_tokens, 2 * 96);
+    harness.submit(request(prompt(1, 100), 2));
+    harness.run_out();
+    assert_eq!(harness.scheduler.counters().cached_tokens, 3 * 96);
+}
+
+#[test]
 fn long_prompts_mix_with_decode_in_chunks() {
     let mut harness = Harness::new(ROOMY);
     harness.submit(request(prompt(1, 4), 20));
