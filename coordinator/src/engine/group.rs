@@ -481,3 +481,54 @@ impl Decoder {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use phalanx_proto::{NewSequence, PlanRow, SamplingParams, SeqId, SeqSlot, TokenId};
+    use prost::Message;
+
+    use super::*;
+
+    fn plan(prompts: &[u32]) -> StepPlan {
+        let new = |(index, num_tokens): (usize, &u32)| NewSequence {
+            slot: SeqSlot(index as u32),
+            seq_id: SeqId(index as u64),
+            tokens: (0..*num_tokens).map(|at| TokenId(u32::MAX - at)).collect(),
+            num_prompt_tokens: *num_tokens,
+            blocks: vec![],
+            sampling: SamplingParams::default(),
+        };
+        let row = PlanRow {
+            slot: SeqSlot(0),
+            start: 0,
+            num_tokens: 1,
+            new_blocks: vec![phalanx_proto::BlockId(1)],
+            samples: false,
+            consumes: None,
+        };
+        StepPlan {
+            new_sequences: prompts.iter().enumerate().map(new).collect(),
+            rows: vec![row],
+            ..StepPlan::default()
+        }
+    }
+
+    fn check(prompts: &[u32], num_parts: usize) {
+        let plan = plan(prompts);
+        let messages = to_messages(&plan);
+        assert_eq!(messages.len(), num_parts + 1);
+        assert!(messages.iter().all(|message| message.encoded_len() <= PLAN_BYTES_MAX));
+        let mut decoder = Decoder::default();
+        let mut decoded: Vec<_> = messages.into_iter().filter_map(|message| decoder.decode(message)).collect();
+        assert_eq!(decoded.pop(), Some(HeadMessage::Plan(plan)));
+        assert!(decoded.is_empty());
+    }
+
+    #[test]
+    fn long_prompts_go_ahead_in_parts() {
+        check(&[10], 0);
+        check(&[1_000, 24], 0);
+        check(&[1_000, 25], 1);
+        check(&[30_000, 10, 8_193], 4 + 2);
+    }
+}

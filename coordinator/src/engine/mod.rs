@@ -130,7 +130,7 @@ impl Drop for EndGuard {
         self.0.state.send_if_modified(|state| {
             let ended = matches!(state, EngineState::Failed(_) | EngineState::Stopped);
             if !ended {
-                *state = EngineState::Failed(EngineError::GroupFailed { reason: "the engine broke".into() });
+                *state = EngineState::Failed(EngineError::GroupFailed { reason: handle::BROKEN.into() });
             }
             !ended
         });
