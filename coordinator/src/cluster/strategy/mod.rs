@@ -86,6 +86,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cluster::strategy::Strategy;
 
     #[track_caller]
     fn check(strategy: Strategy, free: &[u32], bundles: &[u32], expected: Option<&[usize]>) {
