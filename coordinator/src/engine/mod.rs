@@ -19,6 +19,8 @@ mod request;
 pub mod scheduler;
 #[cfg(test)]
 mod scheduler_tests;
+#[cfg(test)]
+pub(crate) mod scripted;
 pub mod sequence;
 #[cfg(test)]
 mod simulation;

@@ -1,0 +1,232 @@
+//! The routes against an engine whose answers are written beforehand.
+
+mod chat;
+mod completions;
+mod errors;
+mod surroundings;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::http::{HeaderMap, Request, Response};
+use phalanx_formats::{GenerationDefaults, ModelFiles};
+use phalanx_proto::{SamplingParams, StatusSnapshot, TokenId, TokenLogprobs};
+use tower::ServiceExt;
+
+use super::{ApiState, ServedModel, ServedModels, router};
+use crate::engine::scripted::{self, Cancelled, Submitted};
+use crate::engine::{EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
+use crate::text::TextModel;
+
+/// The end token of the tiny tokenizer.
+const END: TokenId = TokenId(511);
+
+/// The folder of the reference data: named by the environment, or beside or above the repository.
+fn goldens() -> PathBuf {
+    let start = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let found = start.ancestors().map(|folder| folder.join("shared/goldens")).find(|folder| folder.is_dir());
+    let named = option_env!("PHALANX_GOLDENS").map(PathBuf::from);
+    named.or(found).expect("the reference data is missing: put it at shared/goldens or name it in PHALANX_GOLDENS")
+}
+
+fn tiny_text() -> Arc<TextModel> {
+    let files = ModelFiles::open(&goldens().join("tiny-llama")).unwrap();
+    Arc::new(TextModel::load(&files).unwrap())
+}
+
+fn limits() -> EngineLimits {
+    EngineLimits {
+        num_blocks: 64,
+        block_size: 16,
+        max_model_len: 256,
+        max_num_seqs: 8,
+        max_num_batched_tokens: 256,
+        max_queue: 8,
+        steps_in_flight_max: 2,
+        vocab_size: 515,
+        enable_prefix_caching: true,
+        step_time_budget: Duration::from_millis(10),
+        step_deadline_min: Duration::from_secs(5),
+    }
+}
+
+/// How an answer ends.
+enum Ending {
+    Finished(FinishReason),
+    Failed(crate::engine::EngineError),
+    /// It never does.
+    Open,
+}
+
+/// The events of one output that says `text`.
+struct Says {
+    text: &'static str,
+    ending: Ending,
+}
+
+impl Says {
+    fn stop(text: &'static str) -> Self {
+        Self { text, ending: Ending::Finished(FinishReason::Stop(END)) }
+    }
+
+    fn length(text: &'static str) -> Self {
+        Self { text, ending: Ending::Finished(FinishReason::Length) }
+    }
+
+    fn open(text: &'static str) -> Self {
+        Self { text, ending: Ending::Open }
+    }
+
+    async fn send(self, text: Arc<TextModel>, to: Submitted) {
+        let mut tokens = text.encode(self.text, false).unwrap();
+        if let Ending::Finished(FinishReason::Stop(token)) = self.ending {
+            tokens.push(token);
+        }
+        let described = |token: TokenId, count: u32| {
+            let others = [(token, -0.5), (TokenId(40), -1.25), (TokenId(41), -2.5)];
+            TokenLogprobs { token, logprob: -0.5, rank: 1, top: others[..count.min(3) as usize].to_vec() }
+        };
+        if let Some(count) = to.sampling.prompt_logprobs {
+            let entries = to.prompt[1..].iter().map(|token| described(*token, count)).collect();
+            to.events.send(TokenEvent::PromptLogprobs(entries)).await.unwrap();
+        }
+        let usage =
+            Usage { prompt_tokens: to.prompt.len() as u32, completion_tokens: tokens.len() as u32, cached_tokens: 0 };
+        for (index, token) in (0..).zip(tokens) {
+            let logprobs = to.sampling.logprobs.map(|count| described(token, count));
+            if to.events.send(TokenEvent::Token { index, token, logprobs }).await.is_err() {
+                return;
+            }
+            // Outputs of one request take turns, so that streams are interleaved in one way only.
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        match self.ending {
+            Ending::Finished(reason) => drop(to.events.send(TokenEvent::Finished { reason, usage }).await),
+            Ending::Failed(error) => drop(to.events.send(TokenEvent::Failed(error)).await),
+            Ending::Open => to.events.closed().await,
+        }
+    }
+}
+
+/// A router with one model, `tiny`.
+struct Server {
+    router: Router,
+    models: ServedModels,
+    cancelled: Cancelled,
+    /// How the engine was asked to sample, in order.
+    submitted: Arc<Mutex<Vec<SamplingParams>>>,
+}
+
+/// What a test may change of the model.
+struct Setup {
+    has_text: bool,
+    limits: EngineLimits,
+    snapshot: EngineSnapshot,
+    defaults: GenerationDefaults,
+    api_keys: Vec<String>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            has_text: true,
+            limits: limits(),
+            snapshot: EngineSnapshot { num_blocks: 64, num_blocks_free: 48, running: 2, ..EngineSnapshot::default() },
+            defaults: GenerationDefaults::default(),
+            api_keys: Vec::new(),
+        }
+    }
+}
+
+impl Server {
+    fn new(says: impl FnMut(usize) -> Says + Send + 'static) -> Self {
+        Self::with(Setup::default(), says)
+    }
+
+    fn with(setup: Setup, mut says: impl FnMut(usize) -> Says + Send + 'static) -> Self {
+        let text = tiny_text();
+        let submitted = Arc::new(Mutex::new(Vec::new()));
+        let (seen, speaker) = (Arc::clone(&submitted), Arc::clone(&text));
+        let script = move |to: Submitted| {
+            seen.lock().unwrap().push(to.sampling.clone());
+            tokio::spawn(says(to.number).send(Arc::clone(&speaker), to));
+        };
+        let max_model_len = setup.limits.max_model_len;
+        let (engine, cancelled) = scripted::spawn(setup.limits, setup.snapshot, script);
+        let models = ServedModels::default();
+        models.insert(ServedModel {
+            name: "tiny".into(),
+            model_path: "/models/tiny-llama/".into(),
+            aliases: vec!["alias".into()],
+            text: setup.has_text.then_some(text),
+            engine,
+            max_model_len,
+            created: 7,
+            defaults: setup.defaults,
+            end_token_ids: vec![END],
+        });
+        let mut state = ApiState::new(models.clone(), Arc::new(StatusSnapshot::default));
+        state.api_keys = setup.api_keys.into();
+        Self { router: router(state), models, cancelled, submitted }
+    }
+
+    async fn send(&self, request: Request<Body>) -> Response<Body> {
+        self.router.clone().oneshot(request).await.unwrap()
+    }
+
+    async fn post(&self, path: &str, body: &str) -> Answer {
+        let request = Request::post(path)
+            .header("content-type", "application/json")
+            .header("x-request-id", "t")
+            .body(Body::from(body.to_owned()))
+            .unwrap();
+        Answer::read(self.send(request).await).await
+    }
+
+    async fn get(&self, path: &str) -> Answer {
+        Answer::read(self.send(Request::get(path).body(Body::empty()).unwrap()).await).await
+    }
+
+    fn sampling(&self) -> SamplingParams {
+        self.submitted.lock().unwrap().last().unwrap().clone()
+    }
+}
+
+/// An answer, read to its end.
+struct Answer {
+    status: u16,
+    headers: HeaderMap,
+    body: String,
+}
+
+impl Answer {
+    async fn read(response: Response<Body>) -> Self {
+        let (parts, body) = response.into_parts();
+        let bytes = to_bytes(body, usize::MAX).await.unwrap();
+        let body = without_times(std::str::from_utf8(&bytes).unwrap()).replace(super::SYSTEM_FINGERPRINT, "phalanx");
+        Self { status: parts.status.as_u16(), headers: parts.headers, body }
+    }
+
+    fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.body).unwrap()
+    }
+
+    /// The data of the frames of a stream.
+    fn frames(&self) -> Vec<&str> {
+        self.body.split_terminator("\n\n").map(|frame| frame.strip_prefix("data: ").unwrap()).collect()
+    }
+}
+
+/// `"created":N` with N as 0.
+fn without_times(body: &str) -> String {
+    let mut parts = body.split("\"created\":");
+    let mut out = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        out.push_str("\"created\":0");
+        out.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
+    }
+    out
+}
