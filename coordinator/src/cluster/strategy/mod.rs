@@ -85,7 +85,6 @@ fn largest_first(bundles: &[u32]) -> Vec<usize> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
     use crate::cluster::strategy::Strategy;
 
     #[track_caller]
