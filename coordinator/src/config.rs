@@ -150,6 +150,11 @@ impl Home {
         self.run_dir().join("head.sock")
     }
 
+    /// The record of the running agent, which the agent writes.
+    pub fn agent_record(&self) -> PathBuf {
+        self.run_dir().join("agent.json")
+    }
+
     /// The record of the running head.
     pub fn head_record(&self) -> PathBuf {
         self.run_dir().join("head.json")

@@ -9,4 +9,12 @@
 pub mod api;
 pub mod engine;
 pub mod metrics;
+pub mod cli;
+pub mod cluster;
+pub mod config;
+pub mod dashboard;
+pub mod head;
+pub mod logging;
+mod security;
+mod store;
 pub mod text;

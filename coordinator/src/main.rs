@@ -1,3 +1,6 @@
 //! The `coordinator` binary.
+#![forbid(unsafe_code)]
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    phalanx_coordinator::cli::main()
+}

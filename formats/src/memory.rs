@@ -36,3 +36,34 @@ fn local_shape(geometry: &Geometry, plan: &ShardPlan, sharding: Sharding, rows: 
         Sharding::InnerCols => (rows, plan.inner.padded),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Architecture;
+    use crate::test_support::small_geometry;
+
+    #[test]
+    fn a_kv_block_counts_both_sides_of_all_layers() {
+        let geometry = small_geometry(Architecture::Llama);
+        let check = |world_size, dtype, expected| {
+            let plan = ShardPlan::new(&geometry, world_size, world_size - 1, 1, 1);
+            assert_eq!(kv_block_bytes(&geometry, &plan, 16, dtype), expected);
+        };
+        check(1, StoredType::F32, 2 * 3 * 3 * 16 * 32 * 4);
+        check(2, StoredType::F16, 2 * 3 * 2 * 16 * 32 * 2);
+        check(5, StoredType::F16, 2 * 3 * 16 * 32 * 2);
+    }
+
+    #[test]
+    fn weights_are_counted_as_they_are_stored_and_padded() {
+        let geometry = small_geometry(Architecture::Llama);
+        let plan = ShardPlan::new(&geometry, 2, 0, 32, 32);
+        let (hidden, inner, vocab) = (96, plan.inner.padded as u64, plan.vocab.padded as u64);
+        assert_eq!((inner, vocab, plan.attention.padded), (128, 64, 192));
+        // Q, K, V, gate, up have `hidden` columns; O and down have that many rows. 34 bytes hold 32 values.
+        let layer = (192 + 64 + 64 + 2 * inner) * hidden + hidden * (192 + inner);
+        let expected = (3 * layer + 2 * vocab * hidden) / 32 * 34 + (3 * 2 + 1) * hidden * 4;
+        assert_eq!(weight_bytes(&geometry, &plan, |_| StoredType::Q8_0), expected);
+    }
+}

@@ -217,6 +217,12 @@ pub enum WorkerError {
         /// What came.
         found: &'static str,
     },
+    /// The head ended the rank before it was ready.
+    #[error("the head ended the start: {reason}")]
+    ShutDown {
+        /// What the head said.
+        reason: String,
+    },
     /// The session took no events for too long.
     #[error("the session took no event for {waited_ms} ms")]
     SessionStuck {
@@ -261,7 +267,8 @@ impl WorkerError {
             Self::Kernel(KernelError::Collective(_)) | Self::Collective(_) => "communicator",
             Self::Kernel(_) | Self::NoToken { .. } | Self::Device { .. } | Self::KvMemory { .. } => "device",
             Self::Deadline { .. } => "deadline",
-            Self::SessionStuck { .. }
+            Self::ShutDown { .. }
+            | Self::SessionStuck { .. }
             | Self::SessionGone { .. }
             | Self::Thread(_)
             | Self::Meminfo(_)

@@ -6,6 +6,7 @@ use phalanx_formats::{Geometry, ShardPlan, StoredType, kv_block_bytes};
 use phalanx_kernels::{KernelError, KvShape, Ops};
 use phalanx_proto::{LoadModel, NodeId, RankCapacity};
 
+use crate::backend::ranks_here;
 use crate::error::WorkerError;
 
 /// Most bytes that a CPU rank takes for KV blocks by itself; `--num-gpu-blocks-override` goes beyond.
@@ -71,7 +72,7 @@ impl KvBudget<'_> {
     /// Memory is too small for one sequence of the longest length.
     pub fn capacity(&self, load: &LoadModel) -> Result<RankCapacity, WorkerError> {
         let block_bytes = kv_block_bytes(self.geometry, self.plan, load.block_size as usize, self.dtype).max(1);
-        let ranks_here = load.rank_nodes.iter().filter(|node| *node == self.node_id).count().max(1) as u64;
+        let ranks_here = ranks_here(self.node_id, load) as u64;
         let blocks_of_one = u64::from(load.max_model_len.div_ceil(load.block_size));
         let num_blocks = match load.num_blocks_override {
             Some(num_blocks) => u64::from(num_blocks),

@@ -12,4 +12,5 @@ pub mod kv_cache;
 pub mod layers;
 pub mod models;
 pub mod runner;
+pub mod shard;
 pub mod weights;

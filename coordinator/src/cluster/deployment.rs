@@ -154,6 +154,8 @@ pub(super) struct Deployment {
     pub gave_up: bool,
     /// The table of served models shows what serves now.
     pub published: bool,
+    /// It is being brought up to date.
+    pub publishing: bool,
     pub stopping_since: Option<Instant>,
     pub watchers: Vec<mpsc::Sender<DeployEvent>>,
     pub undeploy_replies: Vec<oneshot::Sender<Result<(), ClusterError>>>,
@@ -173,6 +175,7 @@ impl Deployment {
             has_served: false,
             gave_up: false,
             published: false,
+            publishing: false,
             stopping_since: None,
             watchers: Vec::new(),
             undeploy_replies: Vec::new(),

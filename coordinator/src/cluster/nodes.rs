@@ -193,7 +193,8 @@ impl NodeTable {
                 _ => continue,
             };
             node.state = state;
-            node.reason = format!("its agent (pid {}) has been silent for {:.0} s", node.hello.pid, silent.as_secs_f64());
+            node.reason =
+                format!("its agent (pid {}) has been silent for {:.0} s", node.hello.pid, silent.as_secs_f64());
             if state == NodeState::Dead {
                 died.push(id.clone());
             }

@@ -134,7 +134,8 @@ fn arithmetic(nodes: &[NodeCapacity], wanted: &Wanted) -> String {
     match wanted.strategy {
         Strategy::StrictPack if wanted.replicas == 1 => {
             let one = if size == 1 { needs } else { format!("{needs} on one node") };
-            let largest = nodes.iter().rev().max_by_key(|node| node.num_slots).map(|n| format!("{} ({})", n.num_slots, n.id));
+            let largest =
+                nodes.iter().rev().max_by_key(|node| node.num_slots).map(|n| format!("{} ({})", n.num_slots, n.id));
             format!("{one}; the largest node has {}", largest.unwrap_or_default())
         }
         Strategy::StrictPack => format!("{needs}, each on one node; {}", census(nodes)),

@@ -5,13 +5,28 @@
 //!
 //! **Invariant:** only ranks of the current incarnation count; a stage that wants processes names them all.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use phalanx_proto::{Incarnation, Phase, Rank, RankCapacity, RankProcess};
+use phalanx_proto::{Incarnation, NodeId, Phase, Rank, RankCapacity, RankProcess};
+use tokio::task::AbortHandle;
 
 use super::placement_group::Place;
-use crate::engine::{EngineHandle, RankLink};
+use crate::engine::EngineHandle;
+use crate::engine::group::RankLink;
 use crate::security::LaunchToken;
+
+/// An agent that was told to start a rank and then not to may never speak of it.
+const UNSPOKEN: Duration = Duration::from_secs(1);
+
+/// The task that starts a group; it ends with this value, and the ranks' streams with it.
+#[derive(Debug)]
+pub(super) struct Starter(pub AbortHandle);
+
+impl Drop for Starter {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
 
 /// Where a replica stands.
 #[derive(Debug)]
@@ -24,7 +39,7 @@ pub(super) enum Stage {
         since: Instant,
     },
     /// All ranks are there; the group starts.
-    Starting,
+    Starting(Starter),
     /// It takes steps.
     Serving(EngineHandle),
     /// It broke; its processes end, and it may start again later.
@@ -50,6 +65,8 @@ pub(super) enum Process {
     Asked,
     /// It runs.
     Running(u32),
+    /// Its machine is gone.
+    Lost(u32),
     /// It has ended.
     Exited {
         /// Its pid, 0 where it never ran.
@@ -61,6 +78,13 @@ pub(super) enum Process {
         /// The end of its log.
         last_lines: String,
     },
+}
+
+impl Process {
+    /// Whether its end was seen.
+    pub fn has_exited(&self) -> bool {
+        matches!(self, Self::Exited { .. })
+    }
 }
 
 /// One rank of the current incarnation.
@@ -100,7 +124,7 @@ impl RankRecord {
     pub fn pid(&self) -> u32 {
         match self.process {
             Process::Asked => 0,
-            Process::Running(pid) | Process::Exited { pid, .. } => pid,
+            Process::Running(pid) | Process::Lost(pid) | Process::Exited { pid, .. } => pid,
         }
     }
 
@@ -149,7 +173,7 @@ impl Replica {
 
     /// Whether its ranks' processes should run.
     pub fn wants_processes(&self) -> bool {
-        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting | Stage::Serving(_) | Stage::Draining)
+        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting(_) | Stage::Serving(_) | Stage::Draining)
     }
 
     /// Its engine, where it takes steps.
@@ -191,9 +215,27 @@ impl Replica {
         self.stage = Stage::Broken { since: now, decide_at };
     }
 
+    /// Whether all its processes are gone. One that an agent never spoke of counts as gone after a second.
+    pub fn is_gone(&self, since: Instant, now: Instant) -> bool {
+        let patient = now.saturating_duration_since(since) < UNSPOKEN;
+        !self.lingering().any(|rank| patient || rank.process != Process::Asked)
+    }
+
+    /// Notes that the machine of some ranks is gone; true where it had any.
+    pub fn lose_node(&mut self, node: &NodeId) -> bool {
+        let mut any = false;
+        for rank in self.ranks.iter_mut().filter(|rank| rank.place.node == *node) {
+            if matches!(rank.process, Process::Asked | Process::Running(_)) {
+                rank.process = Process::Lost(rank.pid());
+                any = true;
+            }
+        }
+        any
+    }
+
     /// Ranks whose process may still run, with their places.
     pub fn lingering(&self) -> impl Iterator<Item = &RankRecord> {
-        self.ranks.iter().filter(|rank| !matches!(rank.process, Process::Exited { .. }))
+        self.ranks.iter().filter(|rank| matches!(rank.process, Process::Asked | Process::Running(_)))
     }
 
     /// The words for why it broke: what the agents saw of the processes says more than a closed stream.
@@ -224,8 +266,6 @@ fn signal_name(signal: i32) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use phalanx_proto::NodeId;
-
     use super::*;
 
     fn replica(num_ranks: u32, now: Instant) -> Replica {

@@ -38,6 +38,8 @@ pub struct DeploymentSpec {
     pub model_path: PathBuf,
     /// Where tokenizer files lie, if not with the model.
     pub tokenizer: Option<PathBuf>,
+    /// Text of a chat template in place of the model's own.
+    pub chat_template: Option<String>,
     /// Ranks of one replica.
     pub tensor_parallel_size: TensorParallelSize,
     /// Copies of the model.
@@ -89,6 +91,7 @@ impl DeploymentSpec {
             model: model.to_owned(),
             model_path: PathBuf::from(model),
             tokenizer: None,
+            chat_template: None,
             tensor_parallel_size: TensorParallelSize::Fixed(1),
             replicas: 1,
             strategy: Strategy::default(),

@@ -2,8 +2,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use minijinja::value::{Serde, Value};
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Serde, Value};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::Map;
 
@@ -61,9 +61,7 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_function("strftime_now", |format: String| strftime_utc(&format, SystemTime::now()));
-        environment
-            .add_template_owned("chat", without_generation_tags(&template))
-            .map_err(TextError::Template)?;
+        environment.add_template_owned("chat", without_generation_tags(&template)).map_err(TextError::Template)?;
         Ok(Self {
             environment,
             bos_token: tokenizer.bos_token().map(str::to_owned),
@@ -115,7 +113,10 @@ fn without_generation_tags(template: &str) -> String {
     while let Some(start) = rest.find("{%") {
         let Some(len) = rest[start..].find("%}") else { break };
         let tag = &rest[start..start + len + 2];
-        let name = tag.trim_start_matches("{%").trim_end_matches("%}").trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
+        let name = tag
+            .trim_start_matches("{%")
+            .trim_end_matches("%}")
+            .trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
         out.push_str(&rest[..start]);
         if name == "generation" || name == "endgeneration" {
             // An empty comment keeps the tag's white-space control.
@@ -133,7 +134,17 @@ fn without_generation_tags(template: &str) -> String {
 /// `strftime` in UTC, with the fields that chat templates use.
 fn strftime_utc(format: &str, now: SystemTime) -> String {
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
         "December",
     ];
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
@@ -196,6 +207,9 @@ mod tests {
 
     #[test]
     fn generation_tags_write_nothing() {
-        assert_eq!(without_generation_tags("a{% generation %}b{%- endgeneration -%}c{% if x %}"), "a{# #}b{#- -#}c{% if x %}");
+        assert_eq!(
+            without_generation_tags("a{% generation %}b{%- endgeneration -%}c{% if x %}"),
+            "a{# #}b{#- -#}c{% if x %}"
+        );
     }
 }

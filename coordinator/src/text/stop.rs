@@ -26,11 +26,8 @@ impl StopMatcher {
     /// Takes the next piece of text.
     pub fn push(&mut self, piece: &str) -> StopStep {
         self.held.push_str(piece);
-        let first = self
-            .stops
-            .iter()
-            .filter_map(|stop| Some((self.held.find(stop.as_str())?, stop)))
-            .min_by_key(|(at, _)| *at);
+        let first =
+            self.stops.iter().filter_map(|stop| Some((self.held.find(stop.as_str())?, stop))).min_by_key(|(at, _)| *at);
         if let Some((at, stop)) = first {
             let (stop, end) = (stop.clone(), if self.include { at + stop.len() } else { at });
             let text = self.held[..end].to_owned();

@@ -67,11 +67,7 @@ impl Tokenizer {
             Value::Object(object) => object.get("content")?.as_str().map(str::to_owned),
             _ => None,
         };
-        Ok(Self {
-            inner: inner.map_err(unusable)?,
-            bos_token: token("bos_token"),
-            eos_token: token("eos_token"),
-        })
+        Ok(Self { inner: inner.map_err(unusable)?, bos_token: token("bos_token"), eos_token: token("eos_token") })
     }
 
     /// Token ids of a text.

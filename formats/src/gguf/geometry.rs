@@ -33,7 +33,8 @@ pub(crate) fn geometry(metadata: Metadata<'_>) -> Result<Geometry, ModelError> {
         tied_embeddings: !has_tensor(metadata, "output.weight"),
         qkv_bias: architecture == Architecture::Qwen2 || has_tensor(metadata, "blk.0.attn_q.bias"),
         sliding_window: match architecture {
-            Architecture::Llama => metadata.count(&key("attention.sliding_window"))?,
+            // 0 is how files say that there is none.
+            Architecture::Llama => metadata.count(&key("attention.sliding_window"))?.filter(|window| *window > 0),
             Architecture::Qwen2 => None,
         },
     };

@@ -293,6 +293,33 @@ fn safetensors_headers_that_lie_are_refused() {
     check_refused(&safetensors(&Value::Object(lacking).to_string(), data_len - 16), "model.norm.weight");
 }
 
+/// Llama's `attention_bias` also speaks of the output projection; conversions of biased models write zeros there.
+#[test]
+fn a_bias_that_no_layer_applies_must_be_zero() {
+    let (mut header, data_len) = llama_header();
+    let bias = json!({"dtype": "BF16", "shape": [8], "data_offsets": [data_len, data_len + 16]});
+    header.insert("model.layers.0.self_attn.o_proj.bias".to_owned(), bias);
+    let mut bytes = safetensors(&Value::Object(header).to_string(), data_len + 16);
+    assert!(open_with(&bytes).is_ok());
+    *bytes.last_mut().unwrap() = 0x3f;
+    check_refused(&bytes, "o_proj.bias: is not zero");
+}
+
+/// Whatever byte of a header is changed, the file is read or refused; nothing panics.
+#[test]
+fn a_changed_byte_never_panics() {
+    let (header, data_len) = llama_header();
+    let bytes = safetensors(&Value::Object(header).to_string(), data_len);
+    let path = PathBuf::from("changed.safetensors");
+    for at in 0..bytes.len() - data_len {
+        for value in [0, b'9', b'"', b'}', 0xff] {
+            let mut changed = bytes.clone();
+            changed[at] = value;
+            let _ = super::read_header(&path, &changed);
+        }
+    }
+}
+
 #[test]
 fn a_cut_safetensors_file_is_refused_wherever_it_is_cut() {
     let (header, data_len) = llama_header();

@@ -126,9 +126,13 @@ pub(crate) fn store_v<E: KvElement>(head: &mut [E], slot: usize, values: &[f32])
     E::convert(values, &mut head[slot * values.len()..(slot + 1) * values.len()]);
 }
 
-/// The heads of K or V, each written by one thread.
-pub(crate) fn head_of<'a, E: KvElement>(all: &'a Disjoint<'_, E>, shape: &KvShape, head: usize) -> &'a mut [E] {
+/// One head of K or V.
+///
+/// # Safety
+/// A head is handed out to one thread at a time.
+#[expect(clippy::mut_from_ref, reason = "the caller promises that heads are handed out once")]
+pub(crate) unsafe fn head_of<'a, E: KvElement>(all: &'a Disjoint<'_, E>, shape: &KvShape, head: usize) -> &'a mut [E] {
     let len = num_slots(shape) * shape.head_dim;
-    // SAFETY: the caller of `rope_store` gives each head to one part.
+    // SAFETY: heads do not overlap, and the caller hands each out once.
     unsafe { all.slice(head * len, len) }
 }

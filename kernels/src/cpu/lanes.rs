@@ -29,7 +29,6 @@ pub(crate) trait Lanes: Copy {
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
-    fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, rounded once.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `if a < b { a } else { b }`: `b` where either is NaN.
@@ -166,10 +165,6 @@ impl Lanes for Portable {
         each(|i| a[i] * b[i])
     }
     #[inline(always)]
-    fn div(self, a: Self::V, b: Self::V) -> Self::V {
-        each(|i| a[i] / b[i])
-    }
-    #[inline(always)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         each(|i| a[i].mul_add(b[i], c[i]))
     }
@@ -303,11 +298,6 @@ mod x86 {
             unsafe { _mm512_mul_ps(a, b) }
         }
         #[inline(always)]
-        fn div(self, a: __m512, b: __m512) -> __m512 {
-            // SAFETY: AVX-512F.
-            unsafe { _mm512_div_ps(a, b) }
-        }
-        #[inline(always)]
         fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
             // SAFETY: AVX-512F.
             unsafe { _mm512_fmadd_ps(a, b, c) }
@@ -431,10 +421,6 @@ mod x86 {
         #[inline(always)]
         fn mul(self, a: Self::V, b: Self::V) -> Self::V {
             both!(_mm256_mul_ps, a, b)
-        }
-        #[inline(always)]
-        fn div(self, a: Self::V, b: Self::V) -> Self::V {
-            both!(_mm256_div_ps, a, b)
         }
         #[inline(always)]
         fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {

@@ -4,8 +4,12 @@
 //!
 //! **Invariant:** a kind that cannot be used is refused by name when the rank starts; nothing falls back to another one.
 
+pub mod cpu;
+
 use std::fmt;
 use std::str::FromStr;
+
+use phalanx_proto::{LoadModel, NodeId};
 
 use crate::error::WorkerError;
 
@@ -32,6 +36,33 @@ impl DeviceKind {
             Self::Rocm => "rocm",
         }
     }
+
+    /// Whether this build can use it.
+    ///
+    /// # Errors
+    /// It cannot; the message says what to use.
+    pub fn check(self) -> Result<(), WorkerError> {
+        let reason = "this build has no kernels for it; use --device cpu";
+        match self {
+            Self::Cpu | Self::Reference => Ok(()),
+            Self::Cuda | Self::Rocm => Err(WorkerError::Device { device: self.as_str(), reason }),
+        }
+    }
+}
+
+/// Ranks of the group that run on a node; at least the one that asks.
+pub fn ranks_here(node_id: &NodeId, load: &LoadModel) -> usize {
+    load.rank_nodes.iter().filter(|node| *node == node_id).count().max(1)
+}
+
+/// Threads that a rank computes with: as asked for, or its share of the CPUs that the process may use.
+pub fn num_threads(asked: usize, node_id: &NodeId, load: &LoadModel) -> usize {
+    if asked > 0 { asked } else { (num_cpus() / ranks_here(node_id, load)).max(1) }
+}
+
+/// CPUs that the process may use.
+pub fn num_cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 impl fmt::Display for DeviceKind {

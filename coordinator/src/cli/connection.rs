@@ -1,0 +1,85 @@
+//! Which head a command talks to: the one that was named, else the one in this home.
+
+use clap::Args;
+
+use super::{CliError, Surroundings};
+use crate::cluster::membership::{CallError, HeadAddress, HeadClient};
+use crate::config::defaults;
+use crate::head::running_head;
+
+/// Names a head.
+#[derive(Debug, Clone, Args)]
+pub struct AddressFlag {
+    /// The head's cluster address [default: the head of this PHALANX_HOME]
+    #[arg(long, value_name = "HOST:PORT", env = "PHALANX_ADDRESS")]
+    pub address: Option<String>,
+}
+
+/// Finds and connects the head; `None` where none is named and none runs in this home.
+///
+/// # Errors
+/// A head is named and does not answer.
+pub async fn find(address: Option<&str>, surroundings: &Surroundings) -> Result<Option<HeadClient>, CliError> {
+    if let Some(address) = address.filter(|address| !address.is_empty()) {
+        return Ok(Some(HeadClient::connect(parse(address)?).await?));
+    }
+    let Some(record) = running_head(&surroundings.environment.home) else { return Ok(None) };
+    let local = record.socket.map_or_else(|| HeadAddress::Tcp(record.address.clone()), HeadAddress::Socket);
+    match HeadClient::connect(local).await {
+        Ok(client) => Ok(Some(client)),
+        // It ended between the look at its record and the call.
+        Err(CallError::Unreachable { .. }) if !record.process.is_alive() => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The same where a head must be there.
+///
+/// # Errors
+/// None is, or it does not answer.
+pub async fn require(address: Option<&str>, surroundings: &Surroundings) -> Result<HeadClient, CliError> {
+    find(address, surroundings).await?.ok_or_else(|| {
+        let home = surroundings.environment.home.path().display();
+        CliError::no_head(
+            format!("no head runs in {home}"),
+            "Start one with: coordinator start --head; or name one with --address HOST:PORT",
+        )
+    })
+}
+
+/// Takes `host`, `host:port`, `[v6]:port` and the same behind `http://`.
+fn parse(text: &str) -> Result<HeadAddress, CliError> {
+    let bad = || CliError::usage(format!("--address {text} is not HOST:PORT"));
+    let bare = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+    let (host, port) = match bare.rsplit_once(':') {
+        Some((host, port)) if !host.contains(':') || host.ends_with(']') => (host, port.parse().map_err(|_| bad())?),
+        Some(_) => return Err(bad()),
+        None => (bare, defaults::CLUSTER_PORT),
+    };
+    if host.is_empty() || port == 0 || host.contains(['/', ' ', '@']) {
+        return Err(bad());
+    }
+    Ok(HeadAddress::Tcp(format!("{host}:{port}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(text: &str, expected: Option<&str>) {
+        assert_eq!(parse(text).ok(), expected.map(|text| HeadAddress::Tcp(text.to_owned())), "{text}");
+    }
+
+    #[test]
+    fn addresses_are_read_as_people_write_them() {
+        check("head:9", Some("head:9"));
+        check("head", Some("head:8001"));
+        check("http://10.0.0.1:8001/", Some("10.0.0.1:8001"));
+        check("[::1]:8001", Some("[::1]:8001"));
+        check("::1", None);
+        check("head:x", None);
+        check("head:0", None);
+        check(":1", None);
+    }
+}

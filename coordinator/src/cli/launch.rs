@@ -1,0 +1,299 @@
+//! Starting processes: the head, and this machine's agent beside it.
+//!
+//! **Invariant:** what was started is known by its pid; a start that fails leaves nothing behind.
+
+use std::fs::{self, OpenOptions};
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::head_process::StartLine;
+use super::{CliError, Outcome, Surroundings};
+use crate::cluster::ClusterHandle;
+use crate::cluster::membership::HeadClient;
+use crate::config::{Home, defaults, parse_duration};
+use crate::head::{HeadOptions, HeadRecord, PortWish};
+
+/// Which devices a machine offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum DeviceChoice {
+    /// GPUs if there are any, else CPU
+    #[default]
+    Auto,
+    /// NVIDIA GPUs
+    Cuda,
+    /// AMD GPUs
+    Rocm,
+    /// CPU slots
+    Cpu,
+}
+
+impl DeviceChoice {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Cuda => "cuda",
+            Self::Rocm => "rocm",
+            Self::Cpu => "cpu",
+        }
+    }
+}
+
+/// Where a head listens.
+#[derive(Debug, Clone, Args)]
+pub struct HeadFlags {
+    /// Port of the cluster (gRPC); 0 picks a free one
+    #[arg(long, default_value_t = defaults::CLUSTER_PORT)]
+    pub port: u16,
+    /// Host of the cluster's port; 0.0.0.0 lets machines join
+    #[arg(long, default_value = defaults::HOST)]
+    pub cluster_host: String,
+    /// Where other machines reach this one, if not at --cluster-host
+    #[arg(long, value_name = "HOST")]
+    pub advertise_address: Option<String>,
+    /// Port of the OpenAI-compatible API; 0 picks a free one
+    #[arg(long, default_value_t = defaults::HTTP_PORT)]
+    pub http_port: u16,
+    /// Host of the OpenAI-compatible API
+    #[arg(long, default_value = defaults::HOST)]
+    pub host: String,
+    /// Port of the dashboard; 0 picks a free one
+    #[arg(long, default_value_t = defaults::DASHBOARD_PORT)]
+    pub dashboard_port: u16,
+    /// Host of the dashboard
+    #[arg(long, default_value = defaults::HOST)]
+    pub dashboard_host: String,
+    /// How long agents and ranks outlive the head
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = parse_duration)]
+    pub head_grace: Duration,
+}
+
+impl HeadFlags {
+    /// The head's options in this home.
+    pub fn options(&self, home: &Home) -> HeadOptions {
+        let wish = |purpose, flag, host_flag, host: &str, port| PortWish {
+            purpose,
+            flag,
+            host_flag,
+            host: host.to_owned(),
+            port,
+        };
+        let http = wish("HTTP", "--http-port", "--host", &self.host, self.http_port);
+        let dashboard = (&self.dashboard_host, self.dashboard_port);
+        HeadOptions {
+            home: home.clone(),
+            cluster: wish("the cluster", "--port", "--cluster-host", &self.cluster_host, self.port),
+            http,
+            dashboard: wish("the dashboard", "--dashboard-port", "--dashboard-host", dashboard.0, dashboard.1),
+            advertise_address: self.advertise_address.clone(),
+            head_grace: self.head_grace,
+            api_keys: Vec::new(),
+        }
+    }
+
+    /// The same flags for another process.
+    fn words(&self) -> Vec<String> {
+        let mut words = vec![
+            format!("--port={}", self.port),
+            format!("--cluster-host={}", self.cluster_host),
+            format!("--http-port={}", self.http_port),
+            format!("--host={}", self.host),
+            format!("--dashboard-port={}", self.dashboard_port),
+            format!("--dashboard-host={}", self.dashboard_host),
+            format!("--head-grace={}ms", self.head_grace.as_millis()),
+        ];
+        words.extend(self.advertise_address.as_ref().map(|address| format!("--advertise-address={address}")));
+        words
+    }
+}
+
+/// What this machine's agent offers.
+#[derive(Debug, Clone, Args)]
+pub struct DeviceFlags {
+    /// Device slots to offer [default: all GPUs, or one CPU slot]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub num_gpus: Option<u32>,
+    /// Which devices to offer
+    #[arg(long, value_enum, default_value_t)]
+    pub device: DeviceChoice,
+}
+
+/// A runtime for a head or a command.
+///
+/// # Errors
+/// The system gives no threads.
+pub fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("head").build()?)
+}
+
+/// Stops the cluster on SIGINT or SIGTERM; a second one ends the process at once.
+///
+/// # Errors
+/// Signals cannot be received.
+pub fn end_on_signals(cluster: ClusterHandle) -> Outcome {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::spawn(async move {
+        let mut asked = false;
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            if std::mem::replace(&mut asked, true) {
+                std::process::exit(i32::from(CliError::FAILED));
+            }
+            let cluster = cluster.clone();
+            // The answer is that `RunningHead::ended` resolves.
+            tokio::spawn(async move { cluster.stop().await });
+        }
+    });
+    Ok(())
+}
+
+/// Starts the head as a process of its own; returns when it listens.
+///
+/// # Errors
+/// It cannot listen, or not in time.
+pub fn start_head(surroundings: &Surroundings, flags: &HeadFlags) -> Result<(Child, HeadRecord), CliError> {
+    let log_dir = surroundings.environment.home.log_dir();
+    fs::create_dir_all(&log_dir)?;
+    let log_path = log_dir.join("head.log");
+    let log = OpenOptions::new().create(true).append(true).open(&log_path)?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("head-process").args(flags.words());
+    command.arg(format!("--log-format={}", surroundings.global.log_format.as_str()));
+    command.args(surroundings.global.log_level.as_ref().map(|level| format!("--log-level={level}")));
+    command.env("PHALANX_HOME", surroundings.environment.home.path());
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn()?;
+    match first_line(&mut child) {
+        Some(StartLine::Listening(record)) => Ok((child, record)),
+        Some(StartLine::Failed { exit, code, message, hint }) => {
+            let _ = child.wait();
+            Err(CliError { exit, code, message, hint })
+        }
+        None => {
+            let _ = child.kill();
+            let _ = child.wait();
+            let message = format!("the head did not listen; its log is {}", log_path.display());
+            Err(CliError::failed("start_failed", message))
+        }
+    }
+}
+
+fn first_line(child: &mut Child) -> Option<StartLine> {
+    let output = child.stdout.take()?;
+    let (sender, receiver) = mpsc::sync_channel(1);
+    std::thread::spawn(move || {
+        let mut line = String::new();
+        let read = BufReader::new(output).read_line(&mut line);
+        let _ = sender.send(read.ok().and_then(|_| serde_json::from_str(&line).ok()));
+    });
+    receiver.recv_timeout(defaults::HEAD_START_DEADLINE).ok().flatten()
+}
+
+/// What `worker join --json` says.
+#[derive(Debug, Deserialize)]
+struct JoinLine {
+    pid: u32,
+}
+
+/// Starts this machine's agent; returns its pid when the head has taken it in.
+///
+/// # Errors
+/// It refuses (no such devices), or it does not join in time.
+pub async fn start_agent(
+    surroundings: &Surroundings,
+    record: &HeadRecord,
+    flags: &DeviceFlags,
+) -> Result<u32, CliError> {
+    let program = worker_program()?;
+    let mut command = tokio::process::Command::new(&program);
+    command.args(["join", "--with-head", "--json", "--address", &record.address, "--device", flags.device.as_str()]);
+    command.args(flags.num_gpus.map(|num| format!("--num-gpus={num}")));
+    command.arg(format!("--log-format={}", surroundings.global.log_format.as_str()));
+    command.args(surroundings.global.log_level.as_ref().map(|level| format!("--log-level={level}")));
+    command.env("PHALANX_HOME", surroundings.environment.home.path()).env_remove("PHALANX_ADDRESS");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    let run = tokio::time::timeout(defaults::AGENT_JOIN_DEADLINE, command.output());
+    let seconds = defaults::AGENT_JOIN_DEADLINE.as_secs();
+    let late = |_| CliError::failed("agent_failed", format!("this machine's agent did not start within {seconds} s"));
+    let output = run
+        .await
+        .map_err(late)?
+        .map_err(|error| CliError::failed("agent_failed", format!("cannot start {}: {error}", program.display())))?;
+    let words = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(agent_refused(output.status.code(), &words));
+    }
+    eprint!("{words}");
+    let line: Option<JoinLine> = serde_json::from_slice(&output.stdout).ok();
+    let pid = line
+        .map(|line| line.pid)
+        .ok_or_else(|| CliError::failed("agent_failed", format!("{} is of another version", program.display())))?;
+    wait_for_agent(record, pid).await?;
+    Ok(pid)
+}
+
+/// The agent's own words, without its marks of an error.
+fn agent_refused(code: Option<i32>, words: &str) -> CliError {
+    let said: Option<serde_json::Value> = words.lines().rev().find_map(|line| serde_json::from_str(line).ok());
+    let field = |name: &str| said.as_ref().and_then(|said| said["error"][name].as_str()).unwrap_or_default().to_owned();
+    let exit = code.and_then(|code| u8::try_from(code).ok()).unwrap_or(CliError::FAILED);
+    let message = match field("message") {
+        message if !message.is_empty() => message,
+        _ => words.trim().trim_start_matches("error: ").to_owned(),
+    };
+    let message = if message.is_empty() { "this machine's agent did not start".to_owned() } else { message };
+    CliError { exit, code: "agent_failed".to_owned(), message, hint: field("hint") }
+}
+
+async fn wait_for_agent(record: &HeadRecord, pid: u32) -> Outcome {
+    let client = HeadClient::connect(local_address(record)).await?;
+    let started = Instant::now();
+    while started.elapsed() < defaults::AGENT_JOIN_DEADLINE {
+        let snapshot = client.status().await?;
+        if snapshot.nodes.iter().any(|node| node.pid == pid && node.state == "alive") {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let seconds = defaults::AGENT_JOIN_DEADLINE.as_secs();
+    let log_dir = record.log_dir.display();
+    Err(CliError::failed(
+        "agent_failed",
+        format!("this machine's agent (pid {pid}) did not join within {seconds} s; see {log_dir}"),
+    ))
+}
+
+/// The nearest way to a head of this machine.
+pub fn local_address(record: &HeadRecord) -> crate::cluster::membership::HeadAddress {
+    use crate::cluster::membership::HeadAddress;
+    record.socket.clone().map_or_else(|| HeadAddress::Tcp(record.address.clone()), HeadAddress::Socket)
+}
+
+/// The `worker` program beside this one.
+fn worker_program() -> Result<PathBuf, CliError> {
+    let this = std::env::current_exe()?;
+    let beside = this.with_file_name("worker");
+    if beside.is_file() {
+        return Ok(beside);
+    }
+    let message = format!("the worker program is not beside {}", this.display());
+    Err(CliError::failed("agent_failed", message).with_hint("Install both programs in one folder"))
+}
+
+/// Ends a head that was just started and is of no use.
+pub async fn abandon_head(mut child: Child, record: &HeadRecord) {
+    if let Ok(client) = HeadClient::connect(local_address(record)).await {
+        let _ = client.stop().await;
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+}

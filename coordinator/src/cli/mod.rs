@@ -1,0 +1,148 @@
+//! The command line: one file per subcommand.
+//!
+//! Parses flags, asks a head through `HeadClient`, prints. Data goes to stdout, everything else to stderr.
+//!
+//! **Invariant:** a command ends with the exit code of its outcome: 0 done, 1 failed, 2 wrong usage, 3 cannot be placed,
+//! 4 no head answers. No command acts on a process by name.
+
+mod completions;
+mod connection;
+mod failure;
+mod head_process;
+mod launch;
+mod progress;
+pub mod serve;
+mod serve_flags;
+mod start;
+mod status;
+mod status_text;
+mod stop;
+mod undeploy;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+pub use failure::{CliError, Outcome};
+
+use crate::config::Environment;
+use crate::logging::{self, LogFormat};
+
+/// A distributed inference server: one head, any number of machines.
+#[derive(Debug, Parser)]
+#[command(name = "coordinator", version, propagate_version = true, max_term_width = 110)]
+#[command(after_help = "Example:\n  coordinator start --head --num-gpus 2\n  coordinator serve ./Qwen2.5-7B-Instruct \
+                        --tensor-parallel-size 2\n  coordinator status")]
+pub struct Cli {
+    #[command(flatten)]
+    global: GlobalFlags,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Flags of every subcommand.
+#[derive(Debug, Clone, Args)]
+pub struct GlobalFlags {
+    /// Log filter: error, warn, info, debug, trace, or a list of target=level
+    #[arg(long, global = true, value_name = "LEVEL")]
+    pub log_level: Option<String>,
+    /// How log lines look
+    #[arg(long, global = true, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+enum Command {
+    Start(start::StartFlags),
+    Serve(Box<serve_flags::ServeFlags>),
+    Status(status::StatusFlags),
+    Undeploy(undeploy::UndeployFlags),
+    Stop(stop::StopFlags),
+    Completions(completions::CompletionsFlags),
+    #[command(hide = true)]
+    HeadProcess(head_process::HeadProcessFlags),
+}
+
+/// What every subcommand is given.
+#[derive(Debug, Clone)]
+pub struct Surroundings {
+    /// What the environment says.
+    pub environment: Environment,
+    /// Flags of every subcommand.
+    pub global: GlobalFlags,
+}
+
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let Cli { global, command } = Cli::parse();
+    let environment = Environment::read();
+    let quiet = if matches!(command, Command::HeadProcess(_)) { "info" } else { "warn" };
+    let filter = global.log_level.clone().or_else(|| environment.log.clone()).unwrap_or_else(|| quiet.to_owned());
+    if let Err(message) = logging::install(&filter, global.log_format) {
+        return CliError::usage(message).report(false);
+    }
+    let surroundings = Surroundings { environment, global };
+    let (json, result) = match command {
+        Command::Start(flags) => (flags.json, start::run(&surroundings, &flags)),
+        Command::Serve(flags) => (flags.json, serve::run(&surroundings, &flags)),
+        Command::Status(flags) => (flags.json, status::run(&surroundings, &flags)),
+        Command::Undeploy(flags) => (flags.json, undeploy::run(&surroundings, &flags)),
+        Command::Stop(flags) => (flags.json, stop::run(&surroundings, &flags)),
+        Command::Completions(flags) => (false, completions::run(&flags)),
+        Command::HeadProcess(flags) => (true, head_process::run(&surroundings, &flags)),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(json),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_subcommand_has_an_example() {
+        for command in Cli::command().get_subcommands_mut().filter(|command| !command.is_hide_set()) {
+            let name = command.get_name().to_owned();
+            let help = command.render_long_help().to_string();
+            assert!(help.contains("Example:") && help.contains(&format!("coordinator {name}")), "{name}: {help}");
+        }
+    }
+
+    #[test]
+    fn the_commands_of_the_manual_parse() {
+        for line in [
+            "start --head --num-gpus=2",
+            "start --head --num-gpus 2 --json --port 0 --http-port 0 --dashboard-port 0 --block --device cpu",
+            "serve ./m --tensor-parallel-size 4 --placement-strategy pack --wait 60s",
+            "serve --model ./m --tensor-parallel-size auto --dtype float16 --gpu-memory-utilization 0.95",
+            "serve ./m --trust-remote-code --worker-use-ray --swap-space 0 --num-gpu-blocks-override 4096 --port 0",
+            "serve ./m --enable-prefix-caching --disable-log-stats --max-model-len 4096 --env A=b --env C=d",
+            "status --json --watch",
+            "undeploy m",
+            "stop --log-level debug --log-format json",
+            "completions bash",
+        ] {
+            let words = std::iter::once("coordinator").chain(line.split(' '));
+            assert!(Cli::try_parse_from(words).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn wrong_usage_is_exit_code_two() {
+        for line in ["start", "serve", "serve m --block-size x", "undeploy", "serve m --wait soon", "frobnicate"] {
+            let words = std::iter::once("coordinator").chain(line.split(' '));
+            let error = Cli::try_parse_from(words).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}");
+        }
+    }
+}

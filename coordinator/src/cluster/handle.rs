@@ -1,0 +1,171 @@
+//! The way to the cluster's task: what others may ask of it.
+
+use std::time::{Duration, Instant};
+
+use phalanx_proto::{
+    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, NodeId, RankHello, Term,
+};
+use tokio::sync::{mpsc, oneshot};
+
+use super::deployment::{CheckedSpec, DeployEvent};
+use super::event::ClusterEvent;
+use super::nodes::{AgentSession, Patience};
+use super::reconcile::Reconciler;
+use super::{ClusterError, ServingChange, StatusBoard};
+use crate::config::defaults;
+use crate::engine::group::RankLink;
+
+/// What a cluster is told once, when it starts.
+#[derive(Debug, Clone)]
+pub struct ClusterSettings {
+    /// This life of the head.
+    pub term: Term,
+    /// The head's part of `status`.
+    pub head: HeadStatus,
+    /// The Unix socket for this machine.
+    pub socket: Option<HeadSocket>,
+    /// Time between heartbeats.
+    pub heartbeat: Duration,
+    /// When a silent agent is late, and dead.
+    pub patience: Patience,
+    /// How long agents and ranks outlive the head.
+    pub head_grace: Duration,
+    /// Time for ranks to be started and to dial.
+    pub connect_deadline: Duration,
+    /// How long a broken group waits for word of its processes.
+    pub settle: Duration,
+    /// Time for processes to end.
+    pub end_deadline: Duration,
+    /// Time for running requests when their deployment stops.
+    pub drain: Duration,
+    /// Most restarts of a replica within `restart_window`.
+    pub restarts_max: usize,
+    /// The window in which restarts are counted.
+    pub restart_window: Duration,
+}
+
+impl ClusterSettings {
+    /// The defaults of `config`.
+    pub fn new(term: Term, head: HeadStatus, socket: Option<HeadSocket>, head_grace: Duration) -> Self {
+        Self {
+            term,
+            head,
+            socket,
+            heartbeat: defaults::HEARTBEAT,
+            patience: Patience { suspect_after: defaults::SUSPECT_AFTER, dead_after: defaults::DEAD_AFTER },
+            head_grace,
+            connect_deadline: defaults::CONNECT_DEADLINE,
+            settle: defaults::SETTLE,
+            end_deadline: defaults::END_DEADLINE,
+            drain: defaults::DRAIN,
+            restarts_max: defaults::RESTARTS_MAX,
+            restart_window: defaults::RESTART_WINDOW,
+        }
+    }
+}
+
+/// Starts the cluster's task on the current runtime. It ends after [`ClusterHandle::stop`].
+pub fn start(settings: ClusterSettings, serving: mpsc::Sender<ServingChange>) -> (ClusterHandle, StatusBoard) {
+    let (events, inbox) = mpsc::channel(defaults::CLUSTER_QUEUE);
+    let board = StatusBoard::new(Instant::now());
+    let handle = ClusterHandle { events: events.clone() };
+    tokio::spawn(Reconciler::new(settings, events, serving, board.clone()).run(inbox));
+    (handle, board)
+}
+
+/// Asks things of the cluster's task.
+#[derive(Clone)]
+pub struct ClusterHandle {
+    events: mpsc::Sender<ClusterEvent>,
+}
+
+impl ClusterHandle {
+    /// Takes an agent in; what it should do comes through `commands`.
+    ///
+    /// # Errors
+    /// The agent may not join, or the head is stopping.
+    pub async fn join(
+        &self,
+        hello: AgentHello,
+        peer: String,
+        commands: mpsc::Sender<AgentCommand>,
+    ) -> Result<AgentSession, ClusterError> {
+        self.ask(|reply| ClusterEvent::AgentJoined { hello: Box::new(hello), peer, commands, reply }).await?
+    }
+
+    /// Passes on what an agent said.
+    ///
+    /// # Errors
+    /// The head is stopping.
+    pub async fn agent_said(
+        &self,
+        node: &NodeId,
+        session: AgentSession,
+        event: AgentEvent,
+    ) -> Result<(), ClusterError> {
+        self.send(ClusterEvent::AgentSaid { node: node.clone(), session, event }).await
+    }
+
+    /// Tells that an agent's stream ended.
+    ///
+    /// # Errors
+    /// The head is stopping.
+    pub async fn agent_gone(&self, node: &NodeId, session: AgentSession) -> Result<(), ClusterError> {
+        self.send(ClusterEvent::AgentGone { node: node.clone(), session }).await
+    }
+
+    /// Takes a rank's stream in.
+    ///
+    /// # Errors
+    /// Nobody asked for this rank; it should end.
+    pub async fn rank_dialed(&self, hello: RankHello, link: RankLink) -> Result<(), ClusterError> {
+        self.ask(|reply| ClusterEvent::RankDialed { hello, link, reply }).await?
+    }
+
+    /// Asks for a deployment; `watcher` hears how it goes, last `Ready` or `Failed`.
+    ///
+    /// # Errors
+    /// The head is stopping.
+    pub async fn deploy(&self, checked: CheckedSpec, watcher: mpsc::Sender<DeployEvent>) -> Result<(), ClusterError> {
+        self.send(ClusterEvent::Deploy { checked: Box::new(checked), watcher }).await
+    }
+
+    /// Removes a deployment; returns when its slots are free.
+    ///
+    /// # Errors
+    /// There is none of this name, or its processes did not end in time.
+    pub async fn undeploy(&self, name: DeploymentName) -> Result<(), ClusterError> {
+        self.ask(|reply| ClusterEvent::Undeploy { name, reply }).await?
+    }
+
+    /// Sends a node away: its ranks end, then its agent.
+    ///
+    /// # Errors
+    /// There is none of this id.
+    pub async fn leave(&self, node: NodeId) -> Result<(), ClusterError> {
+        self.ask(|reply| ClusterEvent::Leave { node, reply }).await?
+    }
+
+    /// Ends all deployments, then all agents; returns when they are gone or the deadline has passed.
+    ///
+    /// # Errors
+    /// The head is stopping already.
+    pub async fn stop(&self) -> Result<(), ClusterError> {
+        self.ask(|reply| ClusterEvent::Stop { reply }).await
+    }
+
+    /// Resolves when the cluster's task has ended.
+    pub async fn stopped(&self) {
+        self.events.closed().await;
+    }
+
+    async fn send(&self, event: ClusterEvent) -> Result<(), ClusterError> {
+        self.events.send(event).await.map_err(|_| ClusterError::Unavailable)
+    }
+
+    async fn ask<T>(&self, event: impl FnOnce(oneshot::Sender<T>) -> ClusterEvent) -> Result<T, ClusterError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(event(reply)).await?;
+        answer.await.map_err(|_| ClusterError::Unavailable)
+    }
+}

@@ -1,0 +1,123 @@
+//! From ranks that are there to an engine that takes steps, and back: the only place that starts and stops engines.
+//!
+//! **Invariant:** each task ends in exactly one event to the cluster's task, unless it is aborted by it.
+
+use std::time::Duration;
+
+use phalanx_proto::{Epoch, LoadModel, NodeId, Term};
+use tokio::sync::mpsc;
+
+use super::deployment::CheckedSpec;
+use super::event::{ClusterEvent, GroupKey, RankStep, StartedGroup};
+use super::replica::Starter;
+use crate::config::defaults;
+use crate::engine::group::{RankLink, TpGroup};
+use crate::engine::{self, EngineHandle, EngineLimits, StartDeadlines, StartProgress};
+use crate::security;
+
+/// What one start needs.
+pub(super) struct GroupStart {
+    pub key: GroupKey,
+    pub links: Vec<RankLink>,
+    pub load: LoadModel,
+    pub limits: EngineLimits,
+}
+
+/// What the ranks load.
+pub(super) fn load_model(checked: &CheckedSpec, term: Term, epoch: Epoch, rank_nodes: Vec<NodeId>) -> LoadModel {
+    let spec = &checked.spec;
+    LoadModel {
+        term,
+        epoch,
+        model_path: spec.model_path.display().to_string(),
+        load_format: spec.load_format.clone(),
+        dtype: spec.dtype.clone(),
+        kv_cache_dtype: spec.kv_cache_dtype.clone(),
+        world_size: u32::try_from(rank_nodes.len()).unwrap_or(u32::MAX),
+        block_size: spec.block_size,
+        max_model_len: spec.max_model_len(&checked.geometry),
+        max_num_seqs: spec.max_num_seqs,
+        max_num_batched_tokens: spec.max_num_batched_tokens,
+        memory_utilization: spec.memory_utilization,
+        num_blocks_override: spec.num_blocks_override,
+        seed: spec.seed,
+        group_key: security::group_key(),
+        rank_nodes,
+        steps_in_flight_max: defaults::STEPS_IN_FLIGHT_MAX,
+        enforce_eager: spec.enforce_eager,
+        collective_interface: spec.collective_interface.clone(),
+        collective_ports: spec.collective_ports,
+    }
+}
+
+/// The engine's limits; the number of KV blocks comes from the ranks.
+pub(super) fn engine_limits(checked: &CheckedSpec) -> EngineLimits {
+    let spec = &checked.spec;
+    EngineLimits {
+        num_blocks: 0,
+        block_size: spec.block_size,
+        max_model_len: spec.max_model_len(&checked.geometry),
+        max_num_seqs: spec.max_num_seqs,
+        max_num_batched_tokens: spec.max_num_batched_tokens,
+        max_queue: spec.max_queue,
+        steps_in_flight_max: defaults::STEPS_IN_FLIGHT_MAX,
+        vocab_size: u32::try_from(checked.geometry.vocab_size).unwrap_or(u32::MAX),
+        enable_prefix_caching: spec.enable_prefix_caching,
+        step_time_budget: defaults::STEP_TIME_BUDGET,
+        step_deadline_min: defaults::STEP_DEADLINE_MIN,
+    }
+}
+
+/// Drives a group's start; ends in `GroupStarted`.
+pub(super) fn start_group(start: GroupStart, events: mpsc::Sender<ClusterEvent>) -> Starter {
+    let GroupStart { key, links, load, limits } = start;
+    let task = tokio::spawn(async move {
+        let (progress, reports) = mpsc::channel(defaults::PEER_QUEUE);
+        let relay = relay(reports, key.clone(), events.clone());
+        let started = TpGroup::start(links, load, StartDeadlines::default(), progress);
+        let (result, ()) = tokio::join!(started, relay);
+        let result = match result {
+            Ok(group) => {
+                let group = group.with_incarnation(key.incarnation);
+                let num_blocks = group.num_blocks();
+                let engine = engine::spawn(group, EngineLimits { num_blocks, ..limits });
+                Ok(StartedGroup { engine, num_blocks })
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        let _ = events.send(ClusterEvent::GroupStarted { group: key, result }).await;
+    });
+    Starter(task.abort_handle())
+}
+
+/// Passes the ranks' phases on until the start is over.
+async fn relay(mut reports: mpsc::Receiver<StartProgress>, group: GroupKey, events: mpsc::Sender<ClusterEvent>) {
+    while let Some(StartProgress { rank, phase, fraction, detail, capacity }) = reports.recv().await {
+        let step = RankStep { rank, phase, fraction, detail, capacity };
+        let event = ClusterEvent::RankProgress { group: group.clone(), step };
+        if events.send(event).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Watches an engine; ends in `GroupFailed` when its group breaks.
+pub(super) fn watch_engine(key: GroupKey, engine: EngineHandle, events: mpsc::Sender<ClusterEvent>) {
+    tokio::spawn(async move {
+        let reason = engine.failed().await.to_string();
+        let _ = events.send(ClusterEvent::GroupFailed { group: key, reason }).await;
+    });
+}
+
+/// Drains an engine; ends in `GroupStopped`.
+pub(super) fn stop_engine(key: GroupKey, engine: EngineHandle, drain: Duration, events: mpsc::Sender<ClusterEvent>) {
+    tokio::spawn(async move {
+        engine.stop(drain).await;
+        let _ = events.send(ClusterEvent::GroupStopped { group: key }).await;
+    });
+}
+
+/// Ends an engine that nobody wants any more.
+pub(super) fn discard_engine(engine: EngineHandle) {
+    tokio::spawn(async move { engine.stop(Duration::ZERO).await });
+}

@@ -1,0 +1,102 @@
+//! What the command line asks: status, deploy, undeploy, leave, stop.
+
+use phalanx_proto::{DeploymentName, NodeId, WireError, pb};
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use tracing::error;
+
+use super::super::admission;
+use super::super::{ClusterHandle, DeployEvent, DeployFailure, DeployFailureCode, DeploymentSpec, StatusBoard};
+use crate::config::defaults;
+
+/// Answers the command line.
+pub(super) struct AdminService {
+    pub cluster: ClusterHandle,
+    pub board: StatusBoard,
+}
+
+#[tonic::async_trait]
+impl pb::admin_server::Admin for AdminService {
+    type DeployStream = std::pin::Pin<Box<dyn futures::Stream<Item = Result<pb::DeployEvent, Status>> + Send>>;
+
+    async fn status(&self, _: Request<pb::StatusRequest>) -> Result<Response<pb::StatusReply>, Status> {
+        let snapshot_json = to_json(&self.board.snapshot())?;
+        Ok(Response::new(pb::StatusReply { snapshot_json }))
+    }
+
+    async fn deploy(&self, request: Request<pb::DeployRequest>) -> Result<Response<Self::DeployStream>, Status> {
+        let spec: DeploymentSpec = serde_json::from_str(&request.into_inner().spec_json)
+            .map_err(|error| Status::invalid_argument(format!("not a deployment: {error}")))?;
+        let (watcher, events) = mpsc::channel(defaults::WATCH_QUEUE);
+        match admission::check(spec).await {
+            Ok(checked) => self.cluster.deploy(checked, watcher).await?,
+            Err(failure) => {
+                let _ = watcher.try_send(DeployEvent::Failed(failure));
+            }
+        }
+        let events = ReceiverStream::new(events).map(|event| to_wire(&event));
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    async fn undeploy(&self, request: Request<pb::UndeployRequest>) -> Result<Response<pb::UndeployReply>, Status> {
+        self.cluster.undeploy(DeploymentName(request.into_inner().name)).await?;
+        Ok(Response::new(pb::UndeployReply {}))
+    }
+
+    async fn stop(&self, _: Request<pb::StopRequest>) -> Result<Response<pb::StopReply>, Status> {
+        self.cluster.stop().await?;
+        Ok(Response::new(pb::StopReply {}))
+    }
+
+    async fn leave(&self, request: Request<pb::LeaveRequest>) -> Result<Response<pb::LeaveReply>, Status> {
+        self.cluster.leave(NodeId(request.into_inner().node_id)).await?;
+        Ok(Response::new(pb::LeaveReply {}))
+    }
+}
+
+fn to_json(value: &impl serde::Serialize) -> Result<String, Status> {
+    serde_json::to_string(value).map_err(|error| {
+        error!(%error, "a snapshot cannot be written as JSON");
+        Status::internal(error.to_string())
+    })
+}
+
+fn to_wire(event: &DeployEvent) -> Result<pb::DeployEvent, Status> {
+    use pb::deploy_event::Event;
+    let event = match event.clone() {
+        DeployEvent::Progress { state, text, rank, phase, fraction } => {
+            Event::Progress(pb::DeployProgress { state, text, rank, phase, fraction })
+        }
+        DeployEvent::Ready(status) => Event::Ready(pb::DeployReady { deployment_json: to_json(&status)? }),
+        DeployEvent::Failed(DeployFailure { code, message, hint }) => {
+            Event::Failed(pb::DeployFailed { code: code.as_str().to_owned(), message, hint })
+        }
+    };
+    Ok(pb::DeployEvent { event: Some(event) })
+}
+
+/// A `DeployEvent` from the wire.
+pub(super) fn from_wire(event: pb::DeployEvent) -> Result<DeployEvent, WireError> {
+    use pb::deploy_event::Event;
+    let missing = WireError::Missing { message: "DeployEvent", field: "event" };
+    Ok(match event.event.ok_or(missing)? {
+        Event::Progress(pb::DeployProgress { state, text, rank, phase, fraction }) => {
+            DeployEvent::Progress { state, text, rank, phase, fraction }
+        }
+        Event::Ready(ready) => {
+            let status = serde_json::from_str(&ready.deployment_json);
+            DeployEvent::Ready(status.map_err(|error| WireError::Invalid {
+                field: "deployment_json",
+                value: error.to_string(),
+                expected: "a deployment's status",
+            })?)
+        }
+        Event::Failed(pb::DeployFailed { code, message, hint }) => {
+            let known = DeployFailureCode::ALL.into_iter().find(|known| known.as_str() == code);
+            let invalid = WireError::Invalid { field: "code", value: code, expected: "a code of a failed deployment" };
+            DeployEvent::Failed(DeployFailure { code: known.ok_or(invalid)?, message, hint })
+        }
+    })
+}

@@ -1,0 +1,57 @@
+//! Agents' streams.
+
+use std::pin::Pin;
+
+use futures::{Stream, StreamExt};
+use phalanx_proto::{AgentEvent, NodeId, pb};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::warn;
+
+use super::super::{AgentSession, ClusterHandle};
+use super::{first_message, refused};
+use crate::config::defaults;
+
+/// Takes agents in.
+pub(super) struct AgentService {
+    pub cluster: ClusterHandle,
+}
+
+#[tonic::async_trait]
+impl pb::agents_server::Agents for AgentService {
+    type JoinStream = Pin<Box<dyn Stream<Item = Result<pb::HeadToAgent, Status>> + Send>>;
+
+    async fn join(&self, request: Request<Streaming<pb::AgentMessage>>) -> Result<Response<Self::JoinStream>, Status> {
+        let peer = request.remote_addr().map_or_else(|| "127.0.0.1".to_owned(), |address| address.ip().to_string());
+        let mut inbound = request.into_inner();
+        let first = AgentEvent::try_from(first_message(&mut inbound).await?).map_err(|error| refused(&error))?;
+        let AgentEvent::Hello(hello) = first else {
+            return Err(Status::invalid_argument("an agent's first message must be hello"));
+        };
+        let node = hello.node_id.clone();
+        let (commands, outbound) = mpsc::channel(defaults::PEER_QUEUE);
+        let session = self.cluster.join(hello, peer, commands).await?;
+        tokio::spawn(listen(self.cluster.clone(), node, session, inbound));
+        let outbound = ReceiverStream::new(outbound).map(|command| Ok(pb::HeadToAgent::from(command)));
+        Ok(Response::new(Box::pin(outbound)))
+    }
+}
+
+/// Passes on what an agent says until its stream ends.
+async fn listen(cluster: ClusterHandle, node: NodeId, session: AgentSession, mut inbound: Streaming<pb::AgentMessage>) {
+    while let Ok(Some(message)) = inbound.message().await {
+        match AgentEvent::try_from(message) {
+            Ok(event) => {
+                if cluster.agent_said(&node, session, event).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                warn!(node_id = %node, %error, "agent sent a message that cannot be taken");
+                break;
+            }
+        }
+    }
+    let _ = cluster.agent_gone(&node, session).await;
+}

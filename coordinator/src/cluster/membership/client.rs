@@ -1,0 +1,193 @@
+//! The command line's side: a head at an address, asked with deadlines.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use phalanx_proto::{StatusSnapshot, pb};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status, Streaming};
+
+use super::super::{DeployEvent, DeploymentSpec};
+use super::admin::from_wire;
+use crate::config::defaults;
+
+/// Where a head listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HeadAddress {
+    /// `HOST:PORT`.
+    Tcp(String),
+    /// A Unix socket of this machine.
+    Socket(PathBuf),
+}
+
+impl fmt::Display for HeadAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => f.write_str(address),
+            Self::Socket(path) => path.display().fmt(f),
+        }
+    }
+}
+
+/// Why a head did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// Nobody answers.
+    #[error("no head answers at {address}: {reason}")]
+    Unreachable {
+        /// Where it was looked for.
+        address: HeadAddress,
+        /// What the system said.
+        reason: String,
+    },
+    /// It refuses.
+    #[error("{0}")]
+    Refused(String),
+    /// It answers something that this version does not understand.
+    #[error("the head's answer cannot be read ({0}): are both programs of the same version?")]
+    Unreadable(String),
+    /// It ended, or the connection did, before the answer.
+    #[error("the head at {address} went away: {reason}")]
+    Lost {
+        /// Where it was.
+        address: HeadAddress,
+        /// What the system said.
+        reason: String,
+    },
+}
+
+/// A connection to a head.
+#[derive(Debug, Clone)]
+pub struct HeadClient {
+    admin: pb::admin_client::AdminClient<Channel>,
+    address: HeadAddress,
+}
+
+impl HeadClient {
+    /// Connects.
+    ///
+    /// # Errors
+    /// Nobody listens there, or not in time.
+    pub async fn connect(address: HeadAddress) -> Result<Self, CallError> {
+        let unreachable = |reason| CallError::Unreachable { address: address.clone(), reason };
+        let uri = match &address {
+            HeadAddress::Tcp(host) => format!("http://{host}"),
+            HeadAddress::Socket(path) => format!("unix://{}", path.display()),
+        };
+        let endpoint = Endpoint::from_shared(uri).map_err(|error| unreachable(error.to_string()))?;
+        let endpoint = endpoint
+            .connect_timeout(defaults::CALL_CONNECT_DEADLINE)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(defaults::KEEPALIVE)
+            .keep_alive_timeout(defaults::KEEPALIVE_TIMEOUT);
+        let channel = tokio::time::timeout(defaults::CALL_CONNECT_DEADLINE, endpoint.connect())
+            .await
+            .map_err(|_| unreachable(format!("no answer in {} s", defaults::CALL_CONNECT_DEADLINE.as_secs())))?
+            .map_err(|error| unreachable(root_cause(&error)))?;
+        let limit = defaults::MESSAGE_BYTES_MAX;
+        let admin = pb::admin_client::AdminClient::new(channel).max_decoding_message_size(limit);
+        Ok(Self { admin, address })
+    }
+
+    /// Where the head is.
+    pub fn address(&self) -> &HeadAddress {
+        &self.address
+    }
+
+    /// The cluster as it is now.
+    ///
+    /// # Errors
+    /// The head does not answer in time.
+    pub async fn status(&self) -> Result<StatusSnapshot, CallError> {
+        let mut admin = self.admin.clone();
+        let call = admin.status(pb::StatusRequest {});
+        let reply = self.in_time(defaults::CALL_DEADLINE, call).await?;
+        serde_json::from_str(&reply.snapshot_json).map_err(|error| CallError::Unreadable(error.to_string()))
+    }
+
+    /// Asks for a deployment; the events end with `Ready` or `Failed`.
+    ///
+    /// # Errors
+    /// The head does not answer in time.
+    pub async fn deploy(&self, spec: &DeploymentSpec) -> Result<DeployEvents, CallError> {
+        let spec_json = serde_json::to_string(spec).map_err(|error| CallError::Unreadable(error.to_string()))?;
+        let mut admin = self.admin.clone();
+        let call = admin.deploy(pb::DeployRequest { spec_json });
+        let events = self.in_time(defaults::CALL_DEADLINE + super::super::admission::DEADLINE, call).await?;
+        Ok(DeployEvents { events, address: self.address.clone() })
+    }
+
+    /// Removes a deployment; returns when its slots are free.
+    ///
+    /// # Errors
+    /// There is none of this name, or it did not end in time.
+    pub async fn undeploy(&self, name: &str) -> Result<(), CallError> {
+        let mut admin = self.admin.clone();
+        let call = admin.undeploy(pb::UndeployRequest { name: name.to_owned() });
+        self.in_time(defaults::STOP_DEADLINE, call).await.map(drop)
+    }
+
+    /// Ends the cluster; returns when agents and ranks have ended.
+    ///
+    /// # Errors
+    /// The head does not answer in time.
+    pub async fn stop(&self) -> Result<(), CallError> {
+        let mut admin = self.admin.clone();
+        let call = admin.stop(pb::StopRequest {});
+        self.in_time(defaults::STOP_DEADLINE, call).await.map(drop)
+    }
+
+    async fn in_time<T>(
+        &self,
+        deadline: Duration,
+        call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+    ) -> Result<T, CallError> {
+        let late = || CallError::Lost {
+            address: self.address.clone(),
+            reason: format!("no answer within {} s", deadline.as_secs()),
+        };
+        let reply = tokio::time::timeout(deadline, call).await.map_err(|_| late())?;
+        reply.map(tonic::Response::into_inner).map_err(|status| self.explain(&status))
+    }
+
+    fn explain(&self, status: &Status) -> CallError {
+        explain(&self.address, status)
+    }
+}
+
+/// What a head says of a deployment that was asked for.
+pub struct DeployEvents {
+    events: Streaming<pb::DeployEvent>,
+    address: HeadAddress,
+}
+
+impl DeployEvents {
+    /// The next event; waits as long as the deployment takes (the head keeps its deadlines).
+    ///
+    /// # Errors
+    /// The head went away, or speaks another version.
+    pub async fn next(&mut self) -> Result<DeployEvent, CallError> {
+        let event = self.events.message().await.map_err(|status| explain(&self.address, &status))?;
+        let ended = || CallError::Lost { address: self.address.clone(), reason: "the stream ended".to_owned() };
+        from_wire(event.ok_or_else(ended)?).map_err(|error| CallError::Unreadable(error.to_string()))
+    }
+}
+
+fn explain(address: &HeadAddress, status: &Status) -> CallError {
+    match status.code() {
+        Code::Unavailable | Code::Unknown | Code::Cancelled => {
+            CallError::Lost { address: address.clone(), reason: status.message().to_owned() }
+        }
+        _ => CallError::Refused(status.message().to_owned()),
+    }
+}
+
+/// The innermost cause: what the system said.
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}

@@ -1,0 +1,193 @@
+//! What agents and ranks say, taken into the records.
+
+use std::time::Instant;
+
+use phalanx_proto::{
+    AgentCommand, AgentEvent, AgentHello, AgentWelcome, NodeId, Phase, Rank, RankHello, RankKey, RankObserved,
+    RankProcess,
+};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::super::event::{GroupKey, RankStep, StartedGroup};
+use super::super::nodes::{AgentSession, JoinError};
+use super::super::replica::Stage;
+use super::super::{ClusterError, launch};
+use super::{AgentLink, Reconciler};
+use crate::engine::group::RankLink;
+
+impl Reconciler {
+    pub(super) fn agent_joined(
+        &mut self,
+        hello: AgentHello,
+        peer: String,
+        commands: mpsc::Sender<AgentCommand>,
+        now: Instant,
+    ) -> Result<AgentSession, ClusterError> {
+        if self.stopping.is_some() {
+            return Err(JoinError::Stopping.into());
+        }
+        let id = hello.node_id.clone();
+        let address = if hello.address.is_empty() { peer } else { hello.address.clone() };
+        let (num_slots, pid) = (hello.num_slots, hello.pid);
+        let session = self.nodes.join(hello, address, now)?;
+        if self.agents.remove(&id).is_some() {
+            self.break_groups_on(&id, format!("the agent of {id} dialed again"), now);
+        }
+        let welcome = AgentWelcome {
+            term: self.settings.term,
+            heartbeat: self.settings.heartbeat,
+            head_grace: self.settings.head_grace,
+            version: phalanx_proto::VERSION.to_owned(),
+            socket: self.settings.socket.clone(),
+        };
+        commands.try_send(AgentCommand::Welcome(welcome)).map_err(|_| ClusterError::Unavailable)?;
+        info!(node_id = %id, num_slots, pid, "node joined");
+        self.agents.insert(id, AgentLink { session, commands, revision: 0, told: None });
+        Ok(session)
+    }
+
+    pub(super) fn agent_said(&mut self, node: &NodeId, session: AgentSession, event: AgentEvent, now: Instant) {
+        if !self.nodes.heard(node, session, now) {
+            return;
+        }
+        match event {
+            AgentEvent::Hello(_) | AgentEvent::Heartbeat { .. } => {}
+            AgentEvent::Rank(observed) => self.rank_observed(observed, now),
+            AgentEvent::Leaving(reason) => {
+                info!(node_id = %node, reason, "node leaves");
+                self.nodes.leaving(node, session, reason);
+                self.leaving.entry(node.clone()).or_default();
+            }
+        }
+    }
+
+    pub(super) fn agent_gone(&mut self, node: &NodeId, session: AgentSession, now: Instant) {
+        if self.agents.get(node).is_some_and(|link| link.session == session) {
+            self.agents.remove(node);
+        }
+        if self.nodes.closed(node, session) && self.stopping.is_none() {
+            warn!(node_id = %node, "node died");
+        }
+        if self.nodes.node(node).is_some_and(|known| known.session == session) {
+            self.lose_node(node, now);
+        }
+    }
+
+    /// A node's processes are gone, in whatever way.
+    pub(super) fn lose_node(&mut self, node: &NodeId, now: Instant) {
+        self.agents.remove(node);
+        let reason = self.nodes.node(node).map(|known| known.reason.clone()).unwrap_or_default();
+        self.break_groups_on(node, format!("node {node} is gone: {reason}"), now);
+        for reply in self.leaving.remove(node).unwrap_or_default() {
+            let _ = reply.send(Ok(()));
+        }
+    }
+
+    fn break_groups_on(&mut self, node: &NodeId, cause: String, now: Instant) {
+        let mut broken = Vec::new();
+        for (name, deployment) in &mut self.deployments {
+            for (number, replica) in deployment.replicas.iter_mut().enumerate() {
+                if replica.lose_node(node) && replica.wants_processes() {
+                    let (deployment, incarnation) = (name.clone(), replica.incarnation);
+                    broken.push(GroupKey { deployment, replica: number as u32, incarnation });
+                }
+            }
+        }
+        for key in broken {
+            self.break_group(&key, cause.clone(), now);
+        }
+    }
+
+    fn rank_observed(&mut self, observed: RankObserved, now: Instant) {
+        let RankObserved { key: RankKey { deployment, replica, rank, incarnation }, pid, state } = observed;
+        let key = GroupKey { deployment, replica, incarnation };
+        let ended = matches!(state, RankProcess::Exited { .. });
+        let Some(replica) = self.replica_mut(&key) else { return };
+        replica.observe(rank, pid, state);
+        match replica.stage {
+            Stage::Connecting { .. } if ended => {
+                let cause = replica.exit_words(|process| process.has_exited()).unwrap_or_default();
+                self.break_group(&key, cause, now);
+            }
+            Stage::Broken { .. } if ended => {
+                let reason = replica.reason();
+                if let Some(deployment) = self.deployment_mut(&key.deployment) {
+                    deployment.reason = reason;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn rank_dialed(&mut self, hello: RankHello, link: RankLink, now: Instant) -> Result<(), ClusterError> {
+        let RankHello { deployment, replica, rank, incarnation, .. } = &hello;
+        let (deployment, replica, rank, incarnation) = (deployment.clone(), *replica, *rank, *incarnation);
+        let key = RankKey { deployment: deployment.clone(), replica, rank, incarnation };
+        let group = GroupKey { deployment, replica, incarnation };
+        let refuse = |reason| ClusterError::UnknownRank { key: key.clone(), reason };
+        let known = self.replica_mut(&group).ok_or_else(|| refuse("no such group"))?;
+        let connecting = matches!(known.stage, Stage::Connecting { .. });
+        let record = known.rank_mut(rank).ok_or_else(|| refuse("no such rank"))?;
+        if !record.token.matches(&hello.launch_token) {
+            return Err(refuse("its launch token is another"));
+        }
+        if hello.version != phalanx_proto::VERSION {
+            return Err(refuse("its version is another"));
+        }
+        if record.place.node != hello.node_id || record.dialed || !connecting {
+            return Err(refuse("it is on another node, or has dialed already"));
+        }
+        record.dialed = true;
+        record.device = hello.device;
+        record.link = Some(link);
+        record.enter(Phase::Device, None, String::new(), now);
+        info!(group_id = %group.deployment, rank = rank.0, pid = hello.pid, "rank connected");
+        self.tell_phase(&group, rank, Phase::Connect, Some(1.0), "");
+        Ok(())
+    }
+
+    pub(super) fn rank_progress(&mut self, group: &GroupKey, step: RankStep, now: Instant) {
+        let RankStep { rank, phase, fraction, detail, capacity } = step;
+        let Some(record) = self.replica_mut(group).and_then(|replica| replica.rank_mut(rank)) else { return };
+        record.capacity = capacity.or(record.capacity);
+        record.enter(phase, fraction, detail.clone(), now);
+        self.tell_phase(group, rank, phase, fraction, &detail);
+    }
+
+    fn tell_phase(&mut self, group: &GroupKey, rank: Rank, phase: Phase, fraction: Option<f32>, detail: &str) {
+        if let Some(deployment) = self.deployment_mut(&group.deployment) {
+            deployment.tell_phase(group.replica, rank, phase, fraction, detail);
+        }
+    }
+
+    pub(super) fn group_started(&mut self, key: &GroupKey, result: Result<StartedGroup, String>, now: Instant) {
+        let events = self.events.clone();
+        let wanted = self.replica_mut(key).filter(|replica| matches!(replica.stage, Stage::Starting(_)));
+        match (wanted, result) {
+            (Some(replica), Ok(group)) => {
+                for rank in &mut replica.ranks {
+                    rank.enter(Phase::Ready, None, String::new(), now);
+                }
+                replica.num_blocks = group.num_blocks;
+                launch::watch_engine(key.clone(), group.engine.clone(), events);
+                replica.stage = Stage::Serving(group.engine);
+                if let Some(deployment) = self.deployment_mut(&key.deployment) {
+                    deployment.published = false;
+                    deployment.publishing = false;
+                }
+                info!(group_id = %key.deployment, incarnation = key.incarnation.0, "group ready");
+            }
+            (Some(_), Err(cause)) => self.break_group(key, cause, now),
+            (None, Ok(group)) => launch::discard_engine(group.engine),
+            (None, Err(_)) => {}
+        }
+    }
+
+    pub(super) fn group_failed(&mut self, key: &GroupKey, reason: String, now: Instant) {
+        let serving = self.replica_mut(key).is_some_and(|replica| matches!(replica.stage, Stage::Serving(_)));
+        if serving {
+            self.break_group(key, reason, now);
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Undeploy, leave, stop: the reverse, drained first, answered when processes have ended.
+
+use std::time::Instant;
+
+use phalanx_proto::{AgentCommand, DeploymentName, NodeId};
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+
+use super::super::deployment::{DeployEvent, DeployFailure, DeployFailureCode, Deployment};
+use super::super::event::GroupKey;
+use super::super::replica::Stage;
+use super::super::{ClusterError, ServingChange, launch};
+use super::{Reconciler, Stopping};
+
+impl Reconciler {
+    /// Begins the end of a deployment.
+    pub(super) fn undeploy(
+        &mut self,
+        name: &DeploymentName,
+        reply: oneshot::Sender<Result<(), ClusterError>>,
+        now: Instant,
+    ) {
+        let known = self.deployments.iter().map(|(name, _)| name.to_string()).collect();
+        let Some(deployment) = self.deployment_mut(name) else {
+            let _ = reply.send(Err(ClusterError::UnknownDeployment { name: name.clone(), known }));
+            return;
+        };
+        deployment.undeploy_replies.push(reply);
+        self.begin_stop(name, now);
+    }
+
+    fn begin_stop(&mut self, name: &DeploymentName, now: Instant) {
+        let (drain, events) = (self.settings.drain, self.events.clone());
+        let Some(deployment) = self.deployment_mut(name) else { return };
+        if deployment.stopping_since.replace(now).is_some() {
+            return;
+        }
+        info!(group_id = %name, "deployment stops");
+        for (number, replica) in deployment.replicas.iter_mut().enumerate() {
+            let key = GroupKey { deployment: name.clone(), replica: number as u32, incarnation: replica.incarnation };
+            match std::mem::replace(&mut replica.stage, Stage::Ended { since: now }) {
+                Stage::Serving(engine) => {
+                    replica.stage = Stage::Draining;
+                    launch::stop_engine(key, engine, drain, events.clone());
+                }
+                Stage::Draining => replica.stage = Stage::Draining,
+                _ => {}
+            }
+        }
+        let _ = self.serving.try_send(ServingChange::Gone(name.clone()));
+    }
+
+    /// A group has drained: its processes may end.
+    pub(super) fn group_stopped(&mut self, key: &GroupKey, now: Instant) {
+        let Some(deployment) = self.deployment_mut(&key.deployment) else { return };
+        let stopping = deployment.stopping_since.is_some();
+        let Some(replica) = deployment.replicas.get_mut(key.replica as usize) else { return };
+        if replica.incarnation != key.incarnation || !matches!(replica.stage, Stage::Draining) {
+            return;
+        }
+        if stopping {
+            replica.stage = Stage::Ended { since: now };
+        } else {
+            self.break_group(key, "its node leaves".to_owned(), now);
+        }
+    }
+
+    /// Gives the slots of a deployment back once the processes are gone that held them.
+    pub(super) fn release_ended(&mut self, index: usize, now: Instant) {
+        let (_, deployment) = &mut self.deployments[index];
+        if deployment.gave_up && deployment.stopping_since.is_none() {
+            for replica in &mut deployment.replicas {
+                if !matches!(replica.stage, Stage::Ended { .. }) {
+                    replica.stage = Stage::Ended { since: now };
+                }
+            }
+        }
+        let gone = deployment.replicas.iter().all(|replica| match replica.stage {
+            Stage::Ended { since } => replica.is_gone(since, now),
+            _ => false,
+        });
+        if gone && deployment.group.bundles().iter().any(Option::is_some) {
+            deployment.group.remove();
+        }
+    }
+
+    /// Answers those who wait for an end, and forgets what has ended.
+    pub(super) fn finish_undeploys(&mut self, now: Instant) {
+        let deadline = self.settings.end_deadline;
+        for (name, deployment) in &mut self.deployments {
+            if deployment.stopping_since.is_none() || has_ended(deployment) {
+                continue;
+            }
+            let overdue = deployment.replicas.iter().any(|replica| {
+                matches!(replica.stage, Stage::Ended { since } if now.saturating_duration_since(since) > deadline)
+            });
+            for reply in if overdue { std::mem::take(&mut deployment.undeploy_replies) } else { Vec::new() } {
+                let error = ClusterError::StillRunning { name: name.clone(), which: lingering(deployment) };
+                warn!(%error, "undeploy is late");
+                let _ = reply.send(Err(error));
+            }
+        }
+        for (_, deployment) in self.deployments.iter_mut().filter(|(_, deployment)| has_ended(deployment)) {
+            let message = "it was removed".to_owned();
+            let failure = DeployFailure { code: DeployFailureCode::Stopped, message, hint: String::new() };
+            deployment.tell(&DeployEvent::Failed(failure));
+            for reply in std::mem::take(&mut deployment.undeploy_replies) {
+                let _ = reply.send(Ok(()));
+            }
+        }
+        self.deployments.retain(|(_, deployment)| !has_ended(deployment));
+    }
+
+    /// Begins the end of a node's membership.
+    pub(super) fn leave(&mut self, node: NodeId, reply: oneshot::Sender<Result<(), ClusterError>>) {
+        let Some(link) = self.agents.get(&node) else {
+            let known = self.agents.keys().map(ToString::to_string).collect();
+            let _ = reply.send(Err(ClusterError::UnknownNode { name: node, known }));
+            return;
+        };
+        self.nodes.leaving(&node, link.session, "asked to leave".to_owned());
+        self.leaving.entry(node).or_default().push(reply);
+    }
+
+    /// Drains what runs on leaving nodes, then ends their agents.
+    pub(super) fn send_away(&mut self) {
+        for node in self.leaving.keys().cloned().collect::<Vec<_>>() {
+            let busy = self.drain_node(&node);
+            if let Some(link) = self.agents.get(&node).filter(|_| !busy) {
+                let _ = link.commands.try_send(AgentCommand::End("the node leaves".to_owned()));
+            }
+        }
+    }
+
+    /// Moves the groups of a node away; true while there are any.
+    fn drain_node(&mut self, node: &NodeId) -> bool {
+        let (drain, events) = (self.settings.drain, self.events.clone());
+        let mut busy = false;
+        for (name, deployment) in &mut self.deployments {
+            for (number, replica) in deployment.replicas.iter_mut().enumerate() {
+                if !replica.lingering().any(|rank| rank.place.node == *node) {
+                    continue;
+                }
+                busy = true;
+                if let Stage::Serving(engine) = &replica.stage {
+                    let (deployment, incarnation) = (name.clone(), replica.incarnation);
+                    let key = GroupKey { deployment, replica: number as u32, incarnation };
+                    launch::stop_engine(key, engine.clone(), drain, events.clone());
+                    replica.stage = Stage::Draining;
+                }
+            }
+        }
+        busy
+    }
+
+    /// Begins the end of everything.
+    pub(super) fn stop(&mut self, reply: oneshot::Sender<()>, now: Instant) {
+        let stopping =
+            self.stopping.get_or_insert_with(|| Stopping { since: now, agents_told: None, replies: Vec::new() });
+        stopping.replies.push(reply);
+        for name in self.deployments.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>() {
+            self.begin_stop(&name, now);
+        }
+    }
+
+    /// Ends agents after deployments; true when all are gone, or late.
+    pub(super) fn end_all(&mut self, now: Instant) -> bool {
+        let Some(stopping) = &mut self.stopping else { return false };
+        let late = self.settings.drain + self.settings.end_deadline;
+        if !self.deployments.is_empty() && now.saturating_duration_since(stopping.since) < late {
+            return false;
+        }
+        let told = *stopping.agents_told.get_or_insert_with(|| {
+            for link in self.agents.values() {
+                let _ = link.commands.try_send(AgentCommand::End("the cluster stops".to_owned()));
+            }
+            now
+        });
+        if !self.agents.is_empty() && now.saturating_duration_since(told) < self.settings.end_deadline {
+            return false;
+        }
+        for reply in std::mem::take(&mut stopping.replies) {
+            let _ = reply.send(());
+        }
+        info!("cluster stopped");
+        true
+    }
+}
+
+fn has_ended(deployment: &Deployment) -> bool {
+    let ended = deployment.replicas.iter().all(|replica| matches!(replica.stage, Stage::Ended { .. }));
+    deployment.stopping_since.is_some() && ended && deployment.group.bundles().iter().all(Option::is_none)
+}
+
+fn lingering(deployment: &Deployment) -> String {
+    let mut words = Vec::new();
+    for replica in &deployment.replicas {
+        for (rank, record) in replica.ranks.iter().enumerate() {
+            if replica.lingering().any(|other| other.place == record.place) {
+                words.push(format!("rank {rank} (pid {} on {})", record.pid(), record.place.node));
+            }
+        }
+    }
+    words.join(", ")
+}

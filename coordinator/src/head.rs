@@ -1,0 +1,282 @@
+//! Puts the head together: ports, cluster, engines, API, dashboard.
+//!
+//! Owns nothing but the order: take the home, bind every port, then start. What the parts say to each other goes through
+//! their own handles.
+//!
+//! **Invariant:** all ports are bound before anything else starts; when the cluster has stopped, every server ends within a
+//! deadline.
+
+mod ports;
+mod record;
+mod serving;
+
+use std::fs;
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use phalanx_proto::{HeadSocket, HeadStatus, VERSION};
+use tokio::net::UnixListener;
+use tokio::sync::{mpsc, watch};
+use tracing::{error, info, warn};
+
+pub use ports::{PortError, PortWish};
+pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
+
+use crate::api::{self, ApiState, ServedModels};
+use crate::cluster::membership::ClusterServer;
+use crate::cluster::{self, ClusterHandle, ClusterSettings, StatusBoard};
+use crate::config::{Home, defaults};
+use crate::{dashboard, store};
+
+/// Time for open connections when the head ends.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Where a head listens and what it is told.
+#[derive(Debug, Clone)]
+pub struct HeadOptions {
+    /// Its home.
+    pub home: Home,
+    /// gRPC.
+    pub cluster: PortWish,
+    /// OpenAI-compatible API.
+    pub http: PortWish,
+    /// Dashboard.
+    pub dashboard: PortWish,
+    /// Where other machines reach this one, if not at the cluster's host.
+    pub advertise_address: Option<String>,
+    /// How long agents and ranks outlive the head.
+    pub head_grace: Duration,
+    /// Keys that open the API; none: open to all.
+    pub api_keys: Vec<String>,
+}
+
+/// Why a head cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum HeadError {
+    /// Its home is taken or cannot be written.
+    #[error(transparent)]
+    Home(#[from] HomeError),
+    /// A port cannot be had.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// The store cannot be written.
+    #[error("cannot use {path}: {source}")]
+    Store {
+        /// Its folder.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A socket that is bound cannot be served.
+    #[error("cannot serve {purpose}: {source}")]
+    Socket {
+        /// What it is for.
+        purpose: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A head whose ports are bound and that does nothing yet.
+pub struct BoundHead {
+    options: HeadOptions,
+    lock: HomeLock,
+    cluster: TcpListener,
+    http: TcpListener,
+    dashboard: TcpListener,
+    status: HeadStatus,
+}
+
+/// A head at work.
+pub struct RunningHead {
+    /// What it says of itself.
+    pub record: HeadRecord,
+    /// The cluster.
+    pub cluster: ClusterHandle,
+    servers: Vec<tokio::task::JoinHandle<()>>,
+    end: watch::Sender<bool>,
+    socket: Option<PathBuf>,
+    _lock: HomeLock,
+}
+
+/// Takes the home and binds every port.
+///
+/// # Errors
+/// Another head runs in this home, or a port cannot be had.
+pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
+    let lock = HomeLock::take(&options.home)?;
+    let cluster = ports::bind(&options.cluster)?;
+    let http = ports::bind(&options.http)?;
+    let dashboard = ports::bind(&options.dashboard)?;
+    let at =
+        |listener: &TcpListener, purpose| listener.local_addr().map_err(|source| HeadError::Socket { purpose, source });
+    let address = at(&cluster, "the cluster")?;
+    let host = options.advertise_address.clone().unwrap_or_else(|| reachable(address));
+    let status = HeadStatus {
+        address: format!("{host}:{}", address.port()),
+        http: url(at(&http, "HTTP")?),
+        dashboard: url(at(&dashboard, "the dashboard")?),
+        version: VERSION.to_owned(),
+        uptime_s: 0.0,
+        pid: std::process::id(),
+    };
+    Ok(BoundHead { options, lock, cluster, http, dashboard, status })
+}
+
+/// The host that others should use for an address that is listened on.
+fn reachable(address: SocketAddr) -> String {
+    match address.ip() {
+        ip if ip.is_unspecified() => hostname().unwrap_or_else(|| "127.0.0.1".to_owned()),
+        IpAddr::V6(ip) => format!("[{ip}]"),
+        IpAddr::V4(ip) => ip.to_string(),
+    }
+}
+
+fn url(address: SocketAddr) -> String {
+    format!("http://{}:{}", reachable(address), address.port())
+}
+
+fn hostname() -> Option<String> {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
+    Some(name.trim().to_owned()).filter(|name| !name.is_empty())
+}
+
+impl BoundHead {
+    /// Starts everything on the current runtime.
+    ///
+    /// # Errors
+    /// The store or a socket cannot be used.
+    pub fn start(self) -> Result<RunningHead, HeadError> {
+        let Self { options, lock, cluster, http, dashboard, status } = self;
+        let store_dir = options.home.store_dir();
+        let term = store::next_term(&store_dir).map_err(|source| HeadError::Store { path: store_dir, source })?;
+        let unix = unix_socket(&options.home);
+        let socket = unix.as_ref().map(|(path, _)| path.clone());
+        let record = HeadRecord {
+            process: ProcessId::of(std::process::id()).unwrap_or(ProcessId { pid: status.pid, started: 0 }),
+            address: status.address.clone(),
+            http: status.http.clone(),
+            dashboard: status.dashboard.clone(),
+            socket: socket.clone(),
+            log_dir: options.home.log_dir(),
+        };
+        let head_socket =
+            socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
+        let settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
+        let models = ServedModels::default();
+        let (serving, changes) = mpsc::channel(defaults::PEER_QUEUE);
+        let (handle, board) = cluster::start(settings, serving);
+        tokio::spawn(serving::keep_table(models.clone(), changes));
+        let (end, ended) = watch::channel(false);
+        let mut servers = cluster_servers(&handle, &board, cluster, unix.map(|(_, listener)| listener), &ended)?;
+        servers.push(http_server("HTTP", http, api_router(models, &board, &options.api_keys), ended.clone())?);
+        servers.push(http_server("the dashboard", dashboard, dashboard::router(board), ended)?);
+        lock.write(&record)?;
+        info!(
+            address = record.address,
+            http = record.http,
+            dashboard = record.dashboard,
+            term = term.0,
+            "head listens"
+        );
+        Ok(RunningHead { record, cluster: handle, servers, end, socket, _lock: lock })
+    }
+}
+
+impl RunningHead {
+    /// Resolves when the cluster has stopped and the servers have ended.
+    pub async fn ended(mut self) {
+        self.cluster.stopped().await;
+        let _ = self.end.send(true);
+        let closing = async {
+            for server in &mut self.servers {
+                let _ = server.await;
+            }
+        };
+        if tokio::time::timeout(CLOSE_DEADLINE, closing).await.is_err() {
+            for server in &self.servers {
+                server.abort();
+            }
+        }
+        if let Some(socket) = &self.socket {
+            let _ = fs::remove_file(socket);
+        }
+    }
+}
+
+fn api_router(models: ServedModels, board: &StatusBoard, api_keys: &[String]) -> axum::Router {
+    let board = board.clone();
+    let mut state = ApiState::new(models, Arc::new(move || board.snapshot()));
+    state.api_keys = api_keys.into();
+    api::router(state)
+}
+
+fn cluster_servers(
+    handle: &ClusterHandle,
+    board: &StatusBoard,
+    tcp: TcpListener,
+    unix: Option<UnixListener>,
+    ended: &watch::Receiver<bool>,
+) -> Result<Vec<tokio::task::JoinHandle<()>>, HeadError> {
+    let server = ClusterServer::new(handle.clone(), board.clone());
+    let purpose = "the cluster";
+    let tcp = tokio::net::TcpListener::from_std(tcp).map_err(|source| HeadError::Socket { purpose, source })?;
+    let mut servers = Vec::new();
+    let (tcp_server, end) = (server.clone(), until(ended.clone()));
+    servers.push(tokio::spawn(async move { log_end(purpose, tcp_server.serve_tcp(tcp, end).await) }));
+    if let Some(unix) = unix {
+        let end = until(ended.clone());
+        servers.push(tokio::spawn(async move { log_end("this machine", server.serve_unix(unix, end).await) }));
+    }
+    Ok(servers)
+}
+
+fn http_server(
+    purpose: &'static str,
+    listener: TcpListener,
+    router: axum::Router,
+    ended: watch::Receiver<bool>,
+) -> Result<tokio::task::JoinHandle<()>, HeadError> {
+    use axum::serve::ListenerExt;
+    let listener =
+        tokio::net::TcpListener::from_std(listener).map_err(|source| HeadError::Socket { purpose, source })?;
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            warn!(%error, "a connection keeps its delay");
+        }
+    });
+    let serve = axum::serve(listener, router).with_graceful_shutdown(until(ended));
+    Ok(tokio::spawn(async move { log_end(purpose, serve.await) }))
+}
+
+async fn until(mut ended: watch::Receiver<bool>) {
+    let _ = ended.wait_for(|ended| *ended).await;
+}
+
+fn log_end<E: std::fmt::Display>(purpose: &'static str, result: Result<(), E>) {
+    if let Err(error) = result {
+        error!(purpose, %error, "server ended");
+    }
+}
+
+/// The socket for this machine; where its path is too long, agents and ranks use TCP.
+fn unix_socket(home: &Home) -> Option<(PathBuf, UnixListener)> {
+    let path = home.head_socket();
+    let _ = fs::remove_file(&path);
+    match UnixListener::bind(&path) {
+        Ok(listener) => Some((path, listener)),
+        Err(error) => {
+            info!(path = %path.display(), %error, "no Unix socket: ranks of this machine use TCP");
+            None
+        }
+    }
+}
+
+fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
