@@ -7,14 +7,14 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
-pub mod engine;
-pub mod metrics;
 pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod dashboard;
+pub mod engine;
 pub mod head;
 pub mod logging;
+pub mod metrics;
 mod security;
 mod store;
 pub mod text;

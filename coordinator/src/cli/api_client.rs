@@ -110,11 +110,6 @@ impl ApiClient {
         Ok(Self { base, key, client })
     }
 
-    /// The server's address.
-    pub fn base(&self) -> &str {
-        &self.base
-    }
-
     /// Gets a JSON answer that needs no work.
     ///
     /// # Errors
@@ -165,10 +160,7 @@ impl ApiClient {
     }
 }
 
-async fn within<T>(
-    limit: Duration,
-    call: impl Future<Output = Result<T, ClientError>>,
-) -> Result<T, ClientError> {
+async fn within<T>(limit: Duration, call: impl Future<Output = Result<T, ClientError>>) -> Result<T, ClientError> {
     tokio::time::timeout(limit, call).await.unwrap_or(Err(ClientError::Late { limit }))
 }
 
@@ -177,7 +169,8 @@ async fn refusal(response: Response<Incoming>) -> ClientError {
     let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
     let body = response.into_body().collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let object: Option<Value> = serde_json::from_slice(&body).ok();
-    let message = object.as_ref().and_then(error_message).map_or_else(|| format!("the server answered {status}"), str::to_owned);
+    let message =
+        object.as_ref().and_then(error_message).map_or_else(|| format!("the server answered {status}"), str::to_owned);
     ClientError::Refused { status: status.as_u16(), message, retry_after: seconds.map(Duration::from_secs) }
 }
 
@@ -268,7 +261,7 @@ mod tests {
 
     #[track_caller]
     fn check(url: &str, expected: Option<&str>) {
-        assert_eq!(ApiClient::new(url, None).ok().as_ref().map(ApiClient::base), expected, "{url}");
+        assert_eq!(ApiClient::new(url, None).ok().map(|client| client.base).as_deref(), expected, "{url}");
     }
 
     #[test]

@@ -62,7 +62,11 @@ mod tests {
     fn names_stand_left_and_numbers_right() {
         let mut table = Table::default();
         table.count("requests", 100).number("output tokens/s", 1234.5);
-        table.distribution("TTFT", "ms", &Distribution::new(vec![1.0])).distribution("ITL", "ms", &Distribution::default());
+        table.distribution("TTFT", "ms", &Distribution::new(vec![1.0])).distribution(
+            "ITL",
+            "ms",
+            &Distribution::default(),
+        );
         assert_eq!(
             table.render("serve"),
             "serve\n---------------------\nrequests          100\noutput tokens/s  1234\nTTFT mean, ms    1.00\n\
