@@ -240,10 +240,10 @@ pub fn gguf_model(geometry: &Geometry, dtype: StoredType) -> GgufBuilder {
         let stored = if spec.cols.is_some() { dtype } else { StoredType::F32 };
         let row_bytes = stored.row_bytes(spec.cols.unwrap_or(1)).unwrap_or_default();
         let gguf_name = gguf_name(&spec.name);
-        let mut data = Vec::new();
+        let (mut data, seed) = (Vec::new(), seed(&spec.name));
         for place in 0..spec.rows {
             let row = hugging_face_row(geometry, &gguf_name, place);
-            data.extend((0..row_bytes).map(|at| byte_at(&spec.name, row, at)));
+            data.extend((0..row_bytes).map(|at| seeded_byte(seed, row, at)));
         }
         builder = builder.tensor(&gguf_name, &spec.shape(), stored, data);
     }
@@ -252,7 +252,14 @@ pub fn gguf_model(geometry: &Geometry, dtype: StoredType) -> GgufBuilder {
 
 /// The byte that [`gguf_model`] puts at `at` of Hugging Face row `row` of a tensor.
 pub fn byte_at(name: &str, row: usize, at: usize) -> u8 {
-    let seed = name.bytes().fold(17u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
+    seeded_byte(seed(name), row, at)
+}
+
+fn seed(name: &str) -> u32 {
+    name.bytes().fold(17, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()))
+}
+
+fn seeded_byte(seed: u32, row: usize, at: usize) -> u8 {
     let hash = seed.wrapping_add((row as u32).wrapping_mul(7919)).wrapping_add((at as u32).wrapping_mul(104_729));
     // No byte has all exponent bits, so that floats made of them are finite.
     (hash.wrapping_mul(2_654_435_761) >> 24) as u8 & 0x3f

@@ -2,15 +2,20 @@
 //!
 //! Inside a rank: `session -> device_thread -> runner -> models -> layers -> collective, kernels`, never backwards.
 
+pub mod agent;
 pub mod backend;
 pub mod collective;
+pub mod config;
 pub mod device_thread;
 pub mod epoch;
 pub mod error;
 pub mod inputs;
 pub mod kv_cache;
 pub mod layers;
+pub mod logging;
 pub mod models;
+pub mod rank;
 pub mod runner;
 pub mod shard;
+pub mod session;
 pub mod weights;

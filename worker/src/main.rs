@@ -1,3 +1,353 @@
-//! The `worker` binary.
+//! The `worker` binary: `join` (node agent), `leave`, and `rank` (one device, one shard; started by the agent).
 
-fn main() {}
+use std::io::Write;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, setsid};
+use phalanx_proto::{AgentHello, NodeId, VERSION};
+use phalanx_worker::agent::background::{self, Started};
+use phalanx_worker::agent::devices::{Devices, Machine};
+use phalanx_worker::agent::process::Launcher;
+use phalanx_worker::agent::record::{self, AgentLock, AgentRecord, Claim};
+use phalanx_worker::agent::{Agent, AgentSetup, End, Report, node, supervisor};
+use phalanx_worker::backend::presence;
+use phalanx_worker::config::{Config, ConfigError, DeviceChoice, Environment, Flags, LogFormat, defaults};
+use phalanx_worker::logging::{self, BoundedLog, LogTarget};
+use phalanx_worker::rank;
+
+/// Wrong usage, as for clap's own errors.
+const EXIT_USAGE: u8 = 2;
+/// Time between two looks while `leave` waits.
+const LEAVE_PAUSE: Duration = Duration::from_millis(20);
+
+#[derive(Parser)]
+#[command(
+    name = "worker",
+    version,
+    about = "Adds this machine's devices to a Phalanx cluster",
+    arg_required_else_help = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Subcommands,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+#[derive(Args)]
+struct CommonArgs {
+    /// Folder of this node's files [default: PHALANX_HOME, else the user's state folder]
+    #[arg(long, global = true, value_name = "DIR")]
+    home: Option<PathBuf>,
+    /// JSON file with the same settings as the flags [default: worker.json in the home]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// error, warn, info, debug, trace, or a list of target=level
+    #[arg(long, global = true, value_name = "LEVEL")]
+    log_level: Option<String>,
+    /// text or json
+    #[arg(long, global = true, value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+}
+
+#[derive(Subcommand)]
+enum Subcommands {
+    /// Adds this machine's devices to a cluster; waits for a head that is not there yet
+    #[command(after_help = "Example:\n  worker join --address 10.0.0.5:8001 --num-gpus 2")]
+    Join(JoinArgs),
+    /// Takes this machine out of its cluster: its ranks end, then its agent
+    #[command(after_help = "Example:\n  worker leave")]
+    Leave(LeaveArgs),
+    /// One rank; started by the agent
+    #[command(hide = true)]
+    Rank {
+        /// For people who look at the list of processes.
+        name: Option<String>,
+    },
+}
+
+#[derive(Args)]
+struct JoinArgs {
+    /// Where the head is [default: PHALANX_ADDRESS]
+    #[arg(long, value_name = "HOST:PORT")]
+    address: Option<String>,
+    /// Device slots to offer [default: all GPUs, or one CPU slot]
+    #[arg(long, value_name = "N")]
+    num_gpus: Option<NonZeroU32>,
+    /// auto, cuda, rocm or cpu
+    #[arg(long, value_name = "KIND")]
+    device: Option<DeviceChoice>,
+    /// Address under which other machines reach this one [default: where the head sees it come from]
+    #[arg(long, value_name = "IP")]
+    advertise_address: Option<String>,
+    /// Stay in the foreground
+    #[arg(long)]
+    block: bool,
+    /// Print one object on one line when the start is over
+    #[arg(long)]
+    json: bool,
+    /// End with the head instead of waiting for its return
+    #[arg(long, hide = true)]
+    with_head: bool,
+    /// This is the process in the background
+    #[arg(long, hide = true)]
+    detached: bool,
+}
+
+#[derive(Args)]
+struct LeaveArgs {
+    /// Only if this is the node's id
+    #[arg(long, value_name = "ID")]
+    node: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let Cli { command, common } = Cli::parse();
+    let flags = Flags {
+        home: common.home,
+        config: common.config,
+        log_level: common.log_level,
+        log_format: common.log_format,
+        ..Flags::default()
+    };
+    let (result, as_json) = match command {
+        Subcommands::Join(args) => (join(&args, flags), args.json),
+        Subcommands::Leave(args) => (leave(&args, flags), false),
+        Subcommands::Rank { .. } => (run_rank(flags), false),
+    };
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    let is_usage = error.chain().any(|cause| cause.is::<ConfigError>());
+    if as_json {
+        let code = if is_usage { "usage" } else { "failed" };
+        eprintln!("{}", serde_json::json!({"error": {"code": code, "message": format!("{error:#}"), "hint": ""}}));
+    } else {
+        eprintln!("error: {error:#}");
+    }
+    ExitCode::from(if is_usage { EXIT_USAGE } else { 1 })
+}
+
+// ---- join ----
+
+fn join(args: &JoinArgs, flags: Flags) -> anyhow::Result<()> {
+    let flags = Flags {
+        address: args.address.clone(),
+        num_gpus: args.num_gpus,
+        device: args.device,
+        advertise_address: args.advertise_address.clone(),
+        ..flags
+    };
+    let config = Config::load(flags, Environment::read())?;
+    config.head()?;
+    if args.block || args.detached { run_agent(args, &config) } else { join_in_background(args, &config) }
+}
+
+/// Runs the agent in this process.
+fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
+    if args.detached {
+        setsid().context("leaving the terminal's session")?;
+        std::env::set_current_dir("/").context("leaving the folder")?;
+    }
+    let head = config.head()?.clone();
+    let hostname = node::hostname();
+    let node_id = node::id(&config.home, &hostname).context("the node's id")?;
+    let _lock = claim(config, &node_id)?;
+    std::fs::create_dir_all(config.home.log_dir())?;
+    let log = BoundedLog::open(&config.home.log_dir().join("agent.log"), defaults::LOG_BYTES_MAX)?;
+    start_logging(config, LogTarget::file(log, !args.detached))?;
+    let devices = offer(config)?;
+    if let Some(note) = &devices.note {
+        say(args, note);
+    }
+    let hello = describe(config, node_id.clone(), hostname, &devices);
+    let launcher = Launcher {
+        program: std::env::current_exe().context("this program's path")?,
+        args: vec!["rank".into()],
+        node_id: node_id.clone(),
+        head: head.as_str().into(),
+        log_dir: config.home.log_dir(),
+        device: devices.kind,
+        num_threads: (node::num_cpus() / devices.slots.len() as u32).max(1),
+        slots: devices.slots,
+    };
+    let supervisor = supervisor::spawn(launcher)?;
+    let setup = AgentSetup { head, hello, with_head: args.with_head, supervisor };
+    let mut reporter = Reporter { args, config, node_id, num_waits: 0, has_printed: false };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let end = runtime.block_on(async { Agent::new(setup, |report: &Report| reporter.take(report))?.run().await })?;
+    match end {
+        End::Signal => tracing::info!("left"),
+        End::ByHead(reason) | End::HeadGone(reason) => tracing::info!(reason, "left"),
+    }
+    Ok(())
+}
+
+fn claim(config: &Config, node_id: &NodeId) -> anyhow::Result<AgentLock> {
+    let ours = AgentRecord { pid: std::process::id(), node_id: node_id.clone(), head: config.head()?.as_str().into() };
+    match record::claim(&config.home, &ours).context("the home's record")? {
+        Claim::Ours(lock) => Ok(lock),
+        Claim::Taken(Some(other)) => bail!(
+            "this machine has joined {} already (pid {}, home {}): run `worker leave` first, or give this one another PHALANX_HOME",
+            other.head,
+            other.pid,
+            config.home.path().display()
+        ),
+        Claim::Taken(None) => bail!("another worker of {} is starting or ending", config.home.path().display()),
+    }
+}
+
+fn offer(config: &Config) -> anyhow::Result<Devices> {
+    let machine = Machine {
+        count: &|kind| presence::count(kind, defaults::PROBE_DEADLINE),
+        serves: &presence::serves,
+        cpu_name: node::cpu_name(),
+        cuda_visible: config.cuda_visible.clone(),
+        hip_visible: config.hip_visible.clone(),
+    };
+    Ok(machine.offer(config.device, config.num_gpus)?)
+}
+
+fn describe(config: &Config, node_id: NodeId, hostname: String, devices: &Devices) -> AgentHello {
+    AgentHello {
+        node_id,
+        version: VERSION.into(),
+        address: config.advertise_address.clone().unwrap_or_default(),
+        hostname,
+        device_kind: devices.kind,
+        num_slots: devices.slots.len() as u32,
+        num_cpus: node::num_cpus(),
+        memory_bytes: node::memory_bytes(),
+        pid: std::process::id(),
+        device_names: devices.slots.iter().map(|slot| slot.name.clone()).collect(),
+    }
+}
+
+/// Tells whoever started the agent how it goes.
+struct Reporter<'a> {
+    args: &'a JoinArgs,
+    config: &'a Config,
+    node_id: NodeId,
+    num_waits: u32,
+    has_printed: bool,
+}
+
+impl Reporter<'_> {
+    fn take(&mut self, report: &Report) {
+        if self.args.detached {
+            // The process in the foreground reads this, as long as it is there.
+            let _ = writeln!(std::io::stdout(), "{}", background::line(report));
+        }
+        let head = self.config.address.as_ref().map_or("", |head| head.as_str());
+        match report {
+            Report::Joined => {
+                self.num_waits = 0;
+                if !self.args.detached && !self.has_printed {
+                    self.has_printed = true;
+                    print_joined(self.args, self.config, std::process::id(), &self.node_id);
+                }
+            }
+            Report::Waiting { reason } => {
+                self.num_waits += 1;
+                // Pauses between attempts grow, so lines get rarer; each power of two is enough afterwards.
+                if self.num_waits.is_power_of_two() {
+                    tracing::warn!(head, reason, attempt = self.num_waits, "the head does not answer; trying on");
+                }
+            }
+        }
+    }
+}
+
+/// Starts the agent in the background and says how that went.
+fn join_in_background(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
+    // What can be seen to fail here fails here, in the foreground.
+    let devices = offer(config)?;
+    if let Some(note) = &devices.note {
+        say(args, note);
+    }
+    let node_id = node::id(&config.home, &node::hostname()).context("the node's id")?;
+    let mut command = Command::new(std::env::current_exe().context("this program's path")?);
+    command.args(std::env::args_os().skip(1)).arg("--detached");
+    let (pid, started) = background::start(command, &config.home, defaults::JOIN_REPORT_DEADLINE)?;
+    match started {
+        Started::Joined => {}
+        Started::Waiting(reason) => eprintln!(
+            "the head at {} does not answer yet ({reason}); this worker keeps trying in the background, log in {}",
+            config.head()?.as_str(),
+            config.home.log_dir().display()
+        ),
+        Started::Failed { words, .. } => bail!("{}", words.trim_start_matches("error: ")),
+    }
+    print_joined(args, config, pid, &node_id);
+    Ok(())
+}
+
+fn print_joined(args: &JoinArgs, config: &Config, pid: u32, node_id: &NodeId) {
+    let head = config.address.as_ref().map_or("", |head| head.as_str());
+    let log_dir = config.home.log_dir();
+    if args.json {
+        let object = serde_json::json!({"address": head, "pid": pid, "node": node_id, "log_dir": log_dir});
+        println!("{object}");
+    } else if args.block {
+        eprintln!("joined {head} as {node_id}; Ctrl-C leaves");
+    } else {
+        println!(
+            "worker {node_id} (pid {pid}) serves {head}; `worker leave` takes it out, logs are in {}",
+            log_dir.display()
+        );
+    }
+}
+
+/// One line for a person; the process in the background stays silent, the one in the foreground said it.
+fn say(args: &JoinArgs, line: &str) {
+    if !args.detached {
+        eprintln!("{line}");
+    }
+}
+
+// ---- leave ----
+
+fn leave(args: &LeaveArgs, flags: Flags) -> anyhow::Result<()> {
+    let config = Config::load(flags, Environment::read())?;
+    let Some(agent) = record::running(&config.home).context("the home's record")? else {
+        bail!("no worker of {} is running", config.home.path().display());
+    };
+    if args.node.as_ref().is_some_and(|wanted| *wanted != agent.node_id.0) {
+        bail!("this home's node is {}; `worker leave` acts on its own home only (--home, PHALANX_HOME)", agent.node_id);
+    }
+    for (signal, patience) in
+        [(Signal::SIGTERM, defaults::AGENT_END_DEADLINE), (Signal::SIGKILL, defaults::RANK_END_DEADLINE)]
+    {
+        // The lock is held, so the record is of a living process. One that ends right now is what is wanted.
+        let _ = kill(Pid::from_raw(agent.pid.cast_signed()), signal);
+        let started = Instant::now();
+        while started.elapsed() < patience {
+            if record::running(&config.home)?.is_none_or(|now| now.pid != agent.pid) {
+                eprintln!("{} has left {}", agent.node_id, agent.head);
+                return Ok(());
+            }
+            std::thread::sleep(LEAVE_PAUSE);
+        }
+    }
+    bail!("the agent (pid {}) does not end", agent.pid)
+}
+
+// ---- rank ----
+
+fn run_rank(flags: Flags) -> anyhow::Result<()> {
+    let launch = rank::bind_to_agent()?;
+    let config = Config::load(flags, Environment::read())?;
+    start_logging(&config, LogTarget::stderr())?;
+    rank::run(launch)?;
+    Ok(())
+}
+
+fn start_logging(config: &Config, target: LogTarget) -> anyhow::Result<()> {
+    let expected = "error, warn, info, debug, trace, or a list of target=level";
+    let refused = |_| ConfigError::Value { key: "--log-level", value: config.log_level.clone(), expected };
+    Ok(logging::start(&config.log_level, config.log_format, target).map_err(refused)?)
+}

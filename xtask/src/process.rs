@@ -45,8 +45,9 @@ pub fn output(command: &mut Command) -> anyhow::Result<String> {
 
 /// Builds the two programs and returns the folder that they are in.
 pub fn build_binaries() -> anyhow::Result<PathBuf> {
-    let packages = ["--package", "phalanx-coordinator", "--package", "phalanx-worker", "--bins"];
-    let messages = output(cargo().arg("build").args(packages).args(["--message-format", "json-render-diagnostics"]))?;
+    // The whole workspace: features of shared dependencies are then those of `cargo test --workspace`, and one build serves both.
+    let what = ["build", "--workspace", "--bins", "--message-format", "json-render-diagnostics"];
+    let messages = output(cargo().args(what))?;
     let executable = messages
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())

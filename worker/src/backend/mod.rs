@@ -5,6 +5,7 @@
 //! **Invariant:** a kind that cannot be used is refused by name when the rank starts; nothing falls back to another one.
 
 pub mod cpu;
+pub mod presence;
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,8 +1,6 @@
 //! What a rank says before it ends.
 
-mod group;
-
-use group::{Group, goldens, greedy, load, next_milestone};
+use crate::group::{Group, goldens, greedy, load, next_milestone};
 use phalanx_proto::{
     BlockId, HeadMessage, Incarnation, LoadModel, NewSequence, NodeId, Phase, PlanRow, Rank, RankEvent, RankFailure,
     SeqId, SeqSlot, StepPlan, TokenId,

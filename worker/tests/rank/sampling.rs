@@ -1,8 +1,6 @@
 //! Sampling through whole ranks: the same tokens at any world size, alone and beside others.
 
-mod group;
-
-use group::{Group, Request, goldens, greedy, load};
+use crate::group::{Group, Request, goldens, greedy, load};
 use phalanx_proto::{SamplingParams, TokenId};
 use phalanx_worker::backend::DeviceKind;
 

@@ -1,7 +1,5 @@
 //! A group of ranks in this process, driven as a head drives it: through device threads, with plans ahead of their results.
 
-#![expect(dead_code, reason = "each test uses a part of it")]
-
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -236,6 +234,9 @@ impl<'a> TestBatch<'a> {
 
     /// The next step, or `None` where all tokens are sampled or on their way.
     fn plan(&mut self, step: StepId) -> Option<StepPlan> {
+        if self.states.iter().zip(self.requests).all(|(state, request)| state.num_sampled == request.num_new) {
+            return None;
+        }
         let mut plan = StepPlan::default();
         let mut budget = self.tokens_max;
         for index in 0..self.requests.len() {
@@ -258,7 +259,7 @@ impl<'a> TestBatch<'a> {
                 plan.rows.push(row);
             }
         }
-        (!plan.rows.is_empty()).then_some(plan)
+        Some(plan)
     }
 
     /// Releases what is left.

@@ -1,0 +1,41 @@
+//! What an agent tells the process that it starts: one line of JSON on its standard input, which then stays open.
+//!
+//! **Invariant:** a secret never stands in arguments or environment. When the pipe ends, so does the rank.
+
+use std::time::Duration;
+
+use phalanx_proto::{DeviceKind, NodeId, RankKey};
+use serde::{Deserialize, Serialize};
+
+/// Everything that a rank must know to dial its head.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RankLaunch {
+    /// The agent's process id: a rank with another parent ends.
+    pub agent_pid: u32,
+    /// Which rank it is.
+    pub key: RankKey,
+    /// The node.
+    pub node_id: NodeId,
+    /// The head, `host:port`.
+    pub head: String,
+    /// The head's Unix socket, where it is on this machine.
+    pub head_socket: Option<String>,
+    /// What proves to the head that this rank was asked for.
+    pub launch_token: String,
+    /// What the rank computes on.
+    pub device: DeviceKind,
+    /// The device in words.
+    pub device_name: String,
+    /// Threads that compute.
+    pub num_threads: u32,
+    /// How long the rank outlives a lost head, milliseconds.
+    pub head_grace_ms: u64,
+}
+
+impl RankLaunch {
+    /// How long the rank outlives a lost head.
+    pub fn head_grace(&self) -> Duration {
+        Duration::from_millis(self.head_grace_ms)
+    }
+}

@@ -1,0 +1,126 @@
+//! The process of one rank: its bond to the agent, its device thread, its session.
+//!
+//! **Invariant:** the process ends when its agent does, whatever its other threads are at: the kernel kills it with the thread
+//! that started it, and a thread of its own kills it when the pipe from the agent ends.
+
+use std::io::{self, BufRead, Read};
+
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, raise};
+use nix::unistd::getppid;
+use phalanx_proto::{DeviceKind, RankHello, VERSION};
+use tracing::{error, info};
+
+use crate::agent::launch::RankLaunch;
+use crate::backend;
+use crate::device_thread::{self, RankSetup};
+use crate::error::WorkerError;
+use crate::session::{HeadTarget, Session, SessionError};
+
+/// Longest launch line, bytes.
+const LAUNCH_BYTES_MAX: u64 = 64 * 1024;
+
+/// Why a rank's process ends in failure.
+#[derive(Debug, thiserror::Error)]
+pub enum RankError {
+    /// It was not started by an agent.
+    #[error("`worker rank` is started by an agent, never by hand: {reason}")]
+    NotLaunched {
+        /// What is missing.
+        reason: String,
+    },
+    /// The system refuses a thread, a signal or a runtime.
+    #[error("the rank cannot run: {0}")]
+    System(#[from] io::Error),
+    /// The device thread cannot be started.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// The session ended.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+/// Ties this process to the agent that started it, and learns from it which rank this is.
+///
+/// # Errors
+/// No agent started this process.
+pub fn bind_to_agent() -> Result<RankLaunch, RankError> {
+    let refused = |reason: String| RankError::NotLaunched { reason };
+    set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)?;
+    let mut line = String::new();
+    io::stdin().lock().take(LAUNCH_BYTES_MAX).read_line(&mut line).map_err(|e| refused(e.to_string()))?;
+    let launch: RankLaunch = serde_json::from_str(&line).map_err(|e| refused(format!("no launch line ({e})")))?;
+    // The agent may have ended before the kernel was asked to tell.
+    if getppid().as_raw() != launch.agent_pid.cast_signed() {
+        return Err(refused("its agent is gone".into()));
+    }
+    std::thread::Builder::new().name("bond".into()).spawn(end_with_pipe)?;
+    Ok(launch)
+}
+
+/// Nothing more is ever written to the pipe: it ends when the agent does, or when the agent wants this rank to end.
+fn end_with_pipe() {
+    // Whatever is read, be it an error, only the end of it counts.
+    let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
+    // Neither exit handlers nor the device thread may hold the end up.
+    let _ = raise(Signal::SIGKILL);
+    std::process::abort();
+}
+
+/// Runs the rank until the head ends it, or is gone for longer than its grace.
+///
+/// # Errors
+/// Everything but an end that the head asked for.
+pub fn run(launch: RankLaunch) -> Result<(), RankError> {
+    let grace = launch.head_grace();
+    let setup = RankSetup {
+        rank: launch.key.rank,
+        incarnation: launch.key.incarnation,
+        node_id: launch.node_id.clone(),
+        device: device_of(launch.device),
+        num_threads: launch.num_threads as usize,
+    };
+    let head = HeadTarget { address: launch.head.clone(), socket: launch.head_socket.clone().map(Into::into) };
+    let device = device_thread::spawn(setup)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let ended = runtime.block_on(async {
+        let session = Session::open(&head, hello(launch), device).await?;
+        let ended = session.run().await;
+        if matches!(ended, Err(SessionError::HeadGone { .. })) && !grace.is_zero() {
+            tokio::time::sleep(grace).await;
+        }
+        ended
+    });
+    match ended {
+        Ok(reason) => {
+            info!(reason, "rank ends");
+            Ok(())
+        }
+        Err(error) => {
+            error!(%error, "rank ends");
+            Err(error.into())
+        }
+    }
+}
+
+fn hello(launch: RankLaunch) -> RankHello {
+    RankHello {
+        deployment: launch.key.deployment,
+        replica: launch.key.replica,
+        rank: launch.key.rank,
+        incarnation: launch.key.incarnation,
+        node_id: launch.node_id,
+        pid: std::process::id(),
+        launch_token: launch.launch_token,
+        version: VERSION.into(),
+        device: launch.device_name,
+    }
+}
+
+fn device_of(kind: DeviceKind) -> backend::DeviceKind {
+    match kind {
+        DeviceKind::Cpu => backend::DeviceKind::Cpu,
+        DeviceKind::Cuda => backend::DeviceKind::Cuda,
+        DeviceKind::Rocm => backend::DeviceKind::Rocm,
+    }
+}

@@ -1,0 +1,286 @@
+//! A rank's stream to the head: plans down, results up, nothing else.
+//!
+//! Owns the connection, and the parts of long prompts that came ahead of their plan. Knows no model and no device.
+//!
+//! **Invariant:** the device thread sees messages in the order of the head, each whole and checked. Nothing is taken before the
+//! hello, and nothing waits without a bound: a full queue ends the session.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, UdpSocket};
+use std::path::PathBuf;
+use std::sync::mpsc::TrySendError;
+
+use phalanx_proto::pb::rank_sessions_client::RankSessionsClient;
+use phalanx_proto::{HeadMessage, LoadModel, RankEvent, RankHello, SeqId, WireError, pb};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tracing::{debug, info};
+
+use crate::config::defaults;
+use crate::device_thread::DeviceHandle;
+
+/// Why a session ended before the head said so.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The head cannot be reached.
+    #[error("the head at {head} cannot be reached: {reason}")]
+    Unreachable {
+        /// Where it was sought.
+        head: String,
+        /// What was seen.
+        reason: String,
+    },
+    /// The head does not want this rank.
+    #[error("the head refuses this rank: {message}")]
+    Refused {
+        /// Its words.
+        message: String,
+    },
+    /// The stream ended or broke.
+    #[error("the head is gone: {reason}")]
+    HeadGone {
+        /// How it was seen.
+        reason: String,
+    },
+    /// The head sent something that cannot be taken.
+    #[error("from the head: {0}")]
+    Wire(#[from] WireError),
+    /// More plans than were agreed.
+    #[error("the head sent more than the device thread's queue holds")]
+    Overrun,
+    /// More staged tokens than the group's limits allow.
+    #[error("{num_tokens} tokens are staged; at most {num_tokens_max} may be")]
+    Staging {
+        /// Tokens with the part that came.
+        num_tokens: usize,
+        /// The limit.
+        num_tokens_max: usize,
+    },
+    /// The device thread ended.
+    #[error("the device thread has ended")]
+    DeviceEnded,
+}
+
+/// Where a rank finds its head.
+#[derive(Debug, Clone)]
+pub struct HeadTarget {
+    /// `host:port`.
+    pub address: String,
+    /// The Unix socket, where the head is on this machine.
+    pub socket: Option<PathBuf>,
+}
+
+impl HeadTarget {
+    /// Connects, by the Unix socket where there is one, else over TCP.
+    ///
+    /// # Errors
+    /// Neither answers within its deadline.
+    pub async fn dial(&self) -> Result<Channel, SessionError> {
+        if let Some(socket) = &self.socket {
+            match dial(format!("unix://{}", socket.display())).await {
+                Ok(channel) => return Ok(channel),
+                Err(error) => debug!(%error, "unix socket does not answer, trying tcp"),
+            }
+        }
+        dial(format!("http://{}", self.address)).await
+    }
+}
+
+async fn dial(uri: String) -> Result<Channel, SessionError> {
+    let unreachable = |error: tonic::transport::Error| SessionError::Unreachable {
+        head: uri.clone(),
+        reason: std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string),
+    };
+    let endpoint = Endpoint::from_shared(uri.clone()).map_err(unreachable)?;
+    endpoint
+        .connect_timeout(defaults::CONNECT_DEADLINE)
+        .initial_stream_window_size(defaults::STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(defaults::CONNECTION_WINDOW_BYTES)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(defaults::KEEPALIVE)
+        .keep_alive_timeout(defaults::KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .connect()
+        .await
+        .map_err(unreachable)
+}
+
+/// A rank's open stream.
+pub struct Session {
+    device: DeviceHandle,
+    plans: tonic::Streaming<pb::HeadToRank>,
+    results: mpsc::Sender<pb::RankMessage>,
+    staging: Staging,
+    /// Where this machine is seen by the head's: the way to the other nodes, as far as the rank can know it.
+    own_ip: Option<IpAddr>,
+}
+
+impl Session {
+    /// Dials the head and says hello.
+    ///
+    /// # Errors
+    /// The head does not answer after some attempts, or refuses this rank.
+    pub async fn open(head: &HeadTarget, hello: RankHello, device: DeviceHandle) -> Result<Self, SessionError> {
+        let mut pause = defaults::RETRY_PAUSE_MIN;
+        let mut attempt = 1;
+        let channel = loop {
+            match head.dial().await {
+                Ok(channel) => break channel,
+                Err(error) if attempt == defaults::RANK_CONNECT_ATTEMPTS => return Err(error),
+                Err(error) => debug!(%error, attempt, "head does not answer"),
+            }
+            tokio::time::sleep(pause).await;
+            (pause, attempt) = (pause * 2, attempt + 1);
+        };
+        let (results, outbox) = mpsc::channel(defaults::OUTBOX);
+        send(&results, RankEvent::Hello(hello)).await?;
+        let mut client = RankSessionsClient::new(channel);
+        let reply = client.session(ReceiverStream::new(outbox));
+        let reply = tokio::time::timeout(defaults::WELCOME_DEADLINE, reply).await;
+        let reply = reply.map_err(|_| gone("it did not answer the hello"))?;
+        let plans = reply.map_err(|status| SessionError::Refused { message: status.message().into() })?.into_inner();
+        info!(head = %head.address, "session open");
+        Ok(Self { device, plans, results, staging: Staging::default(), own_ip: own_ip(&head.address) })
+    }
+
+    /// Hands plans to the device thread as they come, and results to the head as they are ready. Neither waits for the other.
+    ///
+    /// # Errors
+    /// The head is gone or sends what cannot be taken, or the device thread has ended; the process should end too.
+    pub async fn run(mut self) -> Result<String, SessionError> {
+        loop {
+            tokio::select! {
+                message = self.plans.message() => match message {
+                    Ok(Some(message)) => {
+                        if let Some(reason) = self.take(message)? {
+                            return Ok(reason);
+                        }
+                    }
+                    Ok(None) => return Err(gone("it closed the stream")),
+                    Err(status) => return Err(gone(status.message())),
+                },
+                event = self.device.events.recv() => match event {
+                    Some(event) => send(&self.results, event).await?,
+                    None => return Err(self.flush().await),
+                },
+            }
+        }
+    }
+
+    /// Passes one message on; says why to end where it is the last one.
+    fn take(&mut self, message: pb::HeadToRank) -> Result<Option<String>, SessionError> {
+        let Some(message) = self.staging.admit(message)? else { return Ok(None) };
+        let message = match message {
+            HeadMessage::Load(load) => {
+                self.staging.limit(&load);
+                HeadMessage::Load(self.name_interface(load))
+            }
+            HeadMessage::Shutdown(reason) => {
+                // The thread ends with its channel, whether or not this message finds room.
+                let _ = self.device.commands.try_send(HeadMessage::Shutdown(reason.clone()));
+                return Ok(Some(reason));
+            }
+            other => other,
+        };
+        self.device.commands.try_send(message).map(|()| None).map_err(|error| match error {
+            TrySendError::Full(_) => SessionError::Overrun,
+            TrySendError::Disconnected(_) => SessionError::DeviceEnded,
+        })
+    }
+
+    /// Collectives between nodes go the way of the session, unless the head says otherwise.
+    fn name_interface(&self, mut load: LoadModel) -> LoadModel {
+        if let Some(ip) = self.own_ip
+            && load.collective_interface.is_empty()
+        {
+            load.collective_interface = ip.to_string();
+        }
+        load
+    }
+
+    /// Lets the last words of the device thread reach the head: it closes the stream when it has read them.
+    async fn flush(self) -> SessionError {
+        let Self { mut plans, results, .. } = self;
+        drop(results);
+        let drained = async { while matches!(plans.message().await, Ok(Some(_))) {} };
+        if tokio::time::timeout(defaults::FLUSH_DEADLINE, drained).await.is_err() {
+            debug!("head kept the stream open");
+        }
+        SessionError::DeviceEnded
+    }
+}
+
+async fn send(results: &mpsc::Sender<pb::RankMessage>, event: RankEvent) -> Result<(), SessionError> {
+    let sent = results.send_timeout(event.into(), defaults::SEND_DEADLINE).await;
+    sent.map_err(|_| gone("it takes no messages"))
+}
+
+fn gone(reason: &str) -> SessionError {
+    SessionError::HeadGone { reason: reason.into() }
+}
+
+/// The address from which this machine speaks to the head; `None` where that is this machine itself. Nothing is sent:
+/// connecting a datagram socket only asks the routes.
+fn own_ip(head: &str) -> Option<IpAddr> {
+    let from = if head.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
+    let socket = UdpSocket::bind(from).ok()?;
+    socket.connect(head).ok()?;
+    let ip = socket.local_addr().ok()?.ip();
+    (!ip.is_loopback()).then_some(ip)
+}
+
+/// Prompt parts that wait for their plan.
+#[derive(Debug, Default)]
+struct Staging {
+    parts: HashMap<SeqId, Vec<u32>>,
+    num_tokens: usize,
+    num_tokens_max: usize,
+}
+
+impl Staging {
+    /// What all sequences of a full batch may have staged.
+    fn limit(&mut self, load: &LoadModel) {
+        self.num_tokens_max = load.max_model_len as usize * load.max_num_seqs.max(1) as usize;
+    }
+
+    /// Keeps parts, completes plans, and converts what is whole.
+    fn admit(&mut self, message: pb::HeadToRank) -> Result<Option<HeadMessage>, SessionError> {
+        use pb::head_to_rank::Message as M;
+        let missing = WireError::Missing { message: "HeadToRank", field: "message" };
+        Ok(Some(match message.message.ok_or(missing)? {
+            M::Stage(part) => {
+                self.keep(part)?;
+                return Ok(None);
+            }
+            M::Plan(mut plan) => {
+                for new in &mut plan.new_sequences {
+                    self.complete(new);
+                }
+                HeadMessage::Plan(plan.try_into()?)
+            }
+            M::Load(load) => HeadMessage::Load(load.try_into()?),
+            M::Connect(connect) => HeadMessage::Connect(connect.addresses),
+            M::InitKvCache(init) => HeadMessage::InitKvCache { num_blocks: init.num_blocks },
+            M::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
+        }))
+    }
+
+    fn keep(&mut self, part: pb::StagePart) -> Result<(), SessionError> {
+        let num_tokens = self.num_tokens + part.tokens.len();
+        if num_tokens > self.num_tokens_max {
+            return Err(SessionError::Staging { num_tokens, num_tokens_max: self.num_tokens_max });
+        }
+        self.num_tokens = num_tokens;
+        self.parts.entry(SeqId(part.seq_id)).or_default().extend(part.tokens);
+        Ok(())
+    }
+
+    fn complete(&mut self, new: &mut pb::NewSequence) {
+        if let Some(mut tokens) = self.parts.remove(&SeqId(new.seq_id)) {
+            self.num_tokens -= tokens.len();
+            tokens.append(&mut new.tokens);
+            new.tokens = tokens;
+        }
+    }
+}
