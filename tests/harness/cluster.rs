@@ -141,7 +141,11 @@ impl Cluster {
         let node = Node::new();
         let slots = slots.to_string();
         let mut arguments = vec!["start", "--head", "--num-gpus", &slots, "--json"];
-        arguments.extend(["--port", "0", "--http-port", "0", "--dashboard-port", "0"]);
+        for port in ["--port", "--http-port", "--dashboard-port"] {
+            if !flags.contains(&port) {
+                arguments.extend([port, "0"]);
+            }
+        }
         arguments.extend(flags);
         let started = node.run("coordinator", &arguments);
         assert_eq!(started.code, 0, "start failed: {}\n{}", started.stderr, node.logs());
