@@ -274,7 +274,7 @@ impl<E: KvElement> Attend<'_, '_, E> {
         }
         let mut q = [&[][..]; R];
         for (r, q) in q.iter_mut().enumerate() {
-            *q = &self.work.q[(row + r) * dim..(row + r + 1) * dim];
+            *q = &self.work.q[(row + r) * dim..][..dim];
         }
         let mut acc = [[simd.zero(); T]; R];
         for d in 0..dim {
@@ -396,10 +396,8 @@ impl<E: KvElement> Attend<'_, '_, E> {
     ) {
         let dim = self.context.head_dim;
         let width = padded(dim);
-        let mut weights = [&[][..]; R];
-        for (r, weights) in weights.iter_mut().enumerate() {
-            *weights = &self.work.scores[(row + r) * SPAN..(row + r + 1) * SPAN];
-        }
+        let weights = &self.work.scores.as_chunks::<SPAN>().0[row..row + R];
+        let weights: [&[f32; SPAN]; R] = std::array::from_fn(|r| &weights[r]);
         let mut acc = [[simd.zero(); C]; R];
         for (r, acc) in acc.iter_mut().enumerate() {
             let from = &self.work.segment.acc[(row + r) * width + column..(row + r + 1) * width];
@@ -407,27 +405,31 @@ impl<E: KvElement> Attend<'_, '_, E> {
                 *acc = simd.load(from);
             }
         }
-        let mut position = positions.start;
-        while position < positions.end {
-            let v = self.context.v_rows(position);
-            for v in v.chunks_exact(dim).take(positions.end - position) {
-                let v = &v[column..];
+        let mut offset = positions.start - span;
+        while span + offset < positions.end {
+            let tile = self.context.v_rows(span + offset);
+            let left = positions.end - span - offset;
+            for v in tile.chunks_exact(dim).take(left) {
+                let Some((_, v)) = v.split_at_checked(column) else { return };
                 let mut values = [simd.zero(); C];
                 if HALF_COLUMN {
-                    values[0] = E::load_half(simd, &v.as_chunks().0[0]);
+                    let Some((half, _)) = v.split_first_chunk() else { return };
+                    values[0] = E::load_half(simd, half);
                 } else {
-                    let (chunks, _) = v[..C * LANES].as_chunks::<LANES>();
-                    for c in 0..C {
-                        values[c] = E::load(simd, &chunks[c]);
+                    for (value, chunk) in values.iter_mut().zip(v.as_chunks().0) {
+                        *value = E::load(simd, chunk);
                     }
                 }
+                if offset >= SPAN {
+                    return;
+                }
                 for r in 0..R {
-                    let weight = simd.splat(weights[r][position - span]);
+                    let weight = simd.splat(weights[r][offset]);
                     for c in 0..C {
                         acc[r][c] = simd.fma(weight, values[c], acc[r][c]);
                     }
                 }
-                position += 1;
+                offset += 1;
             }
         }
         for (r, acc) in acc.iter().enumerate() {

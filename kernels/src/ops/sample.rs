@@ -14,6 +14,11 @@
 
 use std::cmp::Ordering;
 
+use crate::cpu::{
+    lanes::{Kernel, Lanes, Simd},
+    math::exp,
+};
+
 /// Bins of a radix pass.
 pub const NUM_BINS: usize = 256;
 /// Bits of a key that one pass decides.
@@ -45,11 +50,13 @@ impl MaxSum {
 
     /// Of this rank's logits.
     pub fn of(logits: &[f32]) -> Self {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+        let simd = Simd::best();
+        let max = blocks(logits, 0).map(|block| simd.run(Largest(&block))).fold(f32::NEG_INFINITY, f32::max);
         if max == f32::NEG_INFINITY {
             return Self { max, sum: 0.0 };
         }
-        Self { max, sum: logits.iter().map(|&x| f64::from(x - max).exp()).sum() }
+        let mass = |block: Block| f64::from(simd.run(SumOf { block: &block, max }));
+        Self { max, sum: blocks(logits, 0).map(mass).sum() }
     }
 
     /// Of the whole row: the ranks' parts, in rank order.
@@ -245,15 +252,30 @@ impl Cut {
     /// Fills `out` with this rank's part: counts for top-k, masses `exp((logit - max) / temperature)` for top-p.
     pub fn histogram(&self, pass: usize, logits: &[f32], out: &mut Histogram) {
         out.bins.fill(0.0);
+        let simd = Simd::best();
         let (shift, decided) = digit(pass);
         let by_count = pass < PASSES_OF_A_CUT;
-        for &logit in logits {
-            let key = logit_key(logit);
-            if key < self.floor || u64::from(key ^ self.prefix) >> decided != 0 || logit.is_nan() {
+        // Digits found so far are a lower bound, except in the first pass of a cut.
+        let least = if decided == u32::BITS { self.floor } else { self.floor.max(self.prefix) };
+        for block in blocks(logits, 0) {
+            if logit_key(simd.run(Largest(&block))) < least {
                 continue;
             }
-            let bin = (key >> shift) as usize % NUM_BINS;
-            out.bins[bin] += if by_count { 1.0 } else { self.mass(logit) };
+            let mut masses = [1.0; BLOCK];
+            if !by_count {
+                simd.run(Masses {
+                    block: &block,
+                    max: self.max,
+                    rate: 1.0 / self.params.temperature,
+                    out: &mut masses,
+                });
+            }
+            for (logit, mass) in block.logits.iter().zip(masses) {
+                let key = logit_key(*logit);
+                if key >= least && u64::from(key ^ self.prefix) >> decided == 0 && *logit > f32::NEG_INFINITY {
+                    out.bins[(key >> shift) as usize % NUM_BINS] += f64::from(mass);
+                }
+            }
         }
     }
 
@@ -319,19 +341,36 @@ fn round_up(value: f64) -> f32 {
 ///
 /// The merged winner over ranks is a draw from the softmax over the survivors. `floor` is [`Cut::floor`], or 0 for no cut.
 pub fn draw(logits: &[f32], first_id: u32, temperature: f32, floor: u32, random: &RandomKey) -> Option<Candidate> {
+    let simd = Simd::best();
     let mut best: Option<Candidate> = None;
-    let mut words = RandomWords::new(random);
-    for (id, &logit) in (first_id..).zip(logits) {
-        if logit_key(logit) < floor || logit == f32::NEG_INFINITY || logit.is_nan() {
+    for block in blocks(logits, first_id) {
+        let largest = simd.run(Largest(&block));
+        let reach = f64::from(largest) / f64::from(temperature) + GUMBEL_MAX;
+        let hopeless = best.is_some_and(|best| reach < best.value);
+        if hopeless || largest == f32::NEG_INFINITY || logit_key(largest) < floor {
             continue;
         }
-        let scaled = f64::from(logit) / f64::from(temperature);
-        if best.is_some_and(|b| scaled + GUMBEL_MAX < b.value) {
-            continue;
+        let mut words = [0; BLOCK];
+        simd.run(Words { key: random, first_id: block.first_id, out: &mut words });
+        // A token wins where its exponential variate `-ln(u)` is below `exp(logit / temperature - best)`, and that variate is
+        // never below `1 - u`: most tokens need no logarithm.
+        let mut chances = [f32::INFINITY; BLOCK];
+        if let Some(best) = best {
+            let max = (best.value * f64::from(temperature)) as f32;
+            simd.run(Masses { block: &block, max, rate: 1.0 / temperature, out: &mut chances });
+            // More than rounding may have taken from a chance.
+            let slack = 1.001 + 1e-6 * (max / temperature).abs();
+            chances.iter_mut().for_each(|chance| *chance *= slack);
         }
-        let value = scaled + gumbel(words.of(id));
-        if best.is_none_or(|b| value > b.value) {
-            best = Some(Candidate { value, id });
+        for (index, ((&logit, word), chance)) in block.logits.iter().zip(words).zip(chances).enumerate() {
+            let away = (!word as f32) / WORD_RANGE as f32;
+            if away > chance || logit_key(logit) < floor || logit == f32::NEG_INFINITY || logit.is_nan() {
+                continue;
+            }
+            let value = f64::from(logit) / f64::from(temperature) + gumbel(word);
+            if best.is_none_or(|best| value > best.value) {
+                best = Some(Candidate { value, id: block.first_id + index as u32 });
+            }
         }
     }
     best
@@ -346,44 +385,30 @@ pub struct RandomKey {
     pub output_index: u32,
 }
 
+impl RandomKey {
+    fn halves(&self) -> [u32; 2] {
+        [self.seed as u32, (self.seed >> 32) as u32]
+    }
+}
+
 /// No Gumbel value is above this: `-ln(-ln(1 - 2^-33))` is 22.87.
 const GUMBEL_MAX: f64 = 22.9;
+/// Values of a random word.
+const WORD_RANGE: f64 = 4_294_967_296.0;
 
 /// A random word as a Gumbel variate: `-ln(-ln(u))`, `u` the middle of the word's interval in (0, 1).
 pub fn gumbel(word: u32) -> f64 {
-    let u = (f64::from(word) + 0.5) / 4_294_967_296.0;
+    let u = (f64::from(word) + 0.5) / WORD_RANGE;
     -(-u.ln()).ln()
 }
 
 /// A token's random word.
 pub fn random_word(key: &RandomKey, id: u32) -> u32 {
-    RandomWords::new(key).of(id)
-}
-
-/// The random words of a row, one block of four kept.
-struct RandomWords<'a> {
-    key: &'a RandomKey,
-    block: Option<u32>,
-    words: [u32; WORDS as usize],
-}
-
-impl<'a> RandomWords<'a> {
-    fn new(key: &'a RandomKey) -> Self {
-        Self { key, block: None, words: [0; WORDS as usize] }
-    }
-
-    fn of(&mut self, id: u32) -> u32 {
-        let block = id / WORDS;
-        if self.block != Some(block) {
-            let seed = self.key.seed;
-            self.words = philox([block, self.key.output_index, 0, 0], [seed as u32, (seed >> 32) as u32]);
-            self.block = Some(block);
-        }
-        self.words[(id % WORDS) as usize]
-    }
+    philox([id / WORDS, key.output_index, 0, 0], key.halves())[(id % WORDS) as usize]
 }
 
 /// Philox4x32-10: ten rounds on a counter under a key.
+#[inline(always)]
 pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let a = u64::from(counter[0]) * 0xD251_1F53;
@@ -392,6 +417,104 @@ pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
     counter
+}
+
+/// Tokens that are looked at together.
+const BLOCK: usize = 64;
+
+/// Logits of the ids from `first_id` on, a multiple of `BLOCK`; -inf where this rank has no token.
+struct Block {
+    first_id: u32,
+    logits: [f32; BLOCK],
+}
+
+/// The blocks of a slice.
+fn blocks(logits: &[f32], first_id: u32) -> impl Iterator<Item = Block> {
+    let lead = first_id as usize % BLOCK;
+    (0..(lead + logits.len()).div_ceil(BLOCK)).map(move |index| {
+        let mut block =
+            Block { first_id: first_id - lead as u32 + (index * BLOCK) as u32, logits: [f32::NEG_INFINITY; BLOCK] };
+        let start = (index * BLOCK).saturating_sub(lead);
+        let end = ((index + 1) * BLOCK - lead).min(logits.len());
+        let at = start + lead - index * BLOCK;
+        block.logits[at..at + end - start].copy_from_slice(&logits[start..end]);
+        block
+    })
+}
+
+/// The largest logit of a block, NaN left out.
+struct Largest<'a>(&'a Block);
+
+impl Kernel for Largest<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) -> f32 {
+        let mut largest = simd.splat(f32::NEG_INFINITY);
+        for chunk in self.0.logits.as_chunks().0 {
+            largest = simd.max(simd.load(chunk), largest);
+        }
+        simd.max_lane(largest)
+    }
+}
+
+/// The sum of `exp(logit - max)` over a block.
+struct SumOf<'a> {
+    block: &'a Block,
+    max: f32,
+}
+
+impl Kernel for SumOf<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) -> f32 {
+        let mut sum = simd.zero();
+        for chunk in self.block.logits.as_chunks().0 {
+            sum = simd.add(sum, exp(simd, simd.sub(simd.load(chunk), simd.splat(self.max))));
+        }
+        simd.sum(sum)
+    }
+}
+
+/// `exp((logit - max) * rate)` of a block.
+struct Masses<'a> {
+    block: &'a Block,
+    max: f32,
+    rate: f32,
+    out: &'a mut [f32; BLOCK],
+}
+
+impl Kernel for Masses<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        for (out, chunk) in self.out.as_chunks_mut().0.iter_mut().zip(self.block.logits.as_chunks().0) {
+            let x = simd.sub(simd.load(chunk), simd.splat(self.max));
+            simd.store(exp(simd, simd.mul(x, simd.splat(self.rate))), out);
+        }
+    }
+}
+
+/// The random words of a block.
+struct Words<'a> {
+    key: &'a RandomKey,
+    first_id: u32,
+    out: &'a mut [u32; BLOCK],
+}
+
+impl Kernel for Words<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Lanes>(self, _: S) {
+        let (first, key) = (self.first_id / WORDS, self.key.halves());
+        let mut words = [[0; BLOCK / WORDS as usize]; WORDS as usize];
+        for i in 0..BLOCK / WORDS as usize {
+            let [a, b, c, d] = philox([first + i as u32, self.key.output_index, 0, 0], key);
+            (words[0][i], words[1][i], words[2][i], words[3][i]) = (a, b, c, d);
+        }
+        for (index, out) in self.out.iter_mut().enumerate() {
+            *out = words[index % WORDS as usize][index / WORDS as usize];
+        }
+    }
 }
 
 #[cfg(test)]
@@ -558,6 +681,34 @@ mod tests {
         let ordered = [f32::NEG_INFINITY, f32::MIN, -1.5, -1e-40, 0.0, 1e-40, 1.0, 1.0f32.next_up(), f32::INFINITY];
         assert!(ordered.windows(2).all(|w| logit_key(w[0]) < logit_key(w[1])));
         assert_eq!(logit_key(-0.0), logit_key(0.0));
+    }
+
+    /// The draw, token by token.
+    fn plain_draw(logits: &[f32], first_id: u32, temperature: f32, key: &RandomKey) -> Option<Candidate> {
+        let value = |(id, &x): (u32, &f32)| Candidate {
+            value: f64::from(x) / f64::from(temperature) + gumbel(random_word(key, id)),
+            id,
+        };
+        let all = (first_id..).zip(logits).filter(|(_, x)| **x > f32::NEG_INFINITY).map(value);
+        all.min_by(Candidate::better_first)
+    }
+
+    #[test]
+    fn a_draw_skips_no_winner() {
+        let mut state = 1u32;
+        let mut random = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32
+        };
+        for output_index in 0..300 {
+            let (spread, temperature) = (30.0 * random(), 0.001f32.powf(random()) * 2.0);
+            let mut logits: Vec<f32> = (0..1 + output_index as usize * 3).map(|_| spread * random() - 20.0).collect();
+            logits[0] = f32::NEG_INFINITY;
+            let key = RandomKey { seed: 7 << 33, output_index };
+            let first_id = output_index * 37;
+            let expected = plain_draw(&logits, first_id, temperature, &key);
+            assert_eq!(draw(&logits, first_id, temperature, 0, &key), expected, "{spread} {temperature}");
+        }
     }
 
     #[test]
