@@ -95,11 +95,11 @@ impl ApiClient {
     /// The address or the key cannot be written into a request.
     pub fn new(base_url: &str, api_key: Option<&str>) -> Result<Self, ClientError> {
         let bad = || ClientError::BadUrl { url: base_url.to_owned() };
-        let given = base_url.trim_end_matches('/');
+        let given = base_url.strip_prefix("http://").unwrap_or(base_url).trim_end_matches('/');
         let given = given.strip_suffix("/v1").unwrap_or(given);
-        let base = if given.contains("://") { given.to_owned() } else { format!("http://{given}") };
+        let base = format!("http://{given}");
         let uri: Uri = base.parse().map_err(|_| bad())?;
-        if uri.scheme_str() != Some("http") || uri.host().is_none_or(str::is_empty) {
+        if given.contains("://") || uri.host().is_none_or(str::is_empty) {
             return Err(bad());
         }
         let key = api_key.map(|key| HeaderValue::from_str(&format!("Bearer {key}"))).transpose().map_err(|_| bad())?;
