@@ -421,6 +421,58 @@ unsafe fn int8_rows<U: Unpack, S: Scale, const R: usize>(group: Group, tile: Qua
     unrolled!(R, |row| { unsafe { _mm512_storeu_ps(out.add(row * LANES), totals[row]) } });
 }
 
+/// Rows up to which elements are turned into f32 where they are used; with more, once for all rows.
+const DIRECT_MAX: usize = 8;
+
+/// How an element type is read.
+trait Element {
+    const BYTES: usize;
+
+    /// Sixteen elements as f32.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load(elements: *const u8) -> __m512;
+}
+
+struct F32;
+struct F16;
+struct Bf16;
+
+impl Element for F32 {
+    const BYTES: usize = 4;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(elements: *const u8) -> __m512 {
+        // SAFETY: by the caller's promise.
+        unsafe { _mm512_loadu_ps(elements.cast()) }
+    }
+}
+
+impl Element for F16 {
+    const BYTES: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(elements: *const u8) -> __m512 {
+        // SAFETY: by the caller's promise.
+        unsafe { halves(elements) }
+    }
+}
+
+impl Element for Bf16 {
+    const BYTES: usize = 2;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(elements: *const u8) -> __m512 {
+        // SAFETY: by the caller's promise.
+        let bits = unsafe { _mm256_loadu_si256(elements.cast()) };
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)))
+    }
+}
+
 /// Products of a stretch of rows with a span, into `sums` from group `to` on.
 ///
 /// # Safety
@@ -429,58 +481,89 @@ unsafe fn int8_rows<U: Unpack, S: Scale, const R: usize>(group: Group, tile: Qua
 pub(super) unsafe fn float_stretch(span: Span<'_>, rows: FloatRows<'_>, to: usize, sums: Sums) {
     let mut panels = std::mem::MaybeUninit::<[f32; SPAN_MAX * DEPTH * LANES]>::uninit();
     let panels = panels.as_mut_ptr().cast::<f32>();
+    let is_direct = rows.num_rows <= DIRECT_MAX;
     for start in (0..rows.cols).step_by(DEPTH) {
         let len = DEPTH.min(rows.cols - start);
-        let mut weights = [panels.cast_const(); SPAN_MAX];
+        let mut weights = [panels.cast_const().cast(); SPAN_MAX];
+        let mut dtype = StoredType::F32;
         for (group, weights) in weights.iter_mut().enumerate().take(span.len) {
-            // SAFETY: a panel has room for `DEPTH` columns, and these columns are in the group.
-            *weights = unsafe { panel(span.part, span.first + group, start, len, panels.add(group * DEPTH * LANES)) };
-        }
-        let mut row = 0;
-        while row < rows.num_rows {
-            let left = rows.num_rows - row;
-            let x = rows.x[row * rows.cols + start..].as_ptr();
-            let stripe = Stripe { x, x_stride: rows.cols, weights, len, sums, row, to, is_first: start == 0 };
-            // SAFETY: the stripe has this many rows, groups and columns.
-            row += unsafe {
-                match (left, span.len) {
-                    (8.., 1) => stripe.run::<8, 1>(),
-                    (8.., 2) => stripe.run::<8, 2>(),
-                    (4.., 1) => stripe.run::<4, 1>(),
-                    (4.., 2) => stripe.run::<4, 2>(),
-                    (2.., 1) => stripe.run::<2, 1>(),
-                    (2.., 2) => stripe.run::<2, 2>(),
-                    (2.., 3) => stripe.run::<2, 3>(),
-                    (2.., _) => stripe.run::<2, 4>(),
-                    (_, 1) => stripe.run::<1, 1>(),
-                    (_, 2) => stripe.run::<1, 2>(),
-                    (_, 3) => stripe.run::<1, 3>(),
-                    (_, _) => stripe.run::<1, 4>(),
+            let layout = &span.part.layout;
+            if layout.format.is_none() && (is_direct || span.part.dtype == StoredType::F32) {
+                *weights = span.part.group(span.first + group)[start * layout.code_bytes..].as_ptr();
+                dtype = span.part.dtype;
+            } else {
+                // SAFETY: a panel has room for `DEPTH` columns, and these columns are in the group.
+                unsafe {
+                    let room = panels.add(group * DEPTH * LANES);
+                    fill_panel(span.part, span.first + group, start, len, room);
+                    *weights = room.cast_const().cast();
                 }
-            };
+            }
+        }
+        let panels = Panels { weights, num_groups: span.len, len, sums, to, is_first: start == 0 };
+        // SAFETY: the panels are of this type, have `len` columns, and `sums` has room for the rows.
+        unsafe {
+            match dtype {
+                StoredType::F16 => panels.run::<F16>(rows, start),
+                StoredType::BF16 => panels.run::<Bf16>(rows, start),
+                _ => panels.run::<F32>(rows, start),
+            }
         }
     }
 }
 
-/// A few rows times a few panels.
-struct Stripe {
-    x: *const f32,
-    x_stride: usize,
-    weights: [*const f32; SPAN_MAX],
+/// Columns of a few groups, `[column][lane]` each, and where the products go.
+struct Panels {
+    weights: [*const u8; SPAN_MAX],
+    num_groups: usize,
     len: usize,
     sums: Sums,
-    row: usize,
     to: usize,
     is_first: bool,
 }
 
-impl Stripe {
-    /// Returns `R`.
+impl Panels {
+    /// All rows, from column `start` on, a few at a time.
     ///
     /// # Safety
-    /// `R` rows of `x`, `G` panels, `len` columns; `sums` has room for them.
+    /// Panels of elements `E` with `len` columns; rows with as many from `start` on; `sums` has room for them.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn run<E: Element>(&self, rows: FloatRows<'_>, start: usize) {
+        let mut row = 0;
+        while row < rows.num_rows {
+            let x = rows.x[row * rows.cols + start..].as_ptr();
+            let stride = rows.cols;
+            // SAFETY: `x` has this many rows, `weights` this many groups.
+            row += unsafe {
+                match (rows.num_rows - row, self.num_groups) {
+                    (8.., 1) => self.stripe::<E, 8, 1>(x, stride, row),
+                    (8.., 2) => self.stripe::<E, 8, 2>(x, stride, row),
+                    (4.., 1) => self.stripe::<E, 4, 1>(x, stride, row),
+                    (4.., 2) => self.stripe::<E, 4, 2>(x, stride, row),
+                    (2.., 1) => self.stripe::<E, 2, 1>(x, stride, row),
+                    (2.., 2) => self.stripe::<E, 2, 2>(x, stride, row),
+                    (2.., 3) => self.stripe::<E, 2, 3>(x, stride, row),
+                    (2.., _) => self.stripe::<E, 2, 4>(x, stride, row),
+                    (_, 1) => self.stripe::<E, 1, 1>(x, stride, row),
+                    (_, 2) => self.stripe::<E, 1, 2>(x, stride, row),
+                    (_, 3) => self.stripe::<E, 1, 3>(x, stride, row),
+                    (_, _) => self.stripe::<E, 1, 4>(x, stride, row),
+                }
+            };
+        }
+    }
+
+    /// `R` rows, which begin at `x`, times `G` groups. Returns `R`.
+    ///
+    /// # Safety
+    /// As `run`, with `R` rows and `G` groups.
     #[target_feature(enable = "avx512f")]
-    unsafe fn run<const R: usize, const G: usize>(&self) -> usize {
+    unsafe fn stripe<E: Element, const R: usize, const G: usize>(
+        &self,
+        x: *const f32,
+        x_stride: usize,
+        first_row: usize,
+    ) -> usize {
         let mut products = [[_mm512_setzero_ps(); G]; R];
         let weights = self.weights;
         for col in 0..self.len {
@@ -488,15 +571,12 @@ impl Stripe {
             unsafe {
                 let mut w = [_mm512_setzero_ps(); G];
                 unrolled!(4; G, |group| {
-                    let weights = weights[group].add(col * LANES);
-                    // Few rows wait for memory; with many, the panel is near.
-                    if R <= 2 {
-                        prefetch(weights.cast());
-                    }
-                    w[group] = _mm512_loadu_ps(weights);
+                    let weights = weights[group].add(col * E::BYTES * LANES);
+                    prefetch(weights);
+                    w[group] = E::load(weights);
                 });
                 unrolled!(R, |row| {
-                    let x = _mm512_set1_ps(*self.x.add(row * self.x_stride + col));
+                    let x = _mm512_set1_ps(*x.add(row * x_stride + col));
                     unrolled!(4; G, |group| { products[row][group] = _mm512_fmadd_ps(x, w[group], products[row][group]) });
                 });
             }
@@ -505,7 +585,7 @@ impl Stripe {
             unrolled!(4; G, |group| {
                 // SAFETY: by the caller's promise; sums of the first stretch of columns are written, later ones added to.
                 unsafe {
-                    let total = self.sums.at(self.to + group, self.row + row);
+                    let total = self.sums.at(self.to + group, first_row + row);
                     let sum = products[row][group];
                     let sum = if self.is_first { sum } else { _mm512_add_ps(_mm512_loadu_ps(total), sum) };
                     _mm512_storeu_ps(total, sum);
@@ -516,47 +596,42 @@ impl Stripe {
     }
 }
 
-/// Columns `start..start + len` of a group as f32 `[column][lane]`: where they are, or written to `room`.
+/// Writes columns `start..start + len` of a group as f32 `[column][lane]`.
 ///
 /// # Safety
 /// The columns are in the group; `room` holds `len` columns.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn panel(part: &Part, index: usize, start: usize, len: usize, room: *mut f32) -> *const f32 {
+unsafe fn fill_panel(part: &Part, index: usize, start: usize, len: usize, room: *mut f32) {
     let group = Group::new(part, index);
+    let blocks = start / BLOCK..(start + len) / BLOCK;
     // SAFETY: the columns are in the group, and fit into `room`.
     unsafe {
         let columns = group.codes.add(start * group.code_bytes);
-        match part.dtype {
-            StoredType::F32 => return columns.cast(),
-            StoredType::F16 => {
-                for col in 0..len {
-                    prefetch(columns.add(col * 2 * LANES));
-                    _mm512_storeu_ps(room.add(col * LANES), halves(columns.add(col * 2 * LANES)));
+        match (part.layout.format, part.dtype) {
+            (None, StoredType::F16) => convert::<F16>(columns, len, room),
+            (None, StoredType::BF16) => convert::<Bf16>(columns, len, room),
+            (None, _) => convert::<F32>(columns, len, room),
+            (Some(format), _) => {
+                let offset = _mm512_set1_epi32(i32::from(format.offset));
+                macro_rules! call {
+                    ($codes:ty, $scales:ty) => {
+                        dequantize::<$codes, $scales>(group, blocks, offset, room)
+                    };
                 }
-            }
-            StoredType::BF16 => {
-                for col in 0..len {
-                    prefetch(columns.add(col * 2 * LANES));
-                    let bits = _mm256_loadu_si256(columns.add(col * 2 * LANES).cast());
-                    let bits = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits));
-                    _mm512_storeu_ps(room.add(col * LANES), _mm512_castsi512_ps(bits));
-                }
-            }
-            _ => {
-                if let Some(format) = part.layout.format {
-                    let blocks = start / BLOCK..(start + len) / BLOCK;
-                    let offset = _mm512_set1_epi32(i32::from(format.offset));
-                    macro_rules! call {
-                        ($codes:ty, $scales:ty) => {
-                            dequantize::<$codes, $scales>(group, blocks, offset, room)
-                        };
-                    }
-                    with_format!(format, call);
-                }
+                with_format!(format, call);
             }
         }
     }
-    room.cast_const()
+}
+
+/// # Safety
+/// There are `len` columns of elements `E`; `room` holds them.
+#[target_feature(enable = "avx512f")]
+unsafe fn convert<E: Element>(columns: *const u8, len: usize, room: *mut f32) {
+    for col in 0..len {
+        // SAFETY: by the caller's promise.
+        unsafe { _mm512_storeu_ps(room.add(col * LANES), E::load(columns.add(col * E::BYTES * LANES))) };
+    }
 }
 
 /// # Safety
