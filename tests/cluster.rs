@@ -81,13 +81,13 @@ fn a_worker_may_start_before_the_head() {
     let mut join = early.spawn("worker", &["join", "--address", &address, "--num-gpus", "2", "--block"]);
     wait_for("the worker to say that it waits", || early.logs().contains(&address).then_some(()));
     let cluster = Cluster::start_with(1, &["--port", &port.to_string()]);
-    wait_for("both nodes", || (cluster.status().nodes.iter().filter(|n| n.state == "alive").count() == 2).then_some(()));
+    wait_for("both nodes", || {
+        (cluster.status().nodes.iter().filter(|n| n.state == "alive").count() == 2).then_some(())
+    });
     let left = early.run("worker", &["leave"]);
     assert_eq!(left.code, 0, "{left:?}");
     wait_for("the worker to end", || join.try_wait().expect("a child").map(|_| ()));
-    wait_for("the head to know", || {
-        cluster.status().nodes.iter().any(|node| node.state == "left").then_some(())
-    });
+    wait_for("the head to know", || cluster.status().nodes.iter().any(|node| node.state == "left").then_some(()));
 }
 
 #[test]
@@ -95,7 +95,8 @@ fn a_taken_port_is_named_with_its_holder_and_flag() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("an address").port().to_string();
     let node = Node::new();
-    let arguments = ["start", "--head", "--num-gpus", "1", "--port", "0", "--dashboard-port", "0", "--http-port", &port];
+    let arguments =
+        ["start", "--head", "--num-gpus", "1", "--port", "0", "--dashboard-port", "0", "--http-port", &port];
     let refused = node.run("coordinator", &arguments);
     assert_eq!(refused.code, 1, "{refused:?}");
     for expected in [port.as_str(), "--http-port", &std::process::id().to_string()] {
@@ -121,7 +122,11 @@ fn models_that_cannot_be_used_are_named_and_nothing_else_suffers() {
     check("not a model", &empty, &["config.json"]);
     let unknown = folder.path().join("unknown");
     std::fs::create_dir(&unknown).expect("a folder");
-    std::fs::write(unknown.join("config.json"), config.replace("LlamaForCausalLM", "MambaForCausalLM").replace("\"llama\"", "\"mamba\"")).expect("a file");
+    std::fs::write(
+        unknown.join("config.json"),
+        config.replace("LlamaForCausalLM", "MambaForCausalLM").replace("\"llama\"", "\"mamba\""),
+    )
+    .expect("a file");
     check("unknown architecture", &unknown, &["Llama", "Qwen2"]);
     let cut = folder.path().join("cut");
     std::fs::create_dir(&cut).expect("a folder");
@@ -130,7 +135,11 @@ fn models_that_cannot_be_used_are_named_and_nothing_else_suffers() {
     std::fs::write(cut.join("model.safetensors"), &weights[..weights.len() / 2]).expect("a file");
     check("truncated", &cut, &["model.safetensors"]);
     let gguf = folder.path().join("lying.gguf");
-    std::fs::write(&gguf, [b"GGUF".as_slice(), &3u32.to_le_bytes(), &u64::MAX.to_le_bytes(), &u64::MAX.to_le_bytes()].concat()).expect("a file");
+    std::fs::write(
+        &gguf,
+        [b"GGUF".as_slice(), &3u32.to_le_bytes(), &u64::MAX.to_le_bytes(), &u64::MAX.to_le_bytes()].concat(),
+    )
+    .expect("a file");
     check("lying", &gguf, &["lying.gguf"]);
     assert_eq!(cluster.node.run("coordinator", &["status"]).code, 0);
 }
@@ -140,7 +149,13 @@ fn stop_leaves_nothing_behind() {
     let cluster = Cluster::start(2);
     cluster.serve(&tiny(), "m", &["--tensor-parallel-size", "2"]);
     let status = cluster.status();
-    let pids: Vec<u32> = status.ranks.iter().map(|rank| rank.pid).chain(status.nodes.iter().map(|n| n.pid)).chain([status.head.pid]).collect();
+    let pids: Vec<u32> = status
+        .ranks
+        .iter()
+        .map(|rank| rank.pid)
+        .chain(status.nodes.iter().map(|n| n.pid))
+        .chain([status.head.pid])
+        .collect();
     assert_eq!(pids.len(), 4);
     assert!(pids.iter().all(|pid| Processes::alive(*pid)), "{pids:?}");
     let stopped = cluster.node.run("coordinator", &["stop"]);

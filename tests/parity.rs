@@ -55,7 +55,8 @@ impl Served<'_> {
             "return_token_ids": true,
         }));
         let choice = &answer["choices"][0];
-        let ids: Vec<u32> = choice["token_ids"].as_array().expect("ids").iter().map(|i| i.as_u64().unwrap() as u32).collect();
+        let ids: Vec<u32> =
+            choice["token_ids"].as_array().expect("ids").iter().map(|i| i.as_u64().unwrap() as u32).collect();
         assert_eq!(ids.len(), count, "{label}");
         for (step, (found, expected)) in ids.iter().zip(&prompt.greedy).enumerate() {
             if found != expected {
@@ -123,7 +124,11 @@ fn smollm2_with_quantised_activations_stays_close() {
                 differences += (logprob - prompt.greedy_logprobs[step]).abs();
                 count += 1.0;
                 if prompt.margins[step] > 0.4 {
-                    assert_eq!(entry["rank"], 1, "TP {size} {} step {step}: margin {}", prompt.name, prompt.margins[step]);
+                    assert_eq!(
+                        entry["rank"], 1,
+                        "TP {size} {} step {step}: margin {}",
+                        prompt.name, prompt.margins[step]
+                    );
                 }
             }
         }

@@ -76,7 +76,14 @@ fn inside_the_coordinator_rooms_look_one_way() {
 
 #[test]
 fn generated_types_stop_at_the_wire() {
-    let allowed = ["proto/", "worker/src/session", "worker/src/agent/", "coordinator/src/engine/group", "coordinator/src/cluster/membership", "coordinator/src/cli/"];
+    let allowed = [
+        "proto/",
+        "worker/src/session",
+        "worker/src/agent/",
+        "coordinator/src/engine/group",
+        "coordinator/src/cluster/membership",
+        "coordinator/src/cli/",
+    ];
     for folder in ["coordinator/src", "worker/src", "kernels/src", "formats/src"] {
         for (file, text) in sources(folder) {
             if allowed.iter().all(|place| !file.starts_with(place)) {
@@ -88,14 +95,19 @@ fn generated_types_stop_at_the_wire() {
 
 #[test]
 fn unsafe_code_stays_in_its_rooms() {
-    let allowed = ["kernels/", "worker/src/backend/", "worker/src/collective/", "worker/src/weights/", "formats/src/mapping"];
+    let allowed =
+        ["kernels/", "worker/src/backend/", "worker/src/collective/", "worker/src/weights/", "formats/src/mapping"];
     for folder in ["proto/src", "formats/src", "coordinator/src", "worker/src", "kernels/src"] {
         for (file, text) in sources(folder) {
-            let code: String = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+            let code: String =
+                text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
             if allowed.iter().all(|place| !file.starts_with(place)) {
                 assert!(!code.contains("unsafe {") && !code.contains("unsafe fn"), "{file} has unsafe code");
             }
-            assert!(!code.contains("unsafe impl Send") && !code.contains("unsafe impl Sync"), "{file} defeats the compiler");
+            assert!(
+                !code.contains("unsafe impl Send") && !code.contains("unsafe impl Sync"),
+                "{file} defeats the compiler"
+            );
         }
     }
 }

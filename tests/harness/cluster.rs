@@ -21,6 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// One machine of a test: a `PHALANX_HOME` and the programs that use it.
 pub struct Node {
     home: TempDir,
+    namespace: Option<String>,
 }
 
 /// What a command of ours did.
@@ -45,7 +46,17 @@ impl Default for Node {
 impl Node {
     /// A node with an empty home.
     pub fn new() -> Self {
-        Self { home: tempfile::Builder::new().prefix("phalanx-").tempdir().expect("a temporary folder") }
+        Self {
+            home: tempfile::Builder::new().prefix("phalanx-").tempdir().expect("a temporary folder"),
+            namespace: None,
+        }
+    }
+
+    /// A node whose programs run in a network namespace.
+    pub fn inside(namespace: &str) -> Self {
+        let mut node = Self::new();
+        node.namespace = Some(namespace.to_owned());
+        node
     }
 
     /// Its `PHALANX_HOME`.
@@ -55,7 +66,14 @@ impl Node {
 
     /// A command of `program` (coordinator or worker) in this home.
     pub fn command<A: AsRef<OsStr>>(&self, program: &str, arguments: &[A]) -> Command {
-        let mut command = Command::new(binary(program));
+        let mut command = match &self.namespace {
+            Some(namespace) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace]).arg(binary(program));
+                command
+            }
+            None => Command::new(binary(program)),
+        };
         command.args(arguments).env("PHALANX_HOME", self.home.path()).stdin(Stdio::null());
         command
     }
@@ -141,7 +159,11 @@ impl Cluster {
         let node = Node::new();
         let slots = slots.to_string();
         let mut arguments = vec!["start", "--head", "--num-gpus", &slots, "--json"];
-        arguments.extend(["--port", "0", "--http-port", "0", "--dashboard-port", "0"]);
+        for port in ["--port", "--http-port", "--dashboard-port"] {
+            if !flags.contains(&port) {
+                arguments.extend([port, "0"]);
+            }
+        }
         arguments.extend(flags);
         let started = node.run("coordinator", &arguments);
         assert_eq!(started.code, 0, "start failed: {}\n{}", started.stderr, node.logs());

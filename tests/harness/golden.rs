@@ -67,7 +67,8 @@ pub fn smollm2() -> Option<Golden> {
 }
 
 fn prompts(list: &Value) -> Vec<GoldenPrompt> {
-    let numbers = |value: &Value| -> Vec<f64> { value.as_array().into_iter().flatten().filter_map(Value::as_f64).collect() };
+    let numbers =
+        |value: &Value| -> Vec<f64> { value.as_array().into_iter().flatten().filter_map(Value::as_f64).collect() };
     let ids = |value: &Value| -> Vec<u32> {
         value.as_array().into_iter().flatten().filter_map(Value::as_u64).map(|id| id as u32).collect()
     };
@@ -76,7 +77,10 @@ fn prompts(list: &Value) -> Vec<GoldenPrompt> {
         name: prompt["name"].as_str().unwrap_or_default().to_owned(),
         ids: ids(&prompt["ids"]),
         prompt_logprobs: prompt["prompt_logprobs"].as_array().expect("logprobs").iter().map(Value::as_f64).collect(),
-        last_top: ids(&prompt["last"]["top20_ids"]).into_iter().zip(numbers(&prompt["last"]["top20_logprobs"])).collect(),
+        last_top: ids(&prompt["last"]["top20_ids"])
+            .into_iter()
+            .zip(numbers(&prompt["last"]["top20_logprobs"]))
+            .collect(),
         greedy: ids(&prompt["greedy"]["ids"]),
         greedy_logprobs: numbers(&prompt["greedy"]["logprobs"]),
         margins: numbers(&prompt["greedy"]["margins"]),

@@ -7,7 +7,9 @@
 mod client;
 mod cluster;
 mod golden;
+mod network;
 
 pub use client::{Completion, Http, Stream, StreamEnd};
 pub use cluster::{Cluster, Finished, Node, Processes, wait_for};
 pub use golden::{Golden, GoldenPrompt, golden, goldens, smollm2};
+pub use network::TwoHosts;

@@ -16,7 +16,7 @@ fn main() -> Result<(), CollectiveError> {
     let first = prepare(&load, Rank(0))?.with_threads(num_threads);
     let second = prepare(&load, Rank(1))?.with_threads(num_threads);
     let addresses = [first.address(), second.address()];
-    println!("{:>10} {:>12} {:>12} {:>10}", "bytes", "median us", "p99 us", "GB/s");
+    println!("{:>10} {:>10} {:>10} {:>10} {:>10}", "bytes", "mean us", "median us", "p99 us", "GB/s");
     std::thread::scope(|scope| {
         let other = scope.spawn(|| run(second.connect(&addresses, Duration::from_secs(5))?.as_mut()));
         run(first.connect(&addresses, Duration::from_secs(5))?.as_mut())?;
@@ -67,12 +67,9 @@ fn run(group: &mut dyn Collective) -> Result<(), CollectiveError> {
         times.sort_unstable();
         if group.rank() == 0 {
             let us = |at: usize| times[at.min(times.len() - 1)].as_secs_f64() * 1e6;
-            let median = us(times.len() / 2);
-            println!(
-                "{bytes:>10} {median:>12.1} {:>12.1} {:>10.2}",
-                us(times.len() * 99 / 100),
-                bytes as f64 / median / 1e3
-            );
+            let mean = times.iter().sum::<Duration>().as_secs_f64() * 1e6 / times.len() as f64;
+            let (median, p99) = (us(times.len() / 2), us(times.len() * 99 / 100));
+            println!("{bytes:>10} {mean:>10.1} {median:>10.1} {p99:>10.1} {:>10.2}", bytes as f64 / mean / 1e3);
         }
         bytes *= 2;
     }

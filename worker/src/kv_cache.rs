@@ -108,3 +108,93 @@ fn available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.saturating_mul(1024))
 }
+
+#[cfg(test)]
+mod tests {
+    use phalanx_formats::{Architecture, RopeScaling};
+    use phalanx_proto::{Epoch, Term};
+
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn geometry() -> Geometry {
+        Geometry {
+            architecture: Architecture::Llama,
+            hidden_size: 64,
+            intermediate_size: 128,
+            num_layers: 4,
+            num_heads: 4,
+            num_kv_heads: 2,
+            head_dim: 16,
+            vocab_size: 100,
+            max_position: 4096,
+            norm_eps: 1e-5,
+            rope_theta: 1e4,
+            rope_scaling: RopeScaling::None,
+            tied_embeddings: true,
+            qkv_bias: false,
+            sliding_window: None,
+        }
+    }
+
+    fn load() -> LoadModel {
+        LoadModel {
+            term: Term(1),
+            epoch: Epoch(1),
+            model_path: String::new(),
+            load_format: "auto".into(),
+            dtype: "auto".into(),
+            kv_cache_dtype: "auto".into(),
+            world_size: 2,
+            block_size: 16,
+            max_model_len: 1000,
+            max_num_seqs: 4,
+            max_num_batched_tokens: 64,
+            memory_utilization: 0.5,
+            num_blocks_override: None,
+            seed: 0,
+            group_key: Vec::new(),
+            rank_nodes: vec![NodeId("a".into()), NodeId("a".into())],
+            steps_in_flight_max: 2,
+            enforce_eager: false,
+            collective_interface: String::new(),
+            collective_ports: (0, 0),
+        }
+    }
+
+    /// Blocks of a rank that holds one KV head: 4 layers x 2 x 16 slots x 16 values x 2 bytes.
+    fn check(free_bytes: u64, change: fn(&mut LoadModel), expected: Option<u64>) {
+        let (geometry, mut load) = (geometry(), load());
+        change(&mut load);
+        let plan = ShardPlan::new(&geometry, 2, 0, 1, 1);
+        let node_id = &NodeId("a".into());
+        let dtype = kv_dtype(&load).expect("a type");
+        let budget = KvBudget { geometry: &geometry, plan: &plan, dtype, node_id, weight_bytes: 0, free_bytes };
+        assert_eq!(budget.capacity(&load).ok().map(|capacity| capacity.num_blocks), expected);
+    }
+
+    #[test]
+    fn blocks_follow_memory_need_and_override() {
+        let block_bytes = 4 * 2 * 16 * 16 * 2;
+        check(4 * 100 * block_bytes, |_| {}, Some(100));
+        check(4 * 62 * block_bytes, |_| {}, None);
+        check(64 * GIB, |_| {}, Some(4 * 63));
+        check(4 * 200 * block_bytes, |load| load.rank_nodes[1] = NodeId("b".into()), Some(4 * 63));
+        check(4 * 100 * block_bytes, |load| load.dtype = "float32".into(), None);
+        check(4 * 140 * block_bytes, |load| load.kv_cache_dtype = "float32".into(), Some(70));
+        check(0, |load| load.num_blocks_override = Some(7), Some(7));
+        check(
+            64 * GIB,
+            |load| (load.max_num_seqs, load.max_model_len) = (1 << 20, 4096),
+            Some(HOST_CACHE_BYTES_MAX / block_bytes),
+        );
+    }
+
+    #[test]
+    fn memory_is_read_from_the_kernel() {
+        assert_eq!(available("MemTotal:  9 kB\nMemAvailable:    1234 kB\n"), Some(1234 * 1024));
+        assert_eq!(available("MemTotal:  9 kB\n"), None);
+        assert!(host_bytes_available().is_ok_and(|bytes| bytes > 0));
+    }
+}

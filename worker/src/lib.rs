@@ -16,6 +16,6 @@ pub mod logging;
 pub mod models;
 pub mod rank;
 pub mod runner;
-pub mod shard;
 pub mod session;
+pub mod shard;
 pub mod weights;

@@ -284,3 +284,53 @@ impl Staging {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stage(seq_id: u64, tokens: Vec<u32>) -> pb::HeadToRank {
+        let part = pb::StagePart { seq_id, tokens };
+        pb::HeadToRank { message: Some(pb::head_to_rank::Message::Stage(part)) }
+    }
+
+    fn plan(seq_id: u64, tokens: Vec<u32>, num_tokens: u32) -> pb::HeadToRank {
+        let new = pb::NewSequence {
+            seq_id,
+            tokens,
+            num_tokens,
+            num_prompt_tokens: num_tokens,
+            sampling: Some(pb::Sampling { top_p: 1.0, ..Default::default() }),
+            ..Default::default()
+        };
+        let plan = pb::Plan { new_sequences: vec![new], ..Default::default() };
+        pb::HeadToRank { message: Some(pb::head_to_rank::Message::Plan(plan)) }
+    }
+
+    #[test]
+    fn staged_parts_come_before_the_tokens_of_their_plan() {
+        let mut staging = Staging { num_tokens_max: 100, ..Staging::default() };
+        for part in [stage(1, vec![1, 2]), stage(2, vec![9]), stage(1, vec![3])] {
+            assert!(staging.admit(part).unwrap().is_none());
+        }
+        let Some(HeadMessage::Plan(plan)) = staging.admit(plan(1, vec![4, 5], 5)).unwrap() else { panic!() };
+        let tokens: Vec<u32> = plan.new_sequences[0].tokens.iter().map(|token| token.0).collect();
+        assert_eq!(tokens, [1, 2, 3, 4, 5]);
+        assert_eq!((staging.parts.len(), staging.num_tokens), (1, 1));
+    }
+
+    #[test]
+    fn lying_heads_are_refused() {
+        let mut staging = Staging { num_tokens_max: 4, ..Staging::default() };
+        assert!(staging.admit(stage(1, vec![1, 2, 3])).unwrap().is_none());
+        assert!(matches!(staging.admit(stage(2, vec![1, 2])), Err(SessionError::Staging { num_tokens: 5, .. })));
+        assert!(matches!(staging.admit(plan(1, vec![4], 5)), Err(SessionError::Wire(_))));
+        assert!(matches!(staging.admit(pb::HeadToRank { message: None }), Err(SessionError::Wire(_))));
+    }
+
+    #[test]
+    fn the_way_to_a_head_on_this_machine_names_no_interface() {
+        assert_eq!(own_ip("127.0.0.1:8001"), None);
+        assert_eq!(own_ip("[::1]:8001"), None);
+    }
+}

@@ -1,5 +1,7 @@
 //! The real `worker` program against a head that a test plays: joining, desired state, and who outlives whom.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests stop the test")]
+
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::pin::Pin;

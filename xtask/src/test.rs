@@ -38,5 +38,12 @@ fn deny() -> anyhow::Result<()> {
         let install = ["install", "cargo-deny", "--version", CARGO_DENY, "--locked", "--quiet", "--root"];
         check(cargo().args(install).arg(&tools))?;
     }
-    check(Command::new(program).current_dir(root()).args(["--log-level", "error", "check", "licenses", "bans", "sources"]))
+    check(Command::new(program).current_dir(root()).args([
+        "--log-level",
+        "error",
+        "check",
+        "licenses",
+        "bans",
+        "sources",
+    ]))
 }

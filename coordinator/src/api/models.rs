@@ -28,6 +28,7 @@ struct Model {
     root: String,
     parent: Option<String>,
     max_model_len: u32,
+    vocab_size: u32,
     permission: [Permission; 1],
 }
 
@@ -71,6 +72,7 @@ impl Model {
             root: model.model_path.clone(),
             parent: None,
             max_model_len: model.max_model_len,
+            vocab_size: model.engine.limits().vocab_size,
             permission: [permission],
         }
     }

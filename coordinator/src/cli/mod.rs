@@ -5,18 +5,24 @@
 //! **Invariant:** a command ends with the exit code of its outcome: 0 done, 1 failed, 2 wrong usage, 3 cannot be placed,
 //! 4 no head answers. No command acts on a process by name.
 
+mod api_client;
+mod bench;
+mod chat;
 mod completions;
 mod connection;
 mod failure;
+mod generate;
 mod head_process;
 mod launch;
 mod progress;
+mod sampling_flags;
 pub mod serve;
 mod serve_flags;
 mod start;
 mod status;
 mod status_text;
 mod stop;
+mod target;
 mod undeploy;
 
 use std::process::ExitCode;
@@ -59,6 +65,9 @@ enum Command {
     Status(status::StatusFlags),
     Undeploy(undeploy::UndeployFlags),
     Stop(stop::StopFlags),
+    Generate(Box<generate::GenerateFlags>),
+    Chat(Box<chat::ChatFlags>),
+    Bench(bench::BenchFlags),
     Completions(completions::CompletionsFlags),
     #[command(hide = true)]
     HeadProcess(head_process::HeadProcessFlags),
@@ -89,6 +98,9 @@ pub fn main() -> ExitCode {
         Command::Status(flags) => (flags.json, status::run(&surroundings, &flags)),
         Command::Undeploy(flags) => (flags.json, undeploy::run(&surroundings, &flags)),
         Command::Stop(flags) => (flags.json, stop::run(&surroundings, &flags)),
+        Command::Generate(flags) => (false, generate::run(&surroundings, &flags)),
+        Command::Chat(flags) => (false, chat::run(&surroundings, &flags)),
+        Command::Bench(flags) => (false, bench::run(&surroundings, &flags)),
         Command::Completions(flags) => (false, completions::run(&flags)),
         Command::HeadProcess(flags) => (true, head_process::run(&surroundings, &flags)),
     };
@@ -131,6 +143,12 @@ mod tests {
             "undeploy m",
             "stop --log-level debug --log-format json",
             "completions bash",
+            "generate ./m --prompts p.txt --max-tokens 64 --temperature 0 --tensor-parallel-size 2",
+            "generate --base-url http://h:8000 --chat --system x --top-k -1 --sampling-seed 3 -n 2 -o out.jsonl",
+            "chat ./m --temperature 0.7 --stop a --stop b --max-tokens 128",
+            "bench latency ./m --input-len 512 --output-len 128 --batch-size 1 --num-iters 3 --load-format dummy",
+            "bench throughput ./m --num-prompts 200 --lengths l.json --json",
+            "bench serve --base-url h:8000 --request-rate 2.5 --max-concurrency 8 --output r.json",
         ] {
             let words = std::iter::once("coordinator").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_ok(), "{line}");
@@ -139,7 +157,16 @@ mod tests {
 
     #[test]
     fn wrong_usage_is_exit_code_two() {
-        for line in ["start", "serve", "serve m --block-size x", "undeploy", "serve m --wait soon", "frobnicate"] {
+        for line in [
+            "start",
+            "serve",
+            "serve m --block-size x",
+            "undeploy",
+            "serve m --wait soon",
+            "frobnicate",
+            "chat",
+            "bench serve m --request-rate 0",
+        ] {
             let words = std::iter::once("coordinator").chain(line.split(' '));
             let error = Cli::try_parse_from(words).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");

@@ -10,6 +10,8 @@ mod admin;
 mod agents;
 mod client;
 mod ranks;
+#[cfg(test)]
+mod tests;
 
 use std::future::Future;
 use std::time::Duration;

@@ -211,6 +211,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cluster::strategy::Strategy;
 
     fn node(id: &str, num_slots: u32, num_used: u32) -> NodeCapacity {
         NodeCapacity { id: NodeId(id.into()), device_kind: DeviceKind::Cuda, num_slots, num_used }

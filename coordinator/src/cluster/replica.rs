@@ -39,7 +39,10 @@ pub(super) enum Stage {
         since: Instant,
     },
     /// All ranks are there; the group starts.
-    Starting(Starter),
+    Starting {
+        /// Ends the start when this stage is left.
+        _starter: Starter,
+    },
     /// It takes steps.
     Serving(EngineHandle),
     /// It broke; its processes end, and it may start again later.
@@ -173,7 +176,7 @@ impl Replica {
 
     /// Whether its ranks' processes should run.
     pub fn wants_processes(&self) -> bool {
-        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting(_) | Stage::Serving(_) | Stage::Draining)
+        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting { .. } | Stage::Serving(_) | Stage::Draining)
     }
 
     /// Its engine, where it takes steps.

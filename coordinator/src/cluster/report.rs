@@ -141,7 +141,7 @@ fn rank_state(replica: &Replica, record: &RankRecord) -> (&'static str, String) 
         (_, Stage::Broken { .. }) => ("failed", "its group broke; it is ending".to_owned()),
         (_, Stage::Ended { .. } | Stage::Unplaced) => ("exited", "it is ending".to_owned()),
         (_, Stage::Serving(_) | Stage::Draining) => ("ready", String::new()),
-        (_, Stage::Connecting { .. } | Stage::Starting(_)) => {
+        (_, Stage::Connecting { .. } | Stage::Starting { .. }) => {
             let percent = record.fraction.filter(|_| record.phase != Phase::Ready);
             let percent = percent.map(|fraction| format!("{:.0} % ", fraction * 100.0)).unwrap_or_default();
             ("starting", format!("{percent}{}", record.detail).trim().to_owned())

@@ -49,6 +49,11 @@ impl BlockTable {
     pub fn num_cached(&self) -> usize {
         self.num_cached
     }
+
+    /// How many of the first blocks have been entered into the prefix cache.
+    pub fn num_registered(&self) -> usize {
+        self.num_registered
+    }
 }
 
 /// Where a block is that no table references, and that it is referenced otherwise.
@@ -133,6 +138,11 @@ impl BlockManager {
     /// Blocks that hold a prefix that can be found.
     pub fn num_cached(&self) -> u32 {
         self.by_hash.len() as u32
+    }
+
+    /// How many of the first blocks of `prefix` the cache holds.
+    pub fn num_found(&self, prefix: &[BlockHash]) -> usize {
+        prefix.iter().take_while(|hash| self.by_hash.contains_key(hash)).count()
     }
 
     /// A table of `num_blocks`, its first ones from the cache where `prefix` names them. None if that would leave fewer than
@@ -362,5 +372,20 @@ mod tests {
         blocks.commit(StepId(3));
         assert_eq!((blocks.num_available(), blocks.num_quarantined()), (2, 0));
         blocks.check_invariants(&HashMap::new());
+    }
+
+    #[test]
+    fn a_block_that_is_used_again_in_quarantine_stays_there_for_its_last_plan() {
+        let mut blocks = BlockManager::new(1, 1, true);
+        let names = hashes(&[1]);
+        let mut first = blocks.open(&names, 1, 0).unwrap();
+        blocks.register(&mut first, &names);
+        blocks.release(first, StepId(1));
+        let second = blocks.open(&names, 1, 0).unwrap();
+        blocks.release(second, StepId(2));
+        blocks.commit(StepId(1));
+        assert_eq!(blocks.num_available(), 0);
+        blocks.commit(StepId(2));
+        assert_eq!(blocks.num_available(), 1);
     }
 }

@@ -115,6 +115,16 @@ async fn a_dropped_stream_frees_its_blocks() {
 }
 
 #[tokio::test]
+async fn a_client_that_does_not_read_holds_nobody_up() {
+    let (engine, _ranks) = engine(&[Fault::None], limits()).await;
+    let lazy = engine.submit(request(prompt(1, 3), 150)).unwrap();
+    for family in 2..5 {
+        assert_eq!(read(engine.submit(request(prompt(family, 9), 150)).unwrap()).await.0.len(), 150);
+    }
+    assert_eq!(read(lazy).await.0, oracle(&request(prompt(1, 3), 150), 150).0);
+}
+
+#[tokio::test]
 async fn a_full_queue_is_an_answer() {
     let limits = EngineLimits { max_num_seqs: 1, max_queue: 1, ..limits() };
     let (engine, _ranks) = engine(&[Fault::Freeze(StepId(1))], limits).await;

@@ -181,6 +181,11 @@ impl TpGroup {
         self
     }
 
+    /// Ranks in the group.
+    pub fn world_size(&self) -> usize {
+        self.members.len()
+    }
+
     /// KV blocks of every rank.
     pub fn num_blocks(&self) -> u32 {
         self.num_blocks
@@ -241,7 +246,9 @@ impl TpGroup {
         self.finished_step = step.plan.step;
         self.finished_at = Instant::now();
         self.num_in_flight -= 1;
-        self.deadlines.observe(num_tokens, self.finished_at - started);
+        let elapsed = self.finished_at - started;
+        self.deadlines.observe(num_tokens, elapsed);
+        tracing::trace!(step = step.plan.step.0, num_tokens, elapsed_us = elapsed.as_micros() as u64, "step finished");
         Ok((step, output))
     }
 
@@ -472,5 +479,56 @@ impl Decoder {
             }
             Message::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use phalanx_proto::{NewSequence, PlanRow, SamplingParams, SeqId, SeqSlot, TokenId};
+    use prost::Message;
+
+    use super::*;
+
+    fn plan(prompts: &[u32]) -> StepPlan {
+        let new = |(index, num_tokens): (usize, &u32)| NewSequence {
+            slot: SeqSlot(index as u32),
+            seq_id: SeqId(index as u64),
+            tokens: (0..*num_tokens).map(|at| TokenId(u32::MAX - at)).collect(),
+            num_prompt_tokens: *num_tokens,
+            blocks: vec![],
+            sampling: SamplingParams::default(),
+        };
+        let row = PlanRow {
+            slot: SeqSlot(0),
+            start: 0,
+            num_tokens: 1,
+            new_blocks: vec![phalanx_proto::BlockId(1)],
+            samples: false,
+            consumes: None,
+        };
+        StepPlan {
+            new_sequences: prompts.iter().enumerate().map(new).collect(),
+            rows: vec![row],
+            ..StepPlan::default()
+        }
+    }
+
+    fn check(prompts: &[u32], num_parts: usize) {
+        let plan = plan(prompts);
+        let messages = to_messages(&plan);
+        assert_eq!(messages.len(), num_parts + 1);
+        assert!(messages.iter().all(|message| message.encoded_len() <= PLAN_BYTES_MAX));
+        let mut decoder = Decoder::default();
+        let mut decoded: Vec<_> = messages.into_iter().filter_map(|message| decoder.decode(message)).collect();
+        assert_eq!(decoded.pop(), Some(HeadMessage::Plan(plan)));
+        assert!(decoded.is_empty());
+    }
+
+    #[test]
+    fn long_prompts_go_ahead_in_parts() {
+        check(&[10], 0);
+        check(&[1_000, 24], 0);
+        check(&[1_000, 25], 1);
+        check(&[30_000, 10, 8_193], 4 + 2);
     }
 }

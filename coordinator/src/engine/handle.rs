@@ -24,6 +24,9 @@ const OPEN_STREAMS_SHARE: usize = 4;
 /// How long an engine may take to end after its drain: a step, and telling the ranks.
 const END_DEADLINE: Duration = Duration::from_secs(60);
 
+/// The reason of an engine that ended without one, by a broken invariant.
+pub(super) const BROKEN: &str = "the engine broke";
+
 /// What the engine's thread is asked for.
 pub(super) enum Command {
     Submit { sequence: Box<Sequence>, stream: mpsc::Sender<TokenEvent> },
@@ -116,7 +119,8 @@ impl Shared {
     fn reason(&self) -> EngineError {
         match &*self.state.borrow() {
             EngineState::Failed(error) => error.clone(),
-            EngineState::Serving | EngineState::Draining(_) | EngineState::Stopped => EngineError::Stopping,
+            EngineState::Draining(_) | EngineState::Stopped => EngineError::Stopping,
+            EngineState::Serving => EngineError::GroupFailed { reason: BROKEN.into() },
         }
     }
 }

@@ -30,6 +30,7 @@ mod step_time;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::sync::watch;
@@ -48,6 +49,8 @@ use scheduler::{Scheduler, SeqEvent};
 
 /// Weight of a new interval in the mean time between two requests that end.
 const INTERVAL_WEIGHT: f64 = 0.1;
+/// No interval counts for more: an idle engine says nothing about a busy one.
+const INTERVAL_MAX: Duration = Duration::from_secs(10);
 
 /// Whether a turn had work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,8 +82,15 @@ impl From<GroupError> for EngineError {
 ///
 /// Must be called inside the runtime that reads the streams: the task that hands events to them runs there. Where thread or
 /// runtime cannot be had, the handle has failed already.
-pub fn spawn(mut group: TpGroup, limits: EngineLimits) -> EngineHandle {
+pub fn spawn(mut group: TpGroup, mut limits: EngineLimits) -> EngineHandle {
     group.set_step_deadline_min(limits.step_deadline_min);
+    limits.num_blocks = limits.num_blocks.min(group.num_blocks());
+    tracing::info!(
+        epoch = group.epoch().0,
+        world_size = group.world_size(),
+        num_blocks = limits.num_blocks,
+        "engine ready"
+    );
     let blocks = BlockManager::new(limits.num_blocks, limits.block_size, limits.enable_prefix_caching);
     let shared = Shared::new(limits.clone(), EngineSnapshot::default());
     let (handle, inbox) = EngineHandle::new(Arc::clone(&shared));
@@ -122,7 +132,7 @@ impl Drop for EndGuard {
         self.0.state.send_if_modified(|state| {
             let ended = matches!(state, EngineState::Failed(_) | EngineState::Stopped);
             if !ended {
-                *state = EngineState::Failed(EngineError::GroupFailed { reason: "the engine broke".into() });
+                *state = EngineState::Failed(EngineError::GroupFailed { reason: handle::BROKEN.into() });
             }
             !ended
         });
@@ -241,7 +251,7 @@ impl Engine {
     /// Estimates when a place becomes free.
     fn note_ends(&mut self, num_ended: u32) {
         let now = Instant::now();
-        let interval = (now - self.last_end).as_micros() as f64 / f64::from(num_ended);
+        let interval = (now - self.last_end).min(INTERVAL_MAX).as_micros() as f64 / f64::from(num_ended);
         self.last_end = now;
         let mean = self.shared.retry_after_us.load(Ordering::Relaxed) as f64;
         let mean = mean + INTERVAL_WEIGHT * (interval - mean);

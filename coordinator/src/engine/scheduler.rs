@@ -301,6 +301,9 @@ impl Scheduler {
     fn start_waiting(&mut self, draft: &mut Draft, blocks: &mut BlockManager) {
         while draft.prefill_left > 0 && !draft.preempted && draft.num_stalled == 0 {
             let Some(id) = self.policy.next(&self.waiting) else { return };
+            if self.is_being_computed(id, draft, blocks) {
+                return;
+            }
             let Some(sequence) = self.sequences.get_mut(&id) else { return };
             if sequence.num_in_flight() > 0 || draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX) == 0 {
                 return;
@@ -319,6 +322,21 @@ impl Scheduler {
             self.waiting.retain(|other| *other != id);
             self.running.push(id);
         }
+    }
+
+    /// True where a prompt in this plan computes the next block that a waiting sequence needs: a plan later it is shared.
+    fn is_being_computed(&mut self, id: SeqId, draft: &Draft, blocks: &BlockManager) -> bool {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return false };
+        if !blocks.is_caching() || sequence.wants_prompt_logprobs() {
+            return false;
+        }
+        let prefix = sequence.hashes(blocks.block_size(), sequence.tokens().len() as u32 - 1);
+        let index = blocks.num_found(prefix);
+        let Some(&hash) = prefix.get(index) else { return false };
+        draft.sequences[draft.num_decode as usize..].iter().any(|other| {
+            let other = self.sequences.get_mut(other);
+            other.is_some_and(|other| other.computes(index, hash, self.limits.block_size))
+        })
     }
 
     /// Makes a plan of a draft that has work, and lets later plans find the prompt blocks that it computes.

@@ -310,6 +310,33 @@ fn blocks_that_run_out_cost_the_youngest_its_place_and_no_text() {
 }
 
 #[test]
+fn a_step_in_flight_that_gives_blocks_back_spares_the_others() {
+    let mut harness = Harness::new(Setting { num_blocks: 16, steps_in_flight: 3, ..ROOMY });
+    for family in 0..4 {
+        harness.submit(request(prompt(family, 16), 28));
+    }
+    while harness.scheduler.counters().preemptions == 0 {
+        while harness.group.num_in_flight() < 3 && harness.plan() {}
+        harness.commit();
+    }
+    assert_eq!(harness.scheduler.counters().preemptions, 1, "its blocks come back, and others wait for them");
+    harness.run_out();
+}
+
+#[test]
+fn equal_prompts_that_come_together_are_computed_once() {
+    let mut harness = Harness::new(ROOMY);
+    for _ in 0..3 {
+        harness.submit(request(prompt(1, 100), 2));
+    }
+    harness.run_out();
+    assert_eq!(harness.scheduler.counters().cached_tokens, 2 * 96);
+    harness.submit(request(prompt(1, 100), 2));
+    harness.run_out();
+    assert_eq!(harness.scheduler.counters().cached_tokens, 3 * 96);
+}
+
+#[test]
 fn long_prompts_mix_with_decode_in_chunks() {
     let mut harness = Harness::new(ROOMY);
     harness.submit(request(prompt(1, 4), 20));
@@ -336,12 +363,10 @@ fn a_plan_of_long_prompts_stays_small() {
     };
     let mut scheduler = Scheduler::new(limits.clone());
     let mut blocks = BlockManager::new(limits.num_blocks, limits.block_size, true);
-    let mut group = SimulatedGroup::new(limits.num_blocks, limits.block_size);
     for (id, num_tokens) in [(1, 9_000), (2, 9_000), (3, 3_000), (4, 10)] {
         let request = request(prompt(id as u32, num_tokens), 2);
         scheduler.enqueue(Sequence::new(SeqId(id), request, NonZeroU32::new(2).unwrap()));
     }
-    // The simulated rank reads all KV of each row: a few steps are enough to see the sizes.
     while let Some(step) = scheduler.plan(&mut blocks) {
         for message in super::group::to_messages(&step.plan) {
             assert!(prost::Message::encoded_len(&message) <= phalanx_proto::PLAN_BYTES_MAX);
@@ -352,7 +377,6 @@ fn a_plan_of_long_prompts_stays_small() {
         scheduler.commit(step, output, &mut blocks);
     }
     assert!(scheduler.is_empty());
-    drop(group.finish());
 }
 
 #[test]

@@ -127,6 +127,13 @@ impl Sequence {
         &self.hashes[..num_full]
     }
 
+    /// True where it is about to compute the block at `index` whose hash is `hash`, for others to share.
+    pub fn computes(&mut self, index: usize, hash: BlockHash, block_size: u32) -> bool {
+        let Phase::Running(r) = &self.phase else { return false };
+        let (num_registered, num_tokens) = (r.blocks.num_registered(), r.num_entry_tokens);
+        num_registered <= index && self.hashes(block_size, num_tokens).get(index) == Some(&hash)
+    }
+
     /// Enters the batch. The first positions of the table that come from the cache are computed already.
     pub fn start(&mut self, slot: SeqSlot, blocks: BlockTable, block_size: u32) {
         let num_cached = blocks.num_cached() as u32 * block_size;

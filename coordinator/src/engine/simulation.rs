@@ -18,16 +18,16 @@ pub(super) const VOCAB_SIZE: u32 = 40;
 
 /// What the model says after `tokens`.
 pub(super) fn next_token(tokens: &[TokenId]) -> TokenId {
-    TokenId((content(tokens) % u64::from(VOCAB_SIZE)) as u32)
+    sample(tokens.iter().fold(0, |before, token| content(before, *token)))
 }
 
-/// What the KV of the last of `tokens` is made of: all of them.
-fn content(tokens: &[TokenId]) -> u64 {
-    let mut hash = Fnv::new(7);
-    for token in tokens {
-        hash.add(u64::from(token.0));
-    }
-    hash.finish() >> 8
+fn sample(content: u64) -> TokenId {
+    TokenId(((content >> 8) % u64::from(VOCAB_SIZE)) as u32)
+}
+
+/// What the KV of `token` is made of: itself and all `before` it.
+fn content(before: u64, token: TokenId) -> u64 {
+    Fnv::new(before).add(u64::from(token.0)).finish()
 }
 
 pub(super) fn describe(tokens: &[TokenId], position: usize) -> TokenLogprobs {
@@ -37,6 +37,8 @@ pub(super) fn describe(tokens: &[TokenId], position: usize) -> TokenLogprobs {
 /// A sequence as a rank holds it.
 struct Resident {
     tokens: Vec<TokenId>,
+    /// What the KV of each token is made of.
+    contents: Vec<u64>,
     num_prompt_tokens: u32,
     blocks: Vec<BlockId>,
     num_computed: u32,
@@ -44,6 +46,13 @@ struct Resident {
     sampled: Vec<StepId>,
     num_entry: u32,
     wants_prompt_logprobs: bool,
+}
+
+impl Resident {
+    fn push(&mut self, token: TokenId) {
+        self.contents.push(content(self.contents.last().copied().unwrap_or(0), token));
+        self.tokens.push(token);
+    }
 }
 
 /// One rank: plans run strictly in order.
@@ -92,8 +101,9 @@ impl SimulatedRank {
     }
 
     fn enter(&mut self, new: &NewSequence) {
-        let resident = Resident {
-            tokens: new.tokens.clone(),
+        let mut resident = Resident {
+            tokens: vec![],
+            contents: vec![],
             num_prompt_tokens: new.num_prompt_tokens,
             blocks: new.blocks.clone(),
             num_computed: (new.blocks.len() * self.block_size) as u32,
@@ -101,6 +111,9 @@ impl SimulatedRank {
             num_entry: new.tokens.len() as u32,
             wants_prompt_logprobs: new.sampling.prompt_logprobs.is_some(),
         };
+        for token in &new.tokens {
+            resident.push(*token);
+        }
         assert!(self.slots.insert(new.slot, resident).is_none(), "slot {} is in use", new.slot);
     }
 
@@ -115,12 +128,12 @@ impl SimulatedRank {
         assert_eq!(row.consumes, from_batch.map(|index| resident.sampled[index]), "the step whose token is consumed");
         for position in row.start as usize..end {
             let block = resident.blocks[position / self.block_size].0 as usize;
-            self.kv[block][position % self.block_size] = content(&resident.tokens[..=position]);
+            self.kv[block][position % self.block_size] = resident.contents[position];
         }
         for position in 0..end {
             let block = resident.blocks[position / self.block_size];
             let held = self.kv[block.0 as usize][position % self.block_size];
-            assert_eq!(held, content(&resident.tokens[..=position]), "block {block} at position {position}, {step}");
+            assert_eq!(held, resident.contents[position], "block {block} at position {position}, {step}");
         }
         resident.num_computed = end as u32;
         let num_prompt = resident.num_prompt_tokens as usize;
@@ -131,8 +144,8 @@ impl SimulatedRank {
         }
         assert_eq!(row.samples, end == resident.tokens.len(), "a row samples behind the last known token");
         if row.samples {
-            let token = next_token(&resident.tokens);
-            resident.tokens.push(token);
+            let token = sample(resident.contents[end - 1]);
+            resident.push(token);
             resident.sampled.push(step);
             output.rows.push(SampledRow { slot: row.slot, token, logprobs: None });
         }

@@ -6,6 +6,7 @@
 
 pub mod cpu;
 pub mod presence;
+pub mod reference;
 
 use std::fmt;
 use std::str::FromStr;
@@ -38,16 +39,17 @@ impl DeviceKind {
         }
     }
 
+    /// What a rank says that was started for a device without kernels.
+    pub fn refused(self) -> WorkerError {
+        WorkerError::Device { device: self.as_str(), reason: "this build has no kernels for it; use --device cpu" }
+    }
+
     /// Whether this build can use it.
     ///
     /// # Errors
     /// It cannot; the message says what to use.
     pub fn check(self) -> Result<(), WorkerError> {
-        let reason = "this build has no kernels for it; use --device cpu";
-        match self {
-            Self::Cpu | Self::Reference => Ok(()),
-            Self::Cuda | Self::Rocm => Err(WorkerError::Device { device: self.as_str(), reason }),
-        }
+        if matches!(self, Self::Cpu | Self::Reference) { Ok(()) } else { Err(self.refused()) }
     }
 }
 

@@ -22,7 +22,7 @@ use super::sum::{segment, sum_in_rank_order};
 use super::{AbortHandle, AbortTarget, Patience, Place};
 
 /// Calls of at most this many bytes are one-shot.
-const ONE_SHOT_BYTES_MAX: usize = 64 * 1024;
+const ONE_SHOT_BYTES_MAX: usize = 32 * 1024;
 /// Slices between two looks at the peer's process.
 const SLICES_PER_LOOK: u32 = 8;
 /// Looks at the flag between two looks at the clock.

@@ -138,7 +138,7 @@ proptest! {
 
 #[test]
 fn odd_sizes_and_many_small_calls() {
-    let mut sizes = vec![0, 1, 2_000_000, 3, 16_384, 16_385, 131_072, 131_073];
+    let mut sizes = vec![0, 1, 2_000_000, 3, 8_192, 8_193, 4_096, 4_097, 131_072, 131_073];
     sizes.extend(std::iter::repeat_n(7, 500));
     for transport in [Transport::Shm, Transport::Tcp] {
         check_calls(3, transport, &sizes);

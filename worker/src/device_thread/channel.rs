@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_proto::{HeadMessage, LoadModel, Phase, RankEvent};
 use tokio::sync::mpsc::{self, error::TrySendError};
+use tracing::info;
 
 use crate::error::WorkerError;
 
@@ -42,7 +43,9 @@ impl Head {
     pub(super) fn enter(&mut self, phase: Phase, detail: impl Into<String>) -> Result<(), WorkerError> {
         self.phase = phase;
         self.last_fraction.set(None);
-        self.send(RankEvent::Progress { phase, fraction: None, detail: detail.into() })
+        let detail = detail.into();
+        info!(%phase, detail, "phase entered");
+        self.send(RankEvent::Progress { phase, fraction: None, detail })
     }
 
     /// Says how far the phase is, now and then; a full channel drops it.

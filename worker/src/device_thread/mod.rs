@@ -14,6 +14,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use phalanx_proto::{HeadMessage, Incarnation, NodeId, Rank, RankEvent, RankFailure};
 use tokio::sync::mpsc;
+use tracing::error;
 
 use crate::backend::DeviceKind;
 use crate::error::WorkerError;
@@ -65,6 +66,11 @@ fn run(setup: &RankSetup, mut head: Head) {
     let outcome = catch_unwind(AssertUnwindSafe(|| start::serve(setup, &mut head)))
         .unwrap_or_else(|panic| Err(WorkerError::Panicked { message: panic_message(panic.as_ref()) }));
     let Err(error) = outcome else { return };
+    if matches!(error, WorkerError::SessionGone { .. }) {
+        // Its side says why; here nothing is wrong.
+        return;
+    }
+    error!(phase = %head.phase(), code = error.code(), %error, "rank gives up");
     let failure = RankFailure { phase: head.phase(), code: error.code().into(), message: error.to_string() };
     // Where the session is gone too, nobody is left to tell.
     let _ = head.send(RankEvent::Failure(failure));

@@ -7,6 +7,7 @@ use phalanx_proto::{
     BlockId, HeadMessage, LoadModel, NewSequence, Phase, PlanRow, RankEvent, SamplingParams, SeqId, SeqSlot, StepId,
     StepPlan, TokenId,
 };
+use tracing::trace_span;
 
 use super::RankSetup;
 use super::channel::{Head, out_of_order};
@@ -34,8 +35,9 @@ pub(super) fn serve(setup: &RankSetup, head: &mut Head) -> Result<(), WorkerErro
     head.enter(Phase::Communicator, format!("{} ranks", load.world_size))?;
     let group = pending.connect(&addresses, CONNECT_DEADLINE)?;
     match setup.device {
-        // REF
-        _ => serve_on(backend::cpu::open(group, &load, num_threads, ranks_here)?, setup, &load, head),
+        DeviceKind::Cpu => serve_on(backend::cpu::open(group, &load, num_threads, ranks_here)?, setup, &load, head),
+        DeviceKind::Reference => serve_on(backend::reference::open(group), setup, &load, head),
+        unknown @ (DeviceKind::Cuda | DeviceKind::Rocm) => Err(unknown.refused()),
     }
 }
 
@@ -54,7 +56,11 @@ fn serve_on<B: Ops + 'static>(ops: B, setup: &RankSetup, load: &LoadModel, head:
     head.send(RankEvent::Ready { num_blocks })?;
     loop {
         match head.next()? {
-            HeadMessage::Plan(plan) => head.send(RankEvent::Output(runner.step(&plan)?))?,
+            HeadMessage::Plan(plan) => {
+                let span = trace_span!("rank_step", rank = setup.rank.0, epoch = plan.epoch.0, step = plan.step.0);
+                let output = span.in_scope(|| runner.step(&plan))?;
+                head.send(RankEvent::Output(output))?;
+            }
             HeadMessage::Shutdown(_) => return Ok(()),
             other => return Err(out_of_order("a plan", &other)),
         }

@@ -2,8 +2,8 @@
 
 use crate::group::{Group, goldens, greedy, load, next_milestone};
 use phalanx_proto::{
-    BlockId, HeadMessage, Incarnation, LoadModel, NewSequence, NodeId, Phase, PlanRow, Rank, RankEvent, RankFailure,
-    SeqId, SeqSlot, StepPlan, TokenId,
+    BlockId, HeadMessage, Incarnation, LoadModel, NewSequence, NodeId, Phase, PlanRow, Rank, RankFailure, SeqId,
+    SeqSlot, StepPlan, TokenId,
 };
 use phalanx_worker::backend::DeviceKind;
 use phalanx_worker::device_thread::{DeviceHandle, RankSetup, spawn};
@@ -89,6 +89,5 @@ fn a_plan_that_does_not_fit_ends_the_rank_and_nothing_panics() {
 fn a_rank_ends_with_its_session() {
     let mut rank = rank(DeviceKind::Cpu);
     drop(rank.commands);
-    assert!(matches!(rank.events.blocking_recv(), Some(RankEvent::Failure(_))));
     assert!(rank.events.blocking_recv().is_none());
 }

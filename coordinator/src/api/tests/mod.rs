@@ -5,7 +5,7 @@ mod completions;
 mod errors;
 mod surroundings;
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -24,16 +24,9 @@ use crate::text::TextModel;
 /// The end token of the tiny tokenizer.
 const END: TokenId = TokenId(511);
 
-/// The folder of the reference data: named by the environment, or beside or above the repository.
-fn goldens() -> PathBuf {
-    let start = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    let found = start.ancestors().map(|folder| folder.join("shared/goldens")).find(|folder| folder.is_dir());
-    let named = option_env!("PHALANX_GOLDENS").map(PathBuf::from);
-    named.or(found).expect("the reference data is missing: put it at shared/goldens or name it in PHALANX_GOLDENS")
-}
-
 fn tiny_text() -> Arc<TextModel> {
-    let files = ModelFiles::open(&goldens().join("tiny-llama")).unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/tiny-llama");
+    let files = ModelFiles::open(&folder).expect("the tiny model is part of the repository");
     Arc::new(TextModel::load(&files).unwrap())
 }
 

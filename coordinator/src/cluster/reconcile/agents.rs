@@ -163,7 +163,7 @@ impl Reconciler {
 
     pub(super) fn group_started(&mut self, key: &GroupKey, result: Result<StartedGroup, String>, now: Instant) {
         let events = self.events.clone();
-        let wanted = self.replica_mut(key).filter(|replica| matches!(replica.stage, Stage::Starting(_)));
+        let wanted = self.replica_mut(key).filter(|replica| matches!(replica.stage, Stage::Starting { .. }));
         match (wanted, result) {
             (Some(replica), Ok(group)) => {
                 for rank in &mut replica.ranks {

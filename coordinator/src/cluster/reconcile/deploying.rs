@@ -210,7 +210,7 @@ impl Reconciler {
                     let load = launch::load_model(&deployment.checked, self.settings.term, epoch, nodes);
                     let limits = launch::engine_limits(&deployment.checked);
                     let start = GroupStart { key, links, load, limits };
-                    replica.stage = Stage::Starting(launch::start_group(start, self.events.clone()));
+                    replica.stage = Stage::Starting { _starter: launch::start_group(start, self.events.clone()) };
                 } else if now.saturating_duration_since(since) >= self.settings.connect_deadline {
                     let cause = late_ranks(replica, self.settings.connect_deadline.as_secs());
                     self.break_group(&key, cause, now);
@@ -222,7 +222,7 @@ impl Reconciler {
                     self.decide(index, number, now);
                 }
             }
-            Stage::Unplaced | Stage::Starting(_) | Stage::Serving(_) | Stage::Draining | Stage::Ended { .. } => {}
+            Stage::Unplaced | Stage::Starting { .. } | Stage::Serving(_) | Stage::Draining | Stage::Ended { .. } => {}
         }
     }
 

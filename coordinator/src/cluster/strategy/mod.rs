@@ -85,7 +85,7 @@ fn largest_first(bundles: &[u32]) -> Vec<usize> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use crate::cluster::strategy::Strategy;
 
     #[track_caller]
     fn check(strategy: Strategy, free: &[u32], bundles: &[u32], expected: Option<&[usize]>) {

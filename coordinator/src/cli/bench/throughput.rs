@@ -1,0 +1,55 @@
+//! `coordinator bench throughput`: everything at once, as fast as it goes.
+
+use std::time::Instant;
+
+use clap::Args;
+use futures::StreamExt;
+use serde::Serialize;
+
+use super::load::{Lengths, Random};
+use super::trace::{Bar, Summary, Trace};
+use super::{CommonFlags, LengthFlags};
+use crate::cli::Outcome;
+use crate::cli::target::Target;
+
+/// Measure how fast many requests are done that are all there at the start
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Example:\n  coordinator bench throughput ./model --num-prompts 200 --input-len 256 --output-len 64\n  \
+                        coordinator bench throughput ./model --lengths mixed_lengths.json"
+)]
+pub struct ThroughputFlags {
+    #[command(flatten)]
+    pub(super) common: CommonFlags,
+    #[command(flatten)]
+    pub(super) lengths: LengthFlags,
+    /// Requests under way at once: enough to keep every batch full
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    max_concurrency: u32,
+}
+
+#[derive(Serialize)]
+struct ThroughputResult<'a> {
+    max_concurrency: u32,
+    summary: &'a Summary,
+}
+
+pub(super) async fn run(target: &Target, flags: &ThroughputFlags, lengths: &[Lengths]) -> Outcome {
+    let mut random = Random::new(flags.common.prompt_seed);
+    let requests = flags.common.requests(target, lengths, &mut random)?;
+    let mut bar = Bar::new(requests.len());
+    let mut traces = Vec::with_capacity(requests.len());
+    let started = Instant::now();
+    let calls = requests.iter().map(|request| Trace::record(&target.client, request));
+    let mut ended = futures::stream::iter(calls).buffer_unordered(flags.max_concurrency as usize);
+    while let Some(trace) = ended.next().await {
+        let trace = trace?;
+        bar.add(&trace);
+        traces.push(trace);
+    }
+    let duration = started.elapsed();
+    drop(bar);
+    let summary = Summary::new(&traces, duration);
+    let result = ThroughputResult { max_concurrency: flags.max_concurrency, summary: &summary };
+    flags.common.report("throughput", &summary.table(), &result)
+}
