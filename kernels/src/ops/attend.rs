@@ -28,7 +28,7 @@ use crate::{
 const TILES_OF_THREAD: usize = 4;
 
 /// Below this many multiply-adds the caller works alone: sharing out would take longer.
-const ALONE_MAX: usize = 1 << 18;
+const ALONE_MAX: usize = 1 << 19;
 
 /// Memory of the op: grows to the largest step seen, and then stays.
 pub(crate) struct AttendScratch {
@@ -226,19 +226,15 @@ impl Job<'_> {
                 self.attend_part(&tiles[part.tile], part, (k, v), memory, &sums);
             }
         });
-        let next = AtomicUsize::new(0);
-        if parts.len() == tiles.len() {
-            return;
-        }
-        pool.run(self.num_threads.min(tiles.len()), |thread| {
-            // SAFETY: threads differ.
-            let memory = unsafe { workspaces.slice(thread * workspace_len(self.shape), workspace_len(self.shape)) };
-            while let Some(tile) = tiles.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if let Some(first) = tile.parts {
-                    self.merge_parts(tile, &parts[first..first + tile.queries.segments().len()], memory, &sums);
-                }
+        // Little work: there are few such tiles, and a wake-up would take longer.
+        for tile in tiles {
+            if let Some(first) = tile.parts {
+                let parts = &parts[first..first + tile.queries.segments().len()];
+                // SAFETY: all threads are done.
+                let memory = unsafe { workspaces.slice(0, workspace_len(self.shape)) };
+                self.merge_parts(tile, parts, memory, &sums);
             }
-        });
+        }
     }
 
     fn attend_part<E: KvElement>(
