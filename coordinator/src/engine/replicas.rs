@@ -1,0 +1,93 @@
+//! The engines of one model as one: a request goes to the replica with the least work.
+//!
+//! **Invariant:** a request is submitted to at most one engine; a replica that cannot take it does not refuse it for the
+//! others.
+
+use std::fmt;
+
+use super::{EngineError, EngineHandle, EngineLimits, EngineSnapshot, GenerateRequest, TokenStream};
+
+/// At least one engine, all of the same limits. Cheap to clone.
+#[derive(Clone)]
+pub struct Replicas {
+    first: EngineHandle,
+    others: Vec<EngineHandle>,
+}
+
+impl Replicas {
+    /// The engines of one model; `None` for none.
+    pub fn new(engines: Vec<EngineHandle>) -> Option<Self> {
+        let mut engines = engines.into_iter();
+        Some(Self { first: engines.next()?, others: engines.collect() })
+    }
+
+    fn engines(&self) -> impl Iterator<Item = &EngineHandle> {
+        std::iter::once(&self.first).chain(&self.others)
+    }
+
+    /// Hands a request to the engine with the least work, or to the next one where that cannot take it.
+    ///
+    /// # Errors
+    /// As the engine with the least work says, where all refuse.
+    pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
+        let work = |engine: &&EngineHandle| {
+            let snapshot = engine.snapshot();
+            snapshot.running.saturating_add(snapshot.waiting)
+        };
+        let mut engines: Vec<&EngineHandle> = self.engines().collect();
+        // A stable sort: the same state gives the same order.
+        engines.sort_by_key(work);
+        let mut refusal = None;
+        for engine in engines {
+            match engine.submit(request.clone()) {
+                Ok(stream) => return Ok(stream),
+                Err(error) if is_own_trouble(&error) => refusal = refusal.or(Some(error)),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(refusal.unwrap_or(EngineError::Stopping))
+    }
+
+    /// All of them now, summed up.
+    pub fn snapshot(&self) -> EngineSnapshot {
+        let mut sum = EngineSnapshot::default();
+        for engine in self.engines() {
+            let one = engine.snapshot();
+            sum.running += one.running;
+            sum.waiting += one.waiting;
+            sum.num_blocks += one.num_blocks;
+            sum.num_blocks_free += one.num_blocks_free;
+            sum.num_blocks_cached += one.num_blocks_cached;
+            sum.epoch = sum.epoch.max(one.epoch);
+            sum.counters.steps += one.counters.steps;
+            sum.counters.prompt_tokens += one.counters.prompt_tokens;
+            sum.counters.cached_tokens += one.counters.cached_tokens;
+            sum.counters.generated_tokens += one.counters.generated_tokens;
+            sum.counters.preemptions += one.counters.preemptions;
+            sum.counters.finished += one.counters.finished;
+        }
+        sum
+    }
+
+    /// What each accepts.
+    pub fn limits(&self) -> &EngineLimits {
+        self.first.limits()
+    }
+}
+
+/// True where another replica may take what this one refuses.
+fn is_own_trouble(error: &EngineError) -> bool {
+    matches!(error, EngineError::QueueFull { .. } | EngineError::GroupFailed { .. } | EngineError::Stopping)
+}
+
+impl From<EngineHandle> for Replicas {
+    fn from(engine: EngineHandle) -> Self {
+        Self { first: engine, others: Vec::new() }
+    }
+}
+
+impl fmt::Debug for Replicas {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.engines()).finish()
+    }
+}
