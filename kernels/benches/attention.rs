@@ -34,11 +34,11 @@ impl Collective for Alone {
 }
 
 /// The best of some runs, in microseconds.
-fn best(mut work: impl FnMut()) -> f64 {
+fn best<T>(mut work: impl FnMut() -> T) -> f64 {
     let mut best = f64::INFINITY;
     for _ in 0..12 {
         let start = Instant::now();
-        work();
+        black_box(work());
         best = best.min(start.elapsed().as_secs_f64() * 1e6);
     }
     best
@@ -97,8 +97,8 @@ fn attention(num_threads: usize, dtype: StoredType) -> Result<(), KernelError> {
     ];
     for (num_seqs, query, context) in cases {
         ops.load_inputs(&step(num_seqs, query, context), &mut inputs)?;
-        let stored = best(|| drop(black_box(ops.rope_store(&inputs, &shape, &rope, &mut qkv, &mut kv))));
-        let attended = best(|| drop(black_box(ops.attend(&inputs, &shape, &qkv, &kv, &mut out))));
+        let stored = best(|| ops.rope_store(&inputs, &shape, &rope, &mut qkv, &mut kv));
+        let attended = best(|| ops.attend(&inputs, &shape, &qkv, &kv, &mut out));
         println!(
             "{num_threads} threads {dtype:?}: {num_seqs:2} x {query:3} of {context:5}: rope_store {stored:7.1} us, \
              attend {attended:9.1} us, {:7.3} us a token",
@@ -112,7 +112,7 @@ fn sampling(vocab: usize) {
     let logits: Vec<f32> = (0..vocab).map(|i| ((i * 7919) % 10_007) as f32 * 0.0025 - 12.0).collect();
     let params = CutParams { temperature: 0.8, top_k: 50, top_p: 0.95, min_p: 0.0 };
     let key = RandomKey { seed: 1, output_index: 3 };
-    let all = best(|| drop(black_box(MaxSum::of(&logits))));
+    let all = best(|| MaxSum::of(&logits));
     let max = MaxSum::of(&logits).max;
     let mut part = Histogram::default();
     let mut bytes = vec![0; Histogram::BYTES];
@@ -127,11 +127,11 @@ fn sampling(vocab: usize) {
         }
         cut.floor()
     };
-    let cut = best(|| drop(black_box(cut_by(params))));
-    let top_p = best(|| drop(black_box(cut_by(CutParams { top_k: 0, ..params }))));
+    let cut = best(|| cut_by(params));
+    let top_p = best(|| cut_by(CutParams { top_k: 0, ..params }));
     let floor = cut_by(params);
-    let drawn = best(|| drop(black_box(draw(&logits, 0, 0.8, 0, &key))));
-    let drawn_cut = best(|| drop(black_box(draw(&logits, 0, 0.8, floor, &key))));
+    let drawn = best(|| draw(&logits, 0, 0.8, 0, &key));
+    let drawn_cut = best(|| draw(&logits, 0, 0.8, floor, &key));
     println!(
         "vocabulary {vocab}: max and sum {all:.0} us, top-k and top-p {cut:.0} us, top-p {top_p:.0} us, draw {drawn:.0} us, \
          draw after a cut {drawn_cut:.0} us"

@@ -32,17 +32,22 @@ const FORMATS: [(&str, StoredType); 12] = [
     ("q6_k", StoredType::Q6K),
 ];
 
-/// Blocks of small random numbers; what matters is the time.
+/// Random codes, and scales and elements of ordinary size: numbers near zero would be slow by themselves.
 fn matrix(dtype: StoredType, rows: usize, cols: usize) -> HostMatrix {
     let len = rows * dtype.row_bytes(cols).unwrap_or(0);
     let mut state = 88_172_645_463_325_252u64;
     let mut data = Vec::with_capacity(len + 8);
+    // Keeps sign and fraction, and sets an exponent of about 2^-5.
+    let (keep, set) = match dtype {
+        StoredType::F32 => (0x807f_ffff_807f_ffff, 0x3d00_0000_3d00_0000),
+        StoredType::BF16 => (0x807f_807f_807f_807f, 0x3d00_3d00_3d00_3d00),
+        _ => (0x83ff_83ff_83ff_83ff, 0x2800_2800_2800_2800),
+    };
     while data.len() < len {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        // No exponent of an f16, bf16 or f32 is large with these bits away.
-        data.extend((state & 0x8fff_8fff_8fff_8fff & 0xbfff_bfff_bfff_bfff).to_le_bytes());
+        data.extend((state & keep | set).to_le_bytes());
     }
     data.truncate(len);
     HostMatrix { dtype, rows, cols, data }

@@ -1,6 +1,8 @@
 //! Every op of the contract, and every stored format, on the CPU backend against the reference: random shapes, odd sizes, outputs
 //! full of NaN beforehand. A test runs one program on both backends, through the contract only.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use half::{bf16, f16};
 use phalanx_formats::StoredType;
 use phalanx_kernels::{

@@ -26,7 +26,7 @@ enum Command {
         #[arg(long)]
         keep: bool,
         /// The question.
-        #[arg(long, default_value = "What is the capital of France?")]
+        #[arg(long, default_value = "Name the planets of the solar system.")]
         question: String,
     },
     /// Format, clippy and every test, those with real processes included.

@@ -27,6 +27,9 @@ use crate::{
 /// Tiles for each thread, below which segments are computed apart.
 const TILES_OF_THREAD: usize = 4;
 
+/// Below this many multiply-adds the caller works alone: sharing out would take longer.
+const ALONE_MAX: usize = 1 << 18;
+
 /// Memory of the op: grows to the largest step seen, and then stays.
 pub(crate) struct AttendScratch {
     tiles: Vec<Tile>,
@@ -148,12 +151,13 @@ pub(crate) fn attend(
     operands: Operands<'_>,
 ) -> Result<(), KernelError> {
     check(step, shape, kv, &operands)?;
-    scratch.plan(step, shape, pool.num_threads())?;
+    let num_threads = if num_products(step, shape) < ALONE_MAX { 1 } else { pool.num_threads() };
+    scratch.plan(step, shape, num_threads)?;
     let Operands { qkv, out, out_width } = operands;
     let block_size = kv.shape.block_size;
     let head_len = num_slots(&kv.shape) * shape.head_dim;
     let out = Disjoint::new(out);
-    let job = Job { simd, step, shape, qkv, out, out_width, block_size, head_len };
+    let job = Job { simd, num_threads, step, shape, qkv, out, out_width, block_size, head_len };
     match &kv.store {
         KvStore::F32(heads) => job.run(pool, heads, scratch),
         KvStore::F16(heads) => job.run(pool, heads, scratch),
@@ -184,6 +188,12 @@ fn check(
     Ok(())
 }
 
+/// Multiply-adds of a step, at most.
+fn num_products(step: &StepInputs, shape: &AttentionShape) -> usize {
+    let pairs: usize = step.seqs.iter().map(|seq| seq.query_len as usize * seq.context_len as usize).sum();
+    pairs * shape.num_heads_owned * shape.head_dim * 2
+}
+
 /// The blocks of a sequence's context.
 fn table_of<'a>(step: &'a StepInputs, seq: &SeqInputs, block_size: usize) -> Option<&'a [u32]> {
     let start = seq.table_start as usize;
@@ -192,6 +202,7 @@ fn table_of<'a>(step: &'a StepInputs, seq: &SeqInputs, block_size: usize) -> Opt
 
 struct Job<'a> {
     simd: Simd,
+    num_threads: usize,
     step: &'a StepInputs,
     shape: &'a AttentionShape,
     qkv: &'a [f32],
@@ -208,7 +219,7 @@ impl Job<'_> {
         let (k, v) = (&heads.k[..], &heads.v[..]);
         let (workspaces, sums) = (Disjoint::new(&mut workspaces[..]), Disjoint::new(&mut sums[..]));
         let next = AtomicUsize::new(0);
-        pool.run(pool.num_threads().min(parts.len()), |thread| {
+        pool.run(self.num_threads.min(parts.len()), |thread| {
             // SAFETY: threads differ.
             let memory = unsafe { workspaces.slice(thread * workspace_len(self.shape), workspace_len(self.shape)) };
             while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -219,7 +230,7 @@ impl Job<'_> {
         if parts.len() == tiles.len() {
             return;
         }
-        pool.run(pool.num_threads().min(tiles.len()), |thread| {
+        pool.run(self.num_threads.min(tiles.len()), |thread| {
             // SAFETY: threads differ.
             let memory = unsafe { workspaces.slice(thread * workspace_len(self.shape), workspace_len(self.shape)) };
             while let Some(tile) = tiles.get(next.fetch_add(1, Ordering::Relaxed)) {

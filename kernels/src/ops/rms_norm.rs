@@ -72,3 +72,40 @@ fn sum_of_squares<S: Lanes>(simd: S, x: &[f32]) -> f32 {
     }
     simd.sum(simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3])))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cpu::Waiting,
+        ops::test_random::{Random, same_bits},
+    };
+
+    /// The plain form, in f64.
+    fn reference(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+        let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / x.len() as f64;
+        let factor = 1.0 / (mean + f64::from(eps)).sqrt();
+        x.iter().zip(weight).map(|(&x, &w)| (f64::from(x) * factor * f64::from(w)) as f32).collect()
+    }
+
+    #[test]
+    fn rows_are_the_references_and_the_same_bits_anywhere() {
+        let mut random = Random(3);
+        for width in [1, 8, 63, 64, 65, 576, 700] {
+            let rows = 1 + random.below(90);
+            let (x, weight) = (random.floats(rows * width), random.floats(width));
+            let norm = |simd, num_threads, x: &[f32]| {
+                let pool = Pool::new(num_threads, Waiting::Sleep).unwrap();
+                let mut out = vec![f32::NAN; x.len()];
+                rms_norm(simd, &pool, x, &weight, 1e-6, &mut out).unwrap();
+                out
+            };
+            let whole = norm(Simd::best(), 3, &x);
+            for (x, got) in x.chunks_exact(width).zip(whole.chunks_exact(width)) {
+                let expected = reference(x, &weight, 1e-6);
+                assert!(got.iter().zip(&expected).all(|(a, b)| (a - b).abs() <= 4e-7 * b.abs().max(0.1)), "{width}");
+                assert!(Simd::all().into_iter().all(|simd| same_bits(&norm(simd, 1, x), got)), "{width}");
+            }
+        }
+    }
+}

@@ -125,3 +125,123 @@ impl Kernel for Rotate<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+    use phalanx_formats::StoredType;
+
+    use super::*;
+    use crate::{
+        KvShape,
+        cpu::{Waiting, kv::TILE},
+        ops::test_random::{Random, same_bits},
+    };
+
+    const POSITIONS: usize = 50;
+
+    fn kv(shape: &AttentionShape, dtype: StoredType) -> CpuKvLayer {
+        let (num_kv_heads, head_dim) = (shape.num_kv_heads, shape.head_dim);
+        CpuKvLayer::new(KvShape { num_blocks: 4, block_size: 32, num_kv_heads, head_dim, dtype }).unwrap()
+    }
+
+    /// K and V of a slot, `[kv head][head_dim]` each.
+    fn stored(kv: &CpuKvLayer, slot: usize) -> (Vec<f32>, Vec<f32>) {
+        let (dim, slots) = (kv.shape.head_dim, num_slots(&kv.shape));
+        let at = |head: usize, d: usize| {
+            let (k, v) = ((slot / TILE * dim + d) * TILE + slot % TILE, slot * dim + d);
+            let head = head * slots * dim;
+            match &kv.store {
+                KvStore::F32(heads) => (heads.k[head + k], heads.v[head + v]),
+                KvStore::F16(heads) => (heads.k[head + k].to_f32(), heads.v[head + v].to_f32()),
+            }
+        };
+        (0..kv.shape.num_kv_heads).flat_map(|head| (0..dim).map(move |d| at(head, d))).unzip()
+    }
+
+    /// The plain form: one row, rotated.
+    fn reference(row: &[f32], shape: &AttentionShape, rope: &RopeTable, position: usize) -> Vec<f32> {
+        let half = shape.head_dim / 2;
+        let mut out = row.to_vec();
+        for head in out.chunks_exact_mut(shape.head_dim).take(shape.num_kv_heads * (shape.group + 1)) {
+            for i in 0..half {
+                let (cos, sin) = (rope.cos[position * half + i], rope.sin[position * half + i]);
+                let (a, b) = (head[i], head[half + i]);
+                (head[i], head[half + i]) = (a * cos - b * sin, b * cos + a * sin);
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn rows_are_rotated_and_stored_the_same_in_any_batch() {
+        let mut random = Random(11);
+        for (num_kv_heads, group, head_dim) in [(3, 3, 64), (1, 2, 8), (2, 1, 40)] {
+            let shape = AttentionShape {
+                num_kv_heads,
+                group,
+                num_heads_owned: 1,
+                head_dim,
+                out_column: 0,
+                scale: 1.0,
+                window: None,
+            };
+            let table = random.floats(2 * POSITIONS * head_dim / 2);
+            let (cos, sin) = table.split_at(POSITIONS * head_dim / 2);
+            let rope = RopeTable { cos: cos.to_vec(), sin: sin.to_vec(), head_dim };
+            let rows = POSITIONS;
+            let slots = random.permutation(128);
+            let step = StepInputs {
+                positions: random.permutation(POSITIONS),
+                kv_slots: slots[..rows].to_vec(),
+                ..StepInputs::default()
+            };
+            let qkv = random.floats(rows * qkv_width(&shape));
+            let rotated = |simd, num_threads, dtype, kv: &mut CpuKvLayer| {
+                let pool = Pool::new(num_threads, Waiting::Sleep).unwrap();
+                let mut qkv = qkv.clone();
+                assert_eq!(kv.shape.dtype, dtype);
+                rope_store(simd, &pool, &step, &shape, &rope, &mut qkv, kv).unwrap();
+                qkv
+            };
+            for dtype in [StoredType::F32, StoredType::F16] {
+                let mut layer = kv(&shape, dtype);
+                let got = rotated(Simd::best(), 3, dtype, &mut layer);
+                for simd in Simd::all() {
+                    assert!(same_bits(&got, &rotated(simd, 1, dtype, &mut kv(&shape, dtype))), "{simd:?}");
+                }
+                let width = qkv_width(&shape);
+                for row in 0..rows {
+                    let position = step.positions[row] as usize;
+                    let expected = reference(&qkv[row * width..][..width], &shape, &rope, position);
+                    assert!(same_bits(&got[row * width..][..width], &expected), "row {row}");
+                    let round = |x: &f32| if dtype == StoredType::F16 { f16::from_f32(*x).to_f32() } else { *x };
+                    let kv: Vec<f32> = expected[num_kv_heads * group * head_dim..].iter().map(round).collect();
+                    let (k, v) = stored(&layer, step.kv_slots[row] as usize);
+                    assert_eq!((&kv[..k.len()], &kv[k.len()..]), (&k[..], &v[..]), "row {row}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn slots_and_positions_outside_are_refused() {
+        let shape = AttentionShape {
+            num_kv_heads: 1,
+            group: 1,
+            num_heads_owned: 1,
+            head_dim: 8,
+            out_column: 0,
+            scale: 1.0,
+            window: None,
+        };
+        let rope = RopeTable { cos: vec![1.0; 40], sin: vec![0.0; 40], head_dim: 8 };
+        for (position, slot, fits) in [(9, 127, true), (10, 127, false), (9, 128, false)] {
+            let step = StepInputs { positions: vec![position], kv_slots: vec![slot], ..StepInputs::default() };
+            let pool = Pool::new(1, Waiting::Sleep).unwrap();
+            let mut layer = kv(&shape, StoredType::F32);
+            let result = rope_store(Simd::best(), &pool, &step, &shape, &rope, &mut [0.5; 24], &mut layer);
+            assert_eq!(result.is_ok(), fits, "{position} {slot}");
+        }
+    }
+}

@@ -21,6 +21,8 @@ use crate::cpu::{
 
 /// Bins of a radix pass.
 pub const NUM_BINS: usize = 256;
+/// Histograms that a pass fills side by side.
+const NEIGHBOURS: usize = 4;
 /// Bits of a key that one pass decides.
 const PASS_BITS: u32 = 8;
 /// Passes that decide a whole key.
@@ -251,7 +253,8 @@ impl Cut {
 
     /// Fills `out` with this rank's part: counts for top-k, masses `exp((logit - max) / temperature)` for top-p.
     pub fn histogram(&self, pass: usize, logits: &[f32], out: &mut Histogram) {
-        out.bins.fill(0.0);
+        // Neighbours go to histograms of their own: an addition need not wait for the one before it.
+        let mut bins = [[0.0; NUM_BINS]; NEIGHBOURS];
         let simd = Simd::best();
         let (shift, decided) = digit(pass);
         let by_count = pass < PASSES_OF_A_CUT;
@@ -270,12 +273,15 @@ impl Cut {
                     out: &mut masses,
                 });
             }
-            for (logit, mass) in block.logits.iter().zip(masses) {
+            for (index, (logit, mass)) in block.logits.iter().zip(masses).enumerate() {
                 let key = logit_key(*logit);
                 if key >= least && u64::from(key ^ self.prefix) >> decided == 0 && *logit > f32::NEG_INFINITY {
-                    out.bins[(key >> shift) as usize % NUM_BINS] += f64::from(mass);
+                    bins[index % NEIGHBOURS][(key >> shift) as usize % NUM_BINS] += f64::from(mass);
                 }
             }
+        }
+        for (bin, sum) in out.bins.iter_mut().enumerate() {
+            *sum = bins.iter().map(|bins| bins[bin]).sum();
         }
     }
 
@@ -505,14 +511,9 @@ impl Kernel for Words<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Lanes>(self, _: S) {
-        let (first, key) = (self.first_id / WORDS, self.key.halves());
-        let mut words = [[0; BLOCK / WORDS as usize]; WORDS as usize];
-        for i in 0..BLOCK / WORDS as usize {
-            let [a, b, c, d] = philox([first + i as u32, self.key.output_index, 0, 0], key);
-            (words[0][i], words[1][i], words[2][i], words[3][i]) = (a, b, c, d);
-        }
-        for (index, out) in self.out.iter_mut().enumerate() {
-            *out = words[index % WORDS as usize][index / WORDS as usize];
+        let key = self.key.halves();
+        for (block, out) in (self.first_id / WORDS..).zip(self.out.as_chunks_mut().0) {
+            *out = philox([block, self.key.output_index, 0, 0], key);
         }
     }
 }

@@ -301,14 +301,20 @@ impl Group {
     }
 }
 
+/// Fetches what lies `AHEAD` of an address.
+#[inline]
+fn prefetch(address: *const u8) {
+    // SAFETY: a prefetch of any address is allowed.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(address.wrapping_add(AHEAD).cast()) };
+}
+
 impl Group {
     /// Fetches what lies `AHEAD` of a block: groups follow each other, so it is soon read.
     #[inline]
     fn prefetch(self, block: usize) {
-        let ahead = self.codes.wrapping_add(block * self.block_bytes + AHEAD);
+        let codes = self.codes.wrapping_add(block * self.block_bytes);
         for line in (0..self.block_bytes).step_by(LINE_BYTES) {
-            // SAFETY: a prefetch of any address is allowed.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line).cast()) };
+            prefetch(codes.wrapping_add(line));
         }
     }
 }
@@ -481,7 +487,14 @@ impl Stripe {
             // SAFETY: inside rows and panels, by the caller's promise.
             unsafe {
                 let mut w = [_mm512_setzero_ps(); G];
-                unrolled!(4; G, |group| { w[group] = _mm512_loadu_ps(weights[group].add(col * LANES)) });
+                unrolled!(4; G, |group| {
+                    let weights = weights[group].add(col * LANES);
+                    // Few rows wait for memory; with many, the panel is near.
+                    if R <= 2 {
+                        prefetch(weights.cast());
+                    }
+                    w[group] = _mm512_loadu_ps(weights);
+                });
                 unrolled!(R, |row| {
                     let x = _mm512_set1_ps(*self.x.add(row * self.x_stride + col));
                     unrolled!(4; G, |group| { products[row][group] = _mm512_fmadd_ps(x, w[group], products[row][group]) });
@@ -517,11 +530,13 @@ unsafe fn panel(part: &Part, index: usize, start: usize, len: usize, room: *mut 
             StoredType::F32 => return columns.cast(),
             StoredType::F16 => {
                 for col in 0..len {
+                    prefetch(columns.add(col * 2 * LANES));
                     _mm512_storeu_ps(room.add(col * LANES), halves(columns.add(col * 2 * LANES)));
                 }
             }
             StoredType::BF16 => {
                 for col in 0..len {
+                    prefetch(columns.add(col * 2 * LANES));
                     let bits = _mm256_loadu_si256(columns.add(col * 2 * LANES).cast());
                     let bits = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits));
                     _mm512_storeu_ps(room.add(col * LANES), _mm512_castsi512_ps(bits));

@@ -247,6 +247,8 @@ fn windows_are_counted_from_the_query() {
 fn long_contexts_are_merged_in_order() {
     check(14, shape(1, 2, 16), StoredType::F32, &[1500]);
     check(15, shape(2, 1, 8), StoredType::F16, &[1024, 300]);
+    // Its last steps are decodes large enough to be shared out.
+    check(20, shape(1, 4, 64), StoredType::F32, &[1100]);
 }
 
 #[test]
