@@ -91,3 +91,79 @@ impl fmt::Debug for Replicas {
         f.debug_list().entries(self.engines()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+    use std::time::Duration;
+
+    use phalanx_proto::{SamplingParams, TokenId};
+    use tokio::sync::mpsc;
+
+    use super::super::scripted;
+    use super::*;
+
+    fn limits() -> EngineLimits {
+        EngineLimits {
+            num_blocks: 64,
+            block_size: 16,
+            max_model_len: 64,
+            max_num_seqs: 1,
+            max_num_batched_tokens: 64,
+            max_queue: 1,
+            steps_in_flight_max: 2,
+            vocab_size: 100,
+            enable_prefix_caching: true,
+            step_time_budget: Duration::from_millis(10),
+            step_deadline_min: Duration::from_secs(5),
+        }
+    }
+
+    fn request(token: u32) -> GenerateRequest {
+        GenerateRequest {
+            request_id: "r".into(),
+            prompt: vec![TokenId(token)],
+            sampling: SamplingParams::default(),
+            max_tokens: NonZeroU32::MIN,
+            stop_token_ids: Vec::new(),
+        }
+    }
+
+    /// A replica with so many running sequences; says its number for each request that it gets.
+    fn replica(number: u32, running: u32, heard: &mpsc::UnboundedSender<u32>) -> EngineHandle {
+        let heard = heard.clone();
+        let snapshot = EngineSnapshot { running, ..EngineSnapshot::default() };
+        let script = move |_| heard.send(number).expect("the test listens");
+        scripted::spawn(limits(), snapshot, script).0
+    }
+
+    #[tokio::test]
+    async fn the_least_busy_replica_is_asked_first_and_a_full_one_is_passed_over() {
+        let (heard, mut order) = mpsc::unbounded_channel();
+        let replicas = Replicas::new(vec![replica(0, 3, &heard), replica(1, 1, &heard)]).expect("two");
+        assert_eq!(replicas.snapshot().running, 4);
+        let mut accepted = Vec::new();
+        let refusal = loop {
+            match replicas.submit(request(1)) {
+                Ok(stream) => accepted.push(stream),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(refusal, EngineError::QueueFull { .. }), "{refusal}");
+        let mut asked = Vec::new();
+        while asked.len() < accepted.len() {
+            asked.push(order.recv().await.expect("a request"));
+        }
+        let half = accepted.len() / 2;
+        assert_eq!(asked.iter().filter(|number| **number == 1).count(), half);
+        assert_eq!(asked.len(), 2 * half);
+    }
+
+    #[tokio::test]
+    async fn a_request_that_can_never_run_is_refused_once() {
+        let (heard, _order) = mpsc::unbounded_channel();
+        let replicas = Replicas::new(vec![replica(0, 0, &heard), replica(1, 0, &heard)]).expect("two");
+        assert!(matches!(replicas.submit(request(100)), Err(EngineError::UnknownToken { .. })));
+        assert!(Replicas::new(Vec::new()).is_none());
+    }
+}
