@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use phalanx_formats::GenerationDefaults;
 use phalanx_proto::TokenId;
 
-use crate::engine::EngineHandle;
+use crate::engine::Replicas;
 use crate::text::TextModel;
 
 /// One deployment as requests see it.
@@ -23,7 +23,7 @@ pub struct ServedModel {
     /// Absent for a folder without a tokenizer: token ids only.
     pub text: Option<Arc<TextModel>>,
     /// Where its requests go.
-    pub engine: EngineHandle,
+    pub engine: Replicas,
     /// Longest sequence, prompt and output together.
     pub max_model_len: u32,
     /// When it became ready, seconds since 1970.

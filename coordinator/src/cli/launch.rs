@@ -294,6 +294,11 @@ pub async fn abandon_head(mut child: Child, record: &HeadRecord) {
     if let Ok(client) = HeadClient::connect(local_address(record)).await {
         let _ = client.stop().await;
     }
+    let started = Instant::now();
+    while started.elapsed() < defaults::CALL_DEADLINE && matches!(child.try_wait(), Ok(None)) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // Of use only where it did not end by itself.
     let _ = child.kill();
     let _ = child.wait();
 }

@@ -54,12 +54,26 @@ pub(super) fn run(surroundings: &Surroundings, flags: &StopFlags) -> Outcome {
         if flags.json {
             println!("{}", json!({"stopped": ended}));
         } else if named.is_none() && processes.is_empty() {
-            eprintln!("nothing runs in {}", home.path().display());
+            eprintln!("no head runs in {}{}", home.path().display(), lone_agent(home));
         } else {
             eprintln!("stopped");
         }
         Ok(())
     })
+}
+
+/// An agent of this home that waits for another machine's head, or for one that is gone.
+fn lone_agent(home: &Home) -> String {
+    let Some(record) = agent_record(home) else { return String::new() };
+    let runs = record["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).and_then(ProcessId::of);
+    match (runs, record["head"].as_str()) {
+        (Some(agent), Some(head)) => format!("; its agent (pid {}) belongs to {head}: worker leave ends it", agent.pid),
+        _ => String::new(),
+    }
+}
+
+fn agent_record(home: &Home) -> Option<serde_json::Value> {
+    serde_json::from_str(&fs::read_to_string(home.agent_record()).ok()?).ok()
 }
 
 /// The head's word that everything has ended may be lost with the head: what counts is that the processes go.
@@ -74,8 +88,7 @@ async fn ask(client: &HeadClient) -> Outcome {
 /// The head of this home and the agent that it was started with.
 fn own_processes(home: &Home) -> Vec<ProcessId> {
     let Some(head) = running_head(home) else { return Vec::new() };
-    let record = fs::read_to_string(home.agent_record()).unwrap_or_default();
-    let record: serde_json::Value = serde_json::from_str(&record).unwrap_or_default();
+    let record = agent_record(home).unwrap_or_default();
     let serves_this_head = record["head"].as_str() == Some(head.address.as_str());
     let pid = record["pid"].as_u64().filter(|_| serves_this_head).and_then(|pid| u32::try_from(pid).ok());
     let agent = pid.and_then(ProcessId::of);

@@ -152,9 +152,11 @@ pub(super) struct Deployment {
     pub has_served: bool,
     /// It does not start again by itself.
     pub gave_up: bool,
-    /// The table of served models shows what serves now.
+    /// Requests find it.
     pub published: bool,
-    /// It is being brought up to date.
+    /// What requests find is not what serves now.
+    pub stale: bool,
+    /// That is being put right.
     pub publishing: bool,
     pub stopping_since: Option<Instant>,
     pub watchers: Vec<mpsc::Sender<DeployEvent>>,
@@ -175,6 +177,7 @@ impl Deployment {
             has_served: false,
             gave_up: false,
             published: false,
+            stale: false,
             publishing: false,
             stopping_since: None,
             watchers: Vec::new(),
@@ -201,7 +204,7 @@ impl Deployment {
             DeploymentState::Stopping
         } else if self.gave_up {
             DeploymentState::Failed
-        } else if serving == self.replicas.len() && self.published {
+        } else if serving == self.replicas.len() && self.published && !self.stale && !self.publishing {
             DeploymentState::Ready
         } else if self.has_served {
             if serving > 0 && self.published { DeploymentState::Recovering } else { DeploymentState::Failed }

@@ -129,7 +129,7 @@ fn arithmetic(nodes: &[NodeCapacity], wanted: &Wanted) -> String {
     let needs = format!("needs {each}{size} {}", unit(nodes, size));
     let machines = nodes.len();
     if nodes.is_empty() {
-        return format!("{needs}; no machine has joined");
+        return format!("{needs}; no machine is in the cluster");
     }
     match wanted.strategy {
         Strategy::StrictPack if wanted.replicas == 1 => {
@@ -261,7 +261,7 @@ mod tests {
         check(
             &[],
             wanted(1, Strategy::StrictPack),
-            "infeasible: needs 1 device slot; no machine has joined. Join more machines, or --wait 10m",
+            "infeasible: needs 1 device slot; no machine is in the cluster. Join more machines, or --wait 10m",
         );
     }
 

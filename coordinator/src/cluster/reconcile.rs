@@ -34,6 +34,13 @@ struct AgentLink {
     told: Option<Vec<DesiredRank>>,
 }
 
+/// The end of one node's membership.
+#[derive(Default)]
+struct Leaving {
+    told: bool,
+    replies: Vec<oneshot::Sender<Result<(), ClusterError>>>,
+}
+
 /// The end of the whole cluster.
 struct Stopping {
     since: Instant,
@@ -48,7 +55,7 @@ pub(super) struct Reconciler {
     agents: BTreeMap<NodeId, AgentLink>,
     /// In the order in which they were asked for.
     deployments: Vec<(DeploymentName, Deployment)>,
-    leaving: BTreeMap<NodeId, Vec<oneshot::Sender<Result<(), ClusterError>>>>,
+    leaving: BTreeMap<NodeId, Leaving>,
     stopping: Option<Stopping>,
     events: mpsc::Sender<ClusterEvent>,
     serving: mpsc::Sender<ServingChange>,

@@ -15,6 +15,7 @@ pub mod group;
 mod handle;
 mod outbox;
 pub mod policy;
+mod replicas;
 mod request;
 pub mod scheduler;
 #[cfg(test)]
@@ -37,6 +38,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 pub use handle::{EngineHandle, EngineSnapshot, TokenStream};
+pub use replicas::Replicas;
 pub use request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent, Usage};
 pub use scheduler::Counters;
 pub use start::{StartDeadlines, StartProgress};

@@ -17,7 +17,7 @@ use tracing::warn;
 
 use crate::api::{ServedModel, ServedModels};
 use crate::cluster::{CheckedSpec, ServingChange};
-use crate::engine::EngineHandle;
+use crate::engine::{EngineHandle, Replicas};
 use crate::text::{TextError, TextModel};
 
 /// What a model's own files say about text.
@@ -86,7 +86,7 @@ fn insert(
     side: TextSide,
 ) -> Result<(), String> {
     let spec = &checked.spec;
-    let engine = engines.into_iter().next().ok_or_else(|| "no replica serves".to_owned())?;
+    let engine = Replicas::new(engines).ok_or_else(|| "no replica serves".to_owned())?;
     models.insert(ServedModel {
         name: spec.name.0.clone(),
         model_path: spec.model.clone(),

@@ -155,7 +155,7 @@ impl Server {
             model_path: "/models/tiny-llama/".into(),
             aliases: vec!["alias".into()],
             text: setup.has_text.then_some(text),
-            engine,
+            engine: engine.into(),
             max_model_len,
             created: 7,
             defaults: setup.defaults,

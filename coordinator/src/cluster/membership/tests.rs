@@ -84,7 +84,7 @@ async fn a_wait_in_vain_ends_with_the_arithmetic() {
     let event = rig::last(&mut rig.deploy(wanted).await).await;
     let DeployEvent::Failed(failure) = event else { panic!("{event:?}") };
     assert_eq!(failure.code, DeployFailureCode::Timeout);
-    assert!(failure.message.contains("needs 2 device slots; no machine has joined"), "{}", failure.message);
+    assert!(failure.message.contains("needs 2 device slots; no machine is in the cluster"), "{}", failure.message);
     let status = rig.cluster_status();
     assert_eq!(
         (status.deployments[0].state.as_str(), status.placement_groups[0].state.as_str()),

@@ -79,7 +79,7 @@ impl Reconciler {
         self.agents.remove(node);
         let reason = self.nodes.node(node).map(|known| known.reason.clone()).unwrap_or_default();
         self.break_groups_on(node, format!("node {node} is gone: {reason}"), now);
-        for reply in self.leaving.remove(node).unwrap_or_default() {
+        for reply in self.leaving.remove(node).unwrap_or_default().replies {
             let _ = reply.send(Ok(()));
         }
     }
@@ -173,8 +173,7 @@ impl Reconciler {
                 launch::watch_engine(key.clone(), group.engine.clone(), events);
                 replica.stage = Stage::Serving(group.engine);
                 if let Some(deployment) = self.deployment_mut(&key.deployment) {
-                    deployment.published = false;
-                    deployment.publishing = false;
+                    deployment.stale = true;
                 }
                 info!(group_id = %key.deployment, incarnation = key.incarnation.0, "group ready");
             }

@@ -178,11 +178,16 @@ impl Reconciler {
             deployment.give_up(DeployFailureCode::Timeout, message, hint);
             return;
         }
-        if deployment.group.reason() != shortage.reason {
-            deployment.group.explain(shortage.reason.clone());
-            deployment.reason = shortage.reason.clone();
-            deployment.tell_line(format!("pending: {}", shortage.reason));
+        if deployment.group.reason() == shortage.reason {
+            return;
         }
+        deployment.group.explain(shortage.reason.clone());
+        let cause = deployment.replicas.iter().find(|replica| !replica.cause.is_empty());
+        deployment.reason = match cause {
+            Some(replica) => format!("{}; waits for a machine: {}", replica.reason(), shortage.reason),
+            None => shortage.reason.clone(),
+        };
+        deployment.tell_line(format!("pending: {}", shortage.reason));
     }
 
     /// Moves every replica as far as it can go.
@@ -257,7 +262,7 @@ impl Reconciler {
             deployment.give_up(
                 DeployFailureCode::StartFailed,
                 reason,
-                format!("See: coordinator logs, or {name}'s rank logs"),
+                "The ranks' logs are in the logs folder of their node's PHALANX_HOME".to_owned(),
             );
         } else if restarts >= max {
             let minutes = window.as_secs() / 60;
@@ -281,7 +286,7 @@ impl Reconciler {
     /// Tells the rest of the head what serves, once for each change.
     pub(super) fn publish(&mut self) {
         for (name, deployment) in &mut self.deployments {
-            if deployment.published || deployment.publishing || deployment.stopping_since.is_some() {
+            if !deployment.stale || deployment.publishing || deployment.stopping_since.is_some() {
                 continue;
             }
             let engines: Vec<_> = deployment.replicas.iter().filter_map(|r| r.engine().cloned()).collect();
@@ -295,6 +300,7 @@ impl Reconciler {
                 continue;
             }
             deployment.publishing = true;
+            deployment.stale = false;
             let (events, deployment) = (self.events.clone(), name.clone());
             tokio::spawn(async move {
                 let result = answer.await.unwrap_or_else(|_| Err("the head is stopping".to_owned()));

@@ -119,15 +119,16 @@ impl Reconciler {
             return;
         };
         self.nodes.leaving(&node, link.session, "asked to leave".to_owned());
-        self.leaving.entry(node).or_default().push(reply);
+        self.leaving.entry(node).or_default().replies.push(reply);
     }
 
     /// Drains what runs on leaving nodes, then ends their agents.
     pub(super) fn send_away(&mut self) {
         for node in self.leaving.keys().cloned().collect::<Vec<_>>() {
             let busy = self.drain_node(&node);
-            if let Some(link) = self.agents.get(&node).filter(|_| !busy) {
-                let _ = link.commands.try_send(AgentCommand::End("the node leaves".to_owned()));
+            let Some(leaving) = self.leaving.get_mut(&node).filter(|leaving| !busy && !leaving.told) else { continue };
+            if let Some(link) = self.agents.get(&node) {
+                leaving.told = link.commands.try_send(AgentCommand::End("the node leaves".to_owned())).is_ok();
             }
         }
     }

@@ -1,0 +1,169 @@
+//! The engines of one model as one: a request goes to the replica with the least work.
+//!
+//! **Invariant:** a request is submitted to at most one engine; a replica that cannot take it does not refuse it for the
+//! others.
+
+use std::fmt;
+
+use super::{EngineError, EngineHandle, EngineLimits, EngineSnapshot, GenerateRequest, TokenStream};
+
+/// At least one engine, all of the same limits. Cheap to clone.
+#[derive(Clone)]
+pub struct Replicas {
+    first: EngineHandle,
+    others: Vec<EngineHandle>,
+}
+
+impl Replicas {
+    /// The engines of one model; `None` for none.
+    pub fn new(engines: Vec<EngineHandle>) -> Option<Self> {
+        let mut engines = engines.into_iter();
+        Some(Self { first: engines.next()?, others: engines.collect() })
+    }
+
+    fn engines(&self) -> impl Iterator<Item = &EngineHandle> {
+        std::iter::once(&self.first).chain(&self.others)
+    }
+
+    /// Hands a request to the engine with the least work, or to the next one where that cannot take it.
+    ///
+    /// # Errors
+    /// As the engine with the least work says, where all refuse.
+    pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
+        let work = |engine: &&EngineHandle| {
+            let snapshot = engine.snapshot();
+            snapshot.running.saturating_add(snapshot.waiting)
+        };
+        let mut engines: Vec<&EngineHandle> = self.engines().collect();
+        // A stable sort: the same state gives the same order.
+        engines.sort_by_key(work);
+        let mut refusal = None;
+        for engine in engines {
+            match engine.submit(request.clone()) {
+                Ok(stream) => return Ok(stream),
+                Err(error) if is_own_trouble(&error) => refusal = refusal.or(Some(error)),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(refusal.unwrap_or(EngineError::Stopping))
+    }
+
+    /// All of them now, summed up.
+    pub fn snapshot(&self) -> EngineSnapshot {
+        let mut sum = EngineSnapshot::default();
+        for engine in self.engines() {
+            let one = engine.snapshot();
+            sum.running += one.running;
+            sum.waiting += one.waiting;
+            sum.num_blocks += one.num_blocks;
+            sum.num_blocks_free += one.num_blocks_free;
+            sum.num_blocks_cached += one.num_blocks_cached;
+            sum.epoch = sum.epoch.max(one.epoch);
+            sum.counters.steps += one.counters.steps;
+            sum.counters.prompt_tokens += one.counters.prompt_tokens;
+            sum.counters.cached_tokens += one.counters.cached_tokens;
+            sum.counters.generated_tokens += one.counters.generated_tokens;
+            sum.counters.preemptions += one.counters.preemptions;
+            sum.counters.finished += one.counters.finished;
+        }
+        sum
+    }
+
+    /// What each accepts.
+    pub fn limits(&self) -> &EngineLimits {
+        self.first.limits()
+    }
+}
+
+/// True where another replica may take what this one refuses.
+fn is_own_trouble(error: &EngineError) -> bool {
+    matches!(error, EngineError::QueueFull { .. } | EngineError::GroupFailed { .. } | EngineError::Stopping)
+}
+
+impl From<EngineHandle> for Replicas {
+    fn from(engine: EngineHandle) -> Self {
+        Self { first: engine, others: Vec::new() }
+    }
+}
+
+impl fmt::Debug for Replicas {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.engines()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+    use std::time::Duration;
+
+    use phalanx_proto::{SamplingParams, TokenId};
+    use tokio::sync::mpsc;
+
+    use super::super::scripted;
+    use super::*;
+
+    fn limits() -> EngineLimits {
+        EngineLimits {
+            num_blocks: 64,
+            block_size: 16,
+            max_model_len: 64,
+            max_num_seqs: 1,
+            max_num_batched_tokens: 64,
+            max_queue: 1,
+            steps_in_flight_max: 2,
+            vocab_size: 100,
+            enable_prefix_caching: true,
+            step_time_budget: Duration::from_millis(10),
+            step_deadline_min: Duration::from_secs(5),
+        }
+    }
+
+    fn request(token: u32) -> GenerateRequest {
+        GenerateRequest {
+            request_id: "r".into(),
+            prompt: vec![TokenId(token)],
+            sampling: SamplingParams::default(),
+            max_tokens: NonZeroU32::MIN,
+            stop_token_ids: Vec::new(),
+        }
+    }
+
+    /// A replica with so many running sequences; says its number for each request that it gets.
+    fn replica(number: u32, running: u32, heard: &mpsc::UnboundedSender<u32>) -> EngineHandle {
+        let heard = heard.clone();
+        let snapshot = EngineSnapshot { running, ..EngineSnapshot::default() };
+        let script = move |_| heard.send(number).expect("the test listens");
+        scripted::spawn(limits(), snapshot, script).0
+    }
+
+    #[tokio::test]
+    async fn the_least_busy_replica_is_asked_first_and_a_full_one_is_passed_over() {
+        let (heard, mut order) = mpsc::unbounded_channel();
+        let replicas = Replicas::new(vec![replica(0, 3, &heard), replica(1, 1, &heard)]).expect("two");
+        assert_eq!(replicas.snapshot().running, 4);
+        let mut accepted = Vec::new();
+        let refusal = loop {
+            match replicas.submit(request(1)) {
+                Ok(stream) => accepted.push(stream),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(refusal, EngineError::QueueFull { .. }), "{refusal}");
+        let mut asked = Vec::new();
+        while asked.len() < accepted.len() {
+            asked.push(order.recv().await.expect("a request"));
+        }
+        let half = accepted.len() / 2;
+        assert_eq!(asked.iter().filter(|number| **number == 1).count(), half);
+        assert_eq!(asked.len(), 2 * half);
+    }
+
+    #[tokio::test]
+    async fn a_request_that_can_never_run_is_refused_once() {
+        let (heard, _order) = mpsc::unbounded_channel();
+        let replicas = Replicas::new(vec![replica(0, 0, &heard), replica(1, 0, &heard)]).expect("two");
+        assert!(matches!(replicas.submit(request(100)), Err(EngineError::UnknownToken { .. })));
+        assert!(Replicas::new(Vec::new()).is_none());
+    }
+}
