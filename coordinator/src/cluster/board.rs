@@ -5,9 +5,19 @@
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
-use phalanx_proto::StatusSnapshot;
+use phalanx_proto::{RankStatus, StatusSnapshot};
 
 use crate::engine::EngineHandle;
+
+/// The engine of one replica, and where its numbers belong.
+pub(super) struct PostedEngine {
+    /// Place of its deployment in the snapshot.
+    pub deployment: usize,
+    /// Which replica.
+    pub replica: u32,
+    /// The engine.
+    pub engine: EngineHandle,
+}
 
 /// A shared snapshot; the numbers of running engines are read when it is asked for.
 #[derive(Clone)]
@@ -19,7 +29,7 @@ pub struct StatusBoard {
 #[derive(Default)]
 struct Posted {
     snapshot: StatusSnapshot,
-    engines: Vec<(usize, EngineHandle)>,
+    engines: Arc<[PostedEngine]>,
 }
 
 impl StatusBoard {
@@ -28,21 +38,21 @@ impl StatusBoard {
         Self { posted: Arc::default(), started }
     }
 
-    /// Puts a new snapshot up; `engines` belong to deployments by their place in it.
-    pub(super) fn post(&self, snapshot: StatusSnapshot, engines: Vec<(usize, EngineHandle)>) {
-        *self.posted.write().unwrap_or_else(PoisonError::into_inner) = Posted { snapshot, engines };
+    /// Puts a new snapshot up, with the engines that serve.
+    pub(super) fn post(&self, snapshot: StatusSnapshot, engines: Vec<PostedEngine>) {
+        *self.posted.write().unwrap_or_else(PoisonError::into_inner) = Posted { snapshot, engines: engines.into() };
     }
 
     /// The cluster as it is now.
     pub fn snapshot(&self) -> StatusSnapshot {
         let (mut snapshot, engines) = {
             let posted = self.posted.read().unwrap_or_else(PoisonError::into_inner);
-            (posted.snapshot.clone(), posted.engines.clone())
+            (posted.snapshot.clone(), Arc::clone(&posted.engines))
         };
         snapshot.head.uptime_s = self.started.elapsed().as_secs_f64();
-        for (index, engine) in engines {
-            let now = engine.snapshot();
-            let Some(deployment) = snapshot.deployments.get_mut(index) else { continue };
+        for posted in engines.iter() {
+            let now = posted.engine.snapshot();
+            let Some(deployment) = snapshot.deployments.get_mut(posted.deployment) else { continue };
             deployment.num_blocks_free += now.num_blocks_free;
             deployment.running += now.running;
             deployment.waiting += now.waiting;
@@ -50,8 +60,9 @@ impl StatusBoard {
             snapshot.queue.running += now.running;
             snapshot.queue.waiting += now.waiting;
             let name = deployment.name.clone();
-            for rank in snapshot.ranks.iter_mut().filter(|rank| rank.deployment == name) {
-                rank.steps = rank.steps.max(now.steps());
+            let is_its = |rank: &&mut RankStatus| rank.deployment == name && rank.replica == posted.replica;
+            for rank in snapshot.ranks.iter_mut().filter(is_its) {
+                rank.steps = now.steps();
             }
         }
         snapshot

@@ -253,7 +253,7 @@ mod tests {
         assert_eq!(state(&table, "a"), NodeState::Suspect);
         assert!(table.heard(&id, session, at(5)));
         assert_eq!(state(&table, "a"), NodeState::Alive);
-        assert_eq!(table.tick(at(15)), [id.clone()]);
+        assert_eq!(table.tick(at(15)), std::slice::from_ref(&id));
         assert!(table.tick(at(16)).is_empty());
         assert!(!table.heard(&id, session, at(16)));
         assert_eq!(state(&table, "a"), NodeState::Dead);

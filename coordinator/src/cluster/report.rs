@@ -8,6 +8,7 @@ use phalanx_proto::{
     QueueStatus, RankStatus, StatusSnapshot,
 };
 
+use super::board::PostedEngine;
 use super::deployment::Deployment;
 use super::nodes::{Node, NodeTable};
 use super::placement_group::PlacementGroup;
@@ -20,12 +21,17 @@ pub(super) fn snapshot(
     nodes: &NodeTable,
     deployments: &[(DeploymentName, Deployment)],
     now: Instant,
-) -> (StatusSnapshot, Vec<(usize, EngineHandle)>) {
+) -> (StatusSnapshot, Vec<PostedEngine>) {
     let mut engines = Vec::new();
     let mut ranks = Vec::new();
     for (index, (name, deployment)) in deployments.iter().enumerate() {
         for (number, replica) in deployment.replicas.iter().enumerate() {
-            engines.extend(replica.engine().map(|engine| (index, engine.clone())));
+            let posted = |engine: &EngineHandle| PostedEngine {
+                deployment: index,
+                replica: number as u32,
+                engine: engine.clone(),
+            };
+            engines.extend(replica.engine().map(posted));
             for (rank, record) in replica.ranks.iter().enumerate() {
                 ranks.push(rank_status(name, (number as u32, replica), (rank as u32, record), now));
             }

@@ -325,7 +325,9 @@ impl Reconciler {
         if deployment.state == DeploymentState::Ready {
             deployment.has_served = true;
             deployment.reason.clear();
-            let status = report::deployment(name, deployment);
+            let mut status = report::deployment(name, deployment);
+            let engines = deployment.replicas.iter().filter_map(|replica| replica.engine());
+            status.num_blocks_free = engines.map(|engine| engine.snapshot().num_blocks_free).sum();
             deployment.tell(&DeployEvent::Ready(status));
             info!(group_id = %name, "deployment ready");
         }
