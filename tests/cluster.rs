@@ -1,5 +1,7 @@
 //! Placement, joining, leaving and the command line, with real processes.
 
+#![expect(clippy::expect_used, reason = "helpers of tests are test code too")]
+
 use std::path::PathBuf;
 use std::time::Duration;
 

@@ -1,5 +1,7 @@
 //! What happens when something dies, freezes or goes away, with real processes and real streams.
 
+#![expect(clippy::expect_used, reason = "helpers of tests are test code too")]
+
 use std::time::Duration;
 
 use harness::{Cluster, Processes, Stream, StreamEnd, golden, wait_for};

@@ -1,5 +1,7 @@
 //! Whole models through real processes and HTTP, at several tensor-parallel sizes, against transformers.
 
+#![expect(clippy::expect_used, clippy::unwrap_used, reason = "helpers of tests are test code too")]
+
 use harness::{Cluster, Golden, GoldenPrompt, goldens, smollm2};
 use serde_json::{Value, json};
 

@@ -1,5 +1,7 @@
 //! The rules of the house that decay first: dependency directions, where generated types and `unsafe` may stand.
 
+#![expect(clippy::expect_used, clippy::panic, reason = "helpers of tests are test code too")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -2,6 +2,8 @@
 //!
 //! The tiny tokenizers are in the repository; the real ones are obtained by `cargo xtask fetch` into `.cache/tokenizers`.
 
+#![expect(clippy::panic, clippy::unwrap_used, reason = "helpers of tests are test code too")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -3,6 +3,7 @@
 //! Every cluster has a `PHALANX_HOME` and free ports of its own, and ends with its value: a test that fails leaves nothing.
 //!
 //! **Invariant:** every wait has a deadline, and what ran over it is named.
+#![expect(clippy::expect_used, clippy::panic, reason = "a test harness: what goes wrong ends the test")]
 
 mod client;
 mod cluster;

@@ -8,7 +8,6 @@ use std::mem::MaybeUninit;
 use super::{
     Activations, CpuMatrix, Scratch,
     activation::silu_mul,
-    disjoint::Disjoint,
     isa::Tier,
     packed::{LANES, Part},
     scalar,
@@ -16,6 +15,7 @@ use super::{
 };
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
+use crate::cpu::disjoint::Disjoint;
 use crate::{KernelError, cpu::Pool};
 
 /// Batch rows of a unit.

@@ -13,7 +13,6 @@ mod activation;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-mod disjoint;
 mod driver;
 mod format;
 mod isa;

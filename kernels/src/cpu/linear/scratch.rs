@@ -8,11 +8,11 @@
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 use super::{
-    disjoint::Disjoint,
     format::BLOCK,
     isa::{Isa, Tier},
     matrix::Activations,
 };
+use crate::cpu::disjoint::Disjoint;
 use crate::{KernelError, cpu::Pool};
 
 /// Rows of the largest tile.
