@@ -2,7 +2,7 @@
 
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "helpers of tests are test code too")]
 
-use harness::{Cluster, Golden, GoldenPrompt, goldens, smollm2};
+use harness::{Cluster, Golden, GoldenPrompt, goldens, smollm2, smollm2_bf16};
 use serde_json::{Value, json};
 
 /// Largest difference of ln p with float32 (`tests/goldens/README.md`).
@@ -99,6 +99,15 @@ fn tiny_models_compute_what_transformers_computes_at_every_size() {
 #[test]
 fn smollm2_computes_what_transformers_computes_at_every_size() {
     let Some(model) = smollm2() else { return };
+    let cluster = Cluster::start(4);
+    for size in 1..=4 {
+        check_model(&cluster, &model, size, SMOLLM2_TOLERANCE, SMOLLM2_MARGIN);
+    }
+}
+
+#[test]
+fn smollm2_in_bfloat16_computes_what_transformers_computes_at_every_size() {
+    let Some(model) = smollm2_bf16() else { return };
     let cluster = Cluster::start(4);
     for size in 1..=4 {
         check_model(&cluster, &model, size, SMOLLM2_TOLERANCE, SMOLLM2_MARGIN);

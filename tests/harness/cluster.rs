@@ -130,7 +130,7 @@ fn finish(mut command: Command) -> Finished {
     }
 }
 
-/// One of the two programs: cargo puts them beside the folder of the tests; `cargo xtask test` builds them first.
+/// One of the two programs: `cargo test --workspace` builds them beside the folder of the tests.
 fn binary(program: &str) -> PathBuf {
     let exe = std::env::current_exe().expect("this test's own path");
     exe.parent().and_then(Path::parent).expect("a folder with the programs").join(program)

@@ -61,9 +61,17 @@ pub fn smollm2() -> Option<Golden> {
         eprintln!("SmolLM2 is not in .cache/models: run `cargo xtask fetch`");
         return None;
     }
-    let goldens = read(&folder().join("smollm2/goldens-A.json"));
-    let prompts = prompts(&goldens["references"]["gguf"]);
-    Some(Golden { name: "smollm2".into(), folder: file, prompts })
+    Some(Golden { name: "smollm2".into(), folder: file, prompts: smollm2_prompts("gguf") })
+}
+
+/// The same weights as a Hugging Face folder in bfloat16, with the values that follow from the rounding.
+pub fn smollm2_bf16() -> Option<Golden> {
+    let folder = crate::convert::hugging_face_folder(&smollm2()?.folder);
+    Some(Golden { name: "smollm2-bf16".into(), folder, prompts: smollm2_prompts("hf_bf16") })
+}
+
+fn smollm2_prompts(reference: &str) -> Vec<GoldenPrompt> {
+    prompts(&read(&folder().join("smollm2/goldens-A.json"))["references"][reference])
 }
 
 fn prompts(list: &Value) -> Vec<GoldenPrompt> {

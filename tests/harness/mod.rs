@@ -7,10 +7,11 @@
 
 mod client;
 mod cluster;
+mod convert;
 mod golden;
 mod network;
 
 pub use client::{Completion, Http, Stream, StreamEnd};
 pub use cluster::{Cluster, Finished, Node, Processes, wait_for};
-pub use golden::{Golden, GoldenPrompt, golden, goldens, smollm2};
+pub use golden::{Golden, GoldenPrompt, golden, goldens, smollm2, smollm2_bf16};
 pub use network::TwoHosts;

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use crate::fetch;
-use crate::process::{build_binaries, cache, cargo, check, root};
+use crate::process::{cache, cargo, check, root};
 
 /// Checks licences, bans and sources.
 const CARGO_DENY: &str = "0.20.2";
@@ -22,8 +22,7 @@ pub fn run() -> anyhow::Result<()> {
     step("what tests need");
     fetch::model()?;
     fetch::tokenizers()?;
-    step("programs");
-    build_binaries()?;
+    // Builds the two programs as well: packages with tests of their own binaries have them built beside the tests.
     step("tests");
     check(cargo().args(["test", "--workspace", "--no-fail-fast"]))?;
     step("all green");
