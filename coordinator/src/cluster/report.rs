@@ -135,8 +135,9 @@ fn rank_status(
 
 fn rank_state(replica: &Replica, record: &RankRecord) -> (&'static str, String) {
     match (&record.process, &replica.stage) {
-        (Process::Exited { code, signal, .. }, _) => {
+        (Process::Exited { code, signal, by_agent, .. }, _) => {
             let how = match (signal, code) {
+                _ if *by_agent => "ended by its agent".to_owned(),
                 (Some(signal), _) => format!("signal {signal}"),
                 (None, Some(code)) => format!("exit code {code}"),
                 (None, None) => "could not be started".to_owned(),
