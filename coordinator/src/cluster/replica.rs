@@ -52,8 +52,8 @@ pub(super) enum Stage {
         /// When its fate is decided: words about the processes arrive until then.
         decide_at: Instant,
     },
-    /// It drains: its ranks are still wanted.
-    Draining,
+    /// It drains: its ranks are still wanted, and its engine ends what runs.
+    Draining(EngineHandle),
     /// Nothing of it is wanted any more.
     Ended {
         /// Since when.
@@ -178,13 +178,21 @@ impl Replica {
 
     /// Whether its ranks' processes should run.
     pub fn wants_processes(&self) -> bool {
-        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting { .. } | Stage::Serving(_) | Stage::Draining)
+        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting { .. } | Stage::Serving(_) | Stage::Draining(_))
     }
 
     /// Its engine, where it takes steps.
     pub fn engine(&self) -> Option<&EngineHandle> {
         match &self.stage {
             Stage::Serving(engine) => Some(engine),
+            _ => None,
+        }
+    }
+
+    /// Its engine, where requests still run in it.
+    pub fn busy_engine(&self) -> Option<&EngineHandle> {
+        match &self.stage {
+            Stage::Serving(engine) | Stage::Draining(engine) => Some(engine),
             _ => None,
         }
     }
