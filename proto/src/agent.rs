@@ -114,6 +114,8 @@ pub enum RankProcess {
         code: Option<i32>,
         /// Signal, where one ended it.
         signal: Option<i32>,
+        /// Whether that signal is one that its agent had sent: then it says nothing about why the group broke.
+        by_agent: bool,
         /// The end of its log, or why it could not be started.
         last_lines: String,
     },
@@ -254,9 +256,11 @@ impl TryFrom<pb::AgentHello> for AgentHello {
 
 impl From<RankObserved> for pb::RankObserved {
     fn from(o: RankObserved) -> Self {
-        let (state, exit_code, signal, last_lines) = match o.state {
-            RankProcess::Spawned => ("spawned", None, None, String::new()),
-            RankProcess::Exited { code, signal, last_lines } => ("exited", code, signal, last_lines),
+        let (state, exit_code, signal, by_agent, last_lines) = match o.state {
+            RankProcess::Spawned => ("spawned", None, None, false, String::new()),
+            RankProcess::Exited { code, signal, by_agent, last_lines } => {
+                ("exited", code, signal, by_agent, last_lines)
+            }
         };
         Self {
             deployment: o.key.deployment.0,
@@ -268,6 +272,7 @@ impl From<RankObserved> for pb::RankObserved {
             exit_code,
             signal,
             last_lines,
+            by_agent,
         }
     }
 }
@@ -278,7 +283,10 @@ impl TryFrom<pb::RankObserved> for RankObserved {
     fn try_from(o: pb::RankObserved) -> Result<Self, WireError> {
         let state = match o.state.as_str() {
             "spawned" => RankProcess::Spawned,
-            "exited" => RankProcess::Exited { code: o.exit_code, signal: o.signal, last_lines: o.last_lines },
+            "exited" => {
+                let pb::RankObserved { exit_code: code, signal, by_agent, last_lines, .. } = o;
+                RankProcess::Exited { code, signal, by_agent, last_lines }
+            }
             other => {
                 let expected = "spawned or exited";
                 return Err(WireError::Invalid { field: "rank.state", value: other.into(), expected });
@@ -438,7 +446,7 @@ mod tests {
 
     #[test]
     fn events_survive_the_wire() {
-        let exited = RankProcess::Exited { code: None, signal: Some(9), last_lines: "x".into() };
+        let exited = RankProcess::Exited { code: None, signal: Some(9), by_agent: true, last_lines: "x".into() };
         let events = [
             AgentEvent::Hello(hello()),
             AgentEvent::Heartbeat { sequence: 3 },

@@ -11,6 +11,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::submission::{Accepted, with_text};
 use super::{ApiState, body, messages, options, reply};
+use crate::engine::EngineError;
 use crate::text::{ChatPrompt, TextModel};
 
 /// The routes.
@@ -72,6 +73,10 @@ async fn detokenize(State(state): State<ApiState>, request: Request) -> Result<J
     let model = fields.text("model")?;
     let tokens = options::take_token_ids(&mut fields, "tokens")?;
     let accepted = Accepted::new(&state.models, model.as_deref(), reply::new_id(), Instant::now())?;
+    let vocab_size = accepted.model.engine.limits().vocab_size;
+    if let Some(token) = tokens.iter().copied().find(|token| token.0 >= vocab_size) {
+        return Err(EngineError::UnknownToken { token, vocab_size }.into());
+    }
     let work = move |text: &TextModel| Ok(text.decode(&tokens, false));
     let prompt = with_text(accepted.text("tokens")?, body.num_bytes, "tokens", work).await?;
     Ok(Json(Text { prompt }))

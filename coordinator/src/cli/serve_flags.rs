@@ -303,6 +303,14 @@ impl EngineFlags {
             let message = "--placement-group: groups made by hand cannot be used yet";
             return Err(CliError::usage(message).with_hint("Use --placement-strategy"));
         }
+        // What is not finite has no place in JSON; whether the share makes sense is the head's to say.
+        if !self.gpu_memory_utilization.is_finite() {
+            let message = format!(
+                "--gpu-memory-utilization is {}; it must be above 0 and at most 1",
+                self.gpu_memory_utilization
+            );
+            return Err(CliError::usage(message));
+        }
         let mut names = self.served_model_name.iter().cloned();
         let name = names.next().unwrap_or_else(|| default_name(model));
         let template = self.chat_template.as_deref().map(read_template).transpose()?;

@@ -52,8 +52,8 @@ pub(super) enum Stage {
         /// When its fate is decided: words about the processes arrive until then.
         decide_at: Instant,
     },
-    /// It drains: its ranks are still wanted.
-    Draining,
+    /// It drains: its ranks are still wanted, and its engine ends what runs.
+    Draining(EngineHandle),
     /// Nothing of it is wanted any more.
     Ended {
         /// Since when.
@@ -78,6 +78,8 @@ pub(super) enum Process {
         code: Option<i32>,
         /// Signal, where one ended it.
         signal: Option<i32>,
+        /// Whether its agent had sent that signal.
+        by_agent: bool,
         /// The end of its log.
         last_lines: String,
     },
@@ -176,13 +178,21 @@ impl Replica {
 
     /// Whether its ranks' processes should run.
     pub fn wants_processes(&self) -> bool {
-        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting { .. } | Stage::Serving(_) | Stage::Draining)
+        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting { .. } | Stage::Serving(_) | Stage::Draining(_))
     }
 
     /// Its engine, where it takes steps.
     pub fn engine(&self) -> Option<&EngineHandle> {
         match &self.stage {
             Stage::Serving(engine) => Some(engine),
+            _ => None,
+        }
+    }
+
+    /// Its engine, where requests still run in it.
+    pub fn busy_engine(&self) -> Option<&EngineHandle> {
+        match &self.stage {
+            Stage::Serving(engine) | Stage::Draining(engine) => Some(engine),
             _ => None,
         }
     }
@@ -205,7 +215,9 @@ impl Replica {
         let Some(record) = self.rank_mut(rank) else { return };
         record.process = match state {
             RankProcess::Spawned => Process::Running(pid),
-            RankProcess::Exited { code, signal, last_lines } => Process::Exited { pid, code, signal, last_lines },
+            RankProcess::Exited { code, signal, by_agent, last_lines } => {
+                Process::Exited { pid, code, signal, by_agent, last_lines }
+            }
         };
     }
 
@@ -241,16 +253,18 @@ impl Replica {
         self.ranks.iter().filter(|rank| matches!(rank.process, Process::Asked | Process::Running(_)))
     }
 
-    /// The words for why it broke: what the agents saw of the processes says more than a closed stream.
+    /// The words for why it broke: a process that something killed says more than a closed stream. What the agents end
+    /// after the break is no cause.
     pub fn reason(&self) -> String {
-        let killed = self.exit_words(|process| matches!(process, Process::Exited { signal: Some(_), .. }));
+        let killed =
+            self.exit_words(|process| matches!(process, Process::Exited { signal: Some(_), by_agent: false, .. }));
         killed.unwrap_or_else(|| self.cause.clone())
     }
 
     /// The first process that ended in a way that `which` looks for.
     pub fn exit_words(&self, which: impl Fn(&Process) -> bool) -> Option<String> {
         let (rank, record) = self.ranks.iter().enumerate().find(|(_, record)| which(&record.process))?;
-        let Process::Exited { pid, code, signal, last_lines } = &record.process else { return None };
+        let Process::Exited { pid, code, signal, last_lines, .. } = &record.process else { return None };
         let node = &record.place.node;
         let how = match (signal, code) {
             (Some(signal), _) => format!("was ended by signal {signal} ({})", signal_name(*signal)),
@@ -279,7 +293,7 @@ mod tests {
     }
 
     fn exited(code: Option<i32>, signal: Option<i32>, last_lines: &str) -> RankProcess {
-        RankProcess::Exited { code, signal, last_lines: last_lines.into() }
+        RankProcess::Exited { code, signal, by_agent: false, last_lines: last_lines.into() }
     }
 
     #[test]
@@ -291,6 +305,19 @@ mod tests {
         replica.observe(Rank(0), 7, exited(Some(1), None, "the group broke"));
         replica.observe(Rank(1), 8, exited(None, Some(9), ""));
         assert_eq!(replica.reason(), "rank 1 (pid 8 on node-a) was ended by signal 9 (SIGKILL)");
+    }
+
+    #[test]
+    fn what_the_agent_ended_after_the_break_is_no_cause() {
+        let now = Instant::now();
+        let mut replica = replica(2, now);
+        replica.break_down("rank 0 failed in phase weights: no memory".into(), now, now);
+        for (rank, signal) in [(0, 15), (1, 9)] {
+            let state =
+                RankProcess::Exited { code: None, signal: Some(signal), by_agent: true, last_lines: String::new() };
+            replica.observe(Rank(rank), 7 + rank, state);
+        }
+        assert_eq!(replica.reason(), "rank 0 failed in phase weights: no memory");
     }
 
     #[test]

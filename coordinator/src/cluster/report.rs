@@ -31,7 +31,7 @@ pub(super) fn snapshot(
                 replica: number as u32,
                 engine: engine.clone(),
             };
-            engines.extend(replica.engine().map(posted));
+            engines.extend(replica.busy_engine().map(posted));
             for (rank, record) in replica.ranks.iter().enumerate() {
                 ranks.push(rank_status(name, (number as u32, replica), (rank as u32, record), now));
             }
@@ -90,7 +90,7 @@ fn group_status(group: &PlacementGroup, nodes: &NodeTable) -> PlacementGroupStat
 pub(super) fn deployment(name: &DeploymentName, deployment: &Deployment) -> DeploymentStatus {
     let spec = &deployment.checked.spec;
     let incarnation = deployment.replicas.iter().map(|replica| replica.incarnation.0).max().unwrap_or_default();
-    let serving = deployment.replicas.iter().filter(|replica| replica.engine().is_some());
+    let serving = deployment.replicas.iter().filter(|replica| replica.busy_engine().is_some());
     DeploymentStatus {
         name: name.to_string(),
         model: spec.model.clone(),
@@ -135,8 +135,9 @@ fn rank_status(
 
 fn rank_state(replica: &Replica, record: &RankRecord) -> (&'static str, String) {
     match (&record.process, &replica.stage) {
-        (Process::Exited { code, signal, .. }, _) => {
+        (Process::Exited { code, signal, by_agent, .. }, _) => {
             let how = match (signal, code) {
+                _ if *by_agent => "ended by its agent".to_owned(),
                 (Some(signal), _) => format!("signal {signal}"),
                 (None, Some(code)) => format!("exit code {code}"),
                 (None, None) => "could not be started".to_owned(),
@@ -146,7 +147,7 @@ fn rank_state(replica: &Replica, record: &RankRecord) -> (&'static str, String) 
         (Process::Lost(_), _) => ("exited", "its node is gone".to_owned()),
         (_, Stage::Broken { .. }) => ("failed", "its group broke; it is ending".to_owned()),
         (_, Stage::Ended { .. } | Stage::Unplaced) => ("exited", "it is ending".to_owned()),
-        (_, Stage::Serving(_) | Stage::Draining) => ("ready", String::new()),
+        (_, Stage::Serving(_) | Stage::Draining(_)) => ("ready", String::new()),
         (_, Stage::Connecting { .. } | Stage::Starting { .. }) => {
             let percent = record.fraction.filter(|_| record.phase != Phase::Ready);
             let percent = percent.map(|fraction| format!("{:.0} % ", fraction * 100.0)).unwrap_or_default();

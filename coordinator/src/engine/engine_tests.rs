@@ -154,6 +154,13 @@ async fn a_late_rank_breaks_the_group() {
 }
 
 #[tokio::test]
+async fn a_frozen_rank_is_named_and_not_those_that_wait_for_it() {
+    let step = StepId(40);
+    let reason = reason_of(&[Fault::Wait(step), Fault::Freeze(step), Fault::Wait(step)]).await;
+    assert!(reason.starts_with("late: no answer to step 40") && reason.ends_with("from rank 1"), "{reason}");
+}
+
+#[tokio::test]
 async fn a_rank_that_disagrees_breaks_the_group() {
     let reason = reason_of(&[Fault::None, Fault::Diverge(StepId(5)), Fault::None]).await;
     assert_eq!(reason, "rank 1 disagrees about the tokens of step 5");

@@ -22,6 +22,8 @@ pub(super) enum Fault {
     Die(StepId),
     /// No answer from this step on.
     Freeze(StepId),
+    /// No answer from this step on, but it still listens: it waits for another rank.
+    Wait(StepId),
     /// Another token than the others at this step.
     Diverge(StepId),
     /// It notices at this step that another rank is gone.
@@ -146,6 +148,7 @@ impl FakeRank {
         match self.fault {
             Fault::Die(step) if step == plan.step => return false,
             Fault::Freeze(step) if step == plan.step => std::future::pending().await,
+            Fault::Wait(step) if step <= plan.step => return true,
             Fault::Diverge(step) if step == plan.step => output.token_hash ^= 1,
             Fault::Complain(step) if step == plan.step => {
                 self.fail("communicator", "a peer is gone", Phase::Ready).await;

@@ -71,10 +71,11 @@ pub enum GroupError {
         /// The phase's deadline.
         limit: Duration,
     },
-    /// Ranks did not answer a step in time. One that hangs makes those wait that share a collective with it.
+    /// Ranks did not answer a step in time. One that hangs makes those wait that share a collective with it: they are not
+    /// named where they still answer when they are told to end.
     #[error("late: no answer to step {step} within {limit:?} from rank {}", numbers(.ranks))]
     StepLate {
-        /// All that are late.
+        /// Those that hang, or all that are late where that cannot be told.
         ranks: Vec<Rank>,
         /// Which step.
         step: StepId,
@@ -240,7 +241,7 @@ impl TpGroup {
         match timeout_at(started + limit, self.gathered()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(self.culprit(error).await),
-            Err(_) => return Err(self.late(step.plan.step, limit)),
+            Err(_) => return Err(self.late(step.plan.step, limit).await),
         }
         let output = self.agreed(&step.plan)?;
         self.finished_step = step.plan.step;
@@ -337,9 +338,23 @@ impl TpGroup {
         Ok(answer)
     }
 
-    fn late(&self, step: StepId, limit: Duration) -> GroupError {
-        let late = self.members.iter().filter(|member| member.outputs.is_empty());
-        GroupError::StepLate { ranks: late.map(|member| member.link.rank).collect(), step, limit }
+    /// Names who is late. One rank that hangs keeps the others waiting for it: told to end, those still answer.
+    async fn late(&mut self, step: StepId, limit: Duration) -> GroupError {
+        let mut late: Vec<&mut Member> = self.members.iter_mut().filter(|member| member.outputs.is_empty()).collect();
+        let ranks: Vec<Rank> = late.iter().map(|member| member.link.rank).collect();
+        let message = to_wire(&HeadMessage::Shutdown(format!("step {step} is late")));
+        for member in &late {
+            let _gone = member.link.commands.try_send(Ok(message.clone()));
+        }
+        let deadline = Instant::now() + CULPRIT_GRACE;
+        let mut silent = Vec::new();
+        for member in &mut late {
+            let ended = async { while member.link.events.recv().await.is_some() {} };
+            if timeout_at(deadline, ended).await.is_err() {
+                silent.push(member.link.rank);
+            }
+        }
+        GroupError::StepLate { ranks: if silent.is_empty() { ranks } else { silent }, step, limit }
     }
 
     /// A rank that complains about its communicator has often only noticed first that another one died.

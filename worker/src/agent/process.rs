@@ -63,6 +63,8 @@ pub struct RankChild {
     /// Ends the rank when it is dropped.
     pipe: Option<ChildStdin>,
     log: Arc<RankLog>,
+    /// The last signal that was sent to it.
+    sent: Option<Signal>,
 }
 
 impl Launcher {
@@ -97,7 +99,7 @@ impl Launcher {
             // A process that ended already is reported by its watcher. The line fits the pipe, so this does not wait.
             let _ = pipe.write_all(&launch);
         }
-        let child = RankChild { child, pid, pipe, log };
+        let child = RankChild { child, pid, pipe, log, sent: None };
         child.log.clone().follow(reader)?;
         watch(key.clone(), pid, orders.clone())?;
         Ok(child)
@@ -146,7 +148,13 @@ impl RankChild {
         self.signal(Signal::SIGKILL);
     }
 
-    fn signal(&self, signal: Signal) {
+    /// The number of the last signal that was sent to it.
+    pub fn sent(&self) -> Option<i32> {
+        self.sent.map(|signal| signal as i32)
+    }
+
+    fn signal(&mut self, signal: Signal) {
+        self.sent = Some(signal);
         // Not reaped yet, so the id is still this process's, be it alive or ended.
         let _ = kill(Pid::from_raw(self.pid.cast_signed()), signal);
     }

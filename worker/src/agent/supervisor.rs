@@ -149,7 +149,7 @@ impl Supervisor {
                 warn!(rank = %key, %error, "rank cannot be started");
                 let last_lines = format!("the rank cannot be started: {error}");
                 self.finished.push(key.clone());
-                let state = RankProcess::Exited { code: None, signal: None, last_lines };
+                let state = RankProcess::Exited { code: None, signal: None, by_agent: false, last_lines };
                 self.report(RankObserved { key, pid: 0, state });
             }
         }
@@ -158,8 +158,10 @@ impl Supervisor {
     fn exited(&mut self, key: &RankKey) {
         let Some(running) = self.running.remove(key) else { return };
         let (pid, was_asked) = (running.child.pid(), running.kill_at.is_some());
+        let sent = running.child.sent();
         let (status, last_lines) = running.child.reap();
         let (code, signal) = status.map_or((None, None), |status| (status.code(), status.signal()));
+        let by_agent = signal.is_some() && signal == sent;
         if was_asked {
             info!(rank = %key, pid, ?code, ?signal, "rank ended");
         } else {
@@ -168,7 +170,8 @@ impl Supervisor {
         if self.desired.contains_key(key) {
             self.finished.push(key.clone());
         }
-        self.report(RankObserved { key: key.clone(), pid, state: RankProcess::Exited { code, signal, last_lines } });
+        let state = RankProcess::Exited { code, signal, by_agent, last_lines };
+        self.report(RankObserved { key: key.clone(), pid, state });
     }
 
     fn report(&self, observed: RankObserved) {
@@ -261,8 +264,18 @@ mod tests {
         bench.desire(vec![rank(1, 1)]);
         let ended = bench.next(SOON).unwrap();
         assert_eq!((ended.key.rank, ended.pid), (Rank(0), pids[0]));
-        assert!(matches!(ended.state, RankProcess::Exited { code: None, signal: Some(15), .. }));
+        assert!(matches!(ended.state, RankProcess::Exited { code: None, signal: Some(15), by_agent: true, .. }));
         assert!(!lives(pids[0]) && lives(pids[1]));
+    }
+
+    #[test]
+    fn a_signal_from_elsewhere_is_not_the_agents() {
+        let mut bench = Bench::new("exec sleep 100");
+        bench.desire(vec![rank(0, 1)]);
+        let pid = bench.spawned().pid;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.cast_signed()), nix::sys::signal::SIGKILL).unwrap();
+        let ended = bench.next(SOON).unwrap();
+        assert!(matches!(ended.state, RankProcess::Exited { signal: Some(9), by_agent: false, .. }), "{ended:?}");
     }
 
     #[test]
@@ -270,7 +283,7 @@ mod tests {
         let mut bench = Bench::new("echo first; echo last words; exit 7");
         bench.desire(vec![rank(0, 1)]);
         bench.spawned();
-        let RankProcess::Exited { code, signal, last_lines } = bench.next(SOON).unwrap().state else { panic!() };
+        let RankProcess::Exited { code, signal, last_lines, .. } = bench.next(SOON).unwrap().state else { panic!() };
         assert_eq!((code, signal, last_lines.as_str()), (Some(7), None, "first\nlast words"));
         bench.desire(vec![rank(0, 1)]);
         assert_eq!(bench.next(QUIET), None);
@@ -286,7 +299,7 @@ mod tests {
         std::thread::sleep(QUIET);
         bench.desire(vec![rank(0, 2)]);
         let ended = bench.next(SOON).unwrap();
-        assert!(matches!(ended.state, RankProcess::Exited { signal: Some(9), .. }), "{ended:?}");
+        assert!(matches!(ended.state, RankProcess::Exited { signal: Some(9), by_agent: true, .. }), "{ended:?}");
         assert!(!lives(old));
         bench.spawned();
     }

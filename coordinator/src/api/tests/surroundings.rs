@@ -99,6 +99,8 @@ async fn text_and_tokens_go_both_ways() {
     assert_eq!(tokens["max_model_len"], 256);
     let body = serde_json::json!({"tokens": tokens["tokens"]}).to_string();
     assert_eq!(server.post("/detokenize", &body).await.json()["prompt"], "Hello there");
+    let refused = server.post("/detokenize", r#"{"tokens":[515]}"#).await.json();
+    assert_eq!(refused["error"]["message"], "token id 515 is outside the vocabulary of 515");
     let chat = server.post("/tokenize", r#"{"messages":[{"role":"user","content":"Hi"}]}"#).await.json();
     assert!(chat["count"].as_u64() > Some(5));
 }

@@ -179,6 +179,11 @@ fn explain(address: &HeadAddress, status: &Status) -> CallError {
         Code::Unavailable | Code::Unknown | Code::Cancelled => {
             CallError::Lost { address: address.clone(), reason: status.message().to_owned() }
         }
+        // A server of another kind listens there.
+        Code::Internal if status.message().starts_with("protocol error") => {
+            let reason = format!("what listens there is not a head ({})", status.message());
+            CallError::Unreachable { address: address.clone(), reason }
+        }
         _ => CallError::Refused(status.message().to_owned()),
     }
 }

@@ -88,9 +88,14 @@ impl Reconciler {
         let mut broken = Vec::new();
         for (name, deployment) in &mut self.deployments {
             for (number, replica) in deployment.replicas.iter_mut().enumerate() {
-                if replica.lose_node(node) && replica.wants_processes() {
+                let lost = replica.lose_node(node);
+                if lost && replica.wants_processes() {
                     let (deployment, incarnation) = (name.clone(), replica.incarnation);
                     broken.push(GroupKey { deployment, replica: number as u32, incarnation });
+                } else if lost && matches!(replica.stage, Stage::Broken { .. }) {
+                    // Ranks die with their agent, and their streams often end before its own.
+                    replica.cause = format!("{cause}; first seen: {}", replica.cause);
+                    deployment.reason = replica.reason();
                 }
             }
         }

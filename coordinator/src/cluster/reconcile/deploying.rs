@@ -227,7 +227,8 @@ impl Reconciler {
                     self.decide(index, number, now);
                 }
             }
-            Stage::Unplaced | Stage::Starting { .. } | Stage::Serving(_) | Stage::Draining | Stage::Ended { .. } => {}
+            Stage::Unplaced | Stage::Starting { .. } | Stage::Serving(_) | Stage::Draining(_) | Stage::Ended { .. } => {
+            }
         }
     }
 

@@ -40,10 +40,10 @@ impl Reconciler {
             let key = GroupKey { deployment: name.clone(), replica: number as u32, incarnation: replica.incarnation };
             match std::mem::replace(&mut replica.stage, Stage::Ended { since: now }) {
                 Stage::Serving(engine) => {
-                    replica.stage = Stage::Draining;
+                    replica.stage = Stage::Draining(engine.clone());
                     launch::stop_engine(key, engine, drain, events.clone());
                 }
-                Stage::Draining => replica.stage = Stage::Draining,
+                draining @ Stage::Draining(_) => replica.stage = draining,
                 _ => {}
             }
         }
@@ -55,7 +55,7 @@ impl Reconciler {
         let Some(deployment) = self.deployment_mut(&key.deployment) else { return };
         let stopping = deployment.stopping_since.is_some();
         let Some(replica) = deployment.replicas.get_mut(key.replica as usize) else { return };
-        if replica.incarnation != key.incarnation || !matches!(replica.stage, Stage::Draining) {
+        if replica.incarnation != key.incarnation || !matches!(replica.stage, Stage::Draining(_)) {
             return;
         }
         if stopping {
@@ -143,11 +143,11 @@ impl Reconciler {
                     continue;
                 }
                 busy = true;
-                if let Stage::Serving(engine) = &replica.stage {
+                if let Some(engine) = replica.engine().cloned() {
                     let (deployment, incarnation) = (name.clone(), replica.incarnation);
                     let key = GroupKey { deployment, replica: number as u32, incarnation };
                     launch::stop_engine(key, engine.clone(), drain, events.clone());
-                    replica.stage = Stage::Draining;
+                    replica.stage = Stage::Draining(engine);
                 }
             }
         }

@@ -314,7 +314,7 @@ impl AgentState {
         let (pid, task) = self.ranks.remove(key).expect("it runs");
         task.abort();
         let _ = task.await;
-        self.tell(key, pid, RankProcess::Exited { code, signal, last_lines: last_lines.into() }).await;
+        self.tell(key, pid, RankProcess::Exited { code, signal, by_agent: false, last_lines: last_lines.into() }).await;
     }
 
     async fn tell(&self, key: &RankKey, pid: u32, state: RankProcess) {
