@@ -7,6 +7,7 @@
 //! between calls that its flags order.
 
 use std::io::{self, IoSliceMut};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -104,21 +105,22 @@ impl Segment {
         unsafe { self.slot_ptr(rank, parity).add(offset).copy_from_nonoverlapping(data.as_ptr(), data.len()) };
     }
 
-    /// Shows the first `len` bytes of a slot whose post was seen.
+    /// Shows bytes of a slot whose post was seen, and no byte beside them: its writer may be at work there.
     ///
     /// The writer leaves them alone until this rank has posted its next call.
-    pub(super) fn read(&self, rank: usize, parity: usize, len: usize) -> &[u8] {
-        assert!(len <= SLOT_BYTES, "a chunk fits its slot");
-        // SAFETY: in range as asserted, and not written while it is read: a writer comes back to this slot two calls later,
+    pub(super) fn read(&self, rank: usize, parity: usize, range: Range<usize>) -> &[u8] {
+        assert!(range.start <= range.end && range.end <= SLOT_BYTES, "a chunk fits its slot");
+        // SAFETY: in range as asserted, and not written while it is read: a writer comes back to these bytes two calls later,
         // after every rank has posted the call in between, which it does when it has read this one.
-        unsafe { std::slice::from_raw_parts(self.slot_ptr(rank, parity), len) }
+        unsafe { std::slice::from_raw_parts(self.slot_ptr(rank, parity).add(range.start), range.len()) }
     }
 
-    /// The first `len` floats of a slot; as `read`.
-    pub(super) fn read_floats(&self, rank: usize, parity: usize, len: usize) -> &[f32] {
-        let bytes = self.read(rank, parity, len * size_of::<f32>());
-        // SAFETY: slots begin on cache lines, and every bit pattern is a float.
-        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), len) }
+    /// Floats of a slot; as `read`.
+    pub(super) fn read_floats(&self, rank: usize, parity: usize, range: Range<usize>) -> &[f32] {
+        const WIDTH: usize = size_of::<f32>();
+        let bytes = self.read(rank, parity, range.start * WIDTH..range.end * WIDTH);
+        // SAFETY: slots begin on cache lines and the range on a float, and every bit pattern is a float.
+        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), range.len()) }
     }
 
     /// Breaks the group off and wakes everybody.
