@@ -6,7 +6,7 @@
 //! **Invariant:** the file cannot shrink, and every access lies inside the mapping. A slot is written by its own rank only,
 //! between calls that its flags order.
 
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -303,8 +303,7 @@ fn send_file(stream: &UnixStream, file: BorrowedFd<'_>) -> io::Result<()> {
 
 fn receive_file(stream: &UnixStream) -> io::Result<OwnedFd> {
     let mut byte = [0u8];
-    let slice = IoSliceMut::new(&mut byte);
-    let mut bytes = libc::iovec { iov_base: slice.as_ptr() as *mut _, iov_len: 1 };
+    let mut bytes = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
     let mut control: Control = [0; 8];
     let mut message = message(&mut bytes, &mut control);
     // SAFETY: the header points to live buffers of the lengths that it names.
