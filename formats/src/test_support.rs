@@ -295,18 +295,7 @@ pub fn gguf_name(name: &str) -> String {
     PARTS.iter().fold(name.to_owned(), |name, (hugging_face, gguf)| name.replace(hugging_face, gguf))
 }
 
-/// The folder with the reference data: `PHALANX_GOLDENS`, or `shared/goldens` beside or above the repository.
-///
-/// # Panics
-/// It is not there: a test without its data must not pass.
+/// The folder with the reference data.
 pub fn goldens() -> PathBuf {
-    #[expect(clippy::disallowed_methods, reason = "tests have no config.rs")]
-    let named = std::env::var_os("PHALANX_GOLDENS").map(PathBuf::from);
-    let found = named.or_else(|| {
-        let above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
-        above.map(|folder| folder.join("shared/goldens")).find(|folder| folder.is_dir())
-    });
-    let folder = found.unwrap_or_default();
-    assert!(folder.is_dir(), "no reference data: set PHALANX_GOLDENS, or put shared/goldens beside the repository");
-    folder
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens")
 }

@@ -156,7 +156,8 @@ fn the_reference_models_say_what_ends_a_text() {
 
 #[test]
 fn a_config_of_another_architecture_lists_the_known_ones() {
-    let error = ModelFiles::open(&goldens().join("tiny-internlm2")).unwrap_err();
+    let config = with(json!({"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2"}));
+    let error = ModelFiles::open(folder(&config).path()).unwrap_err();
     let message = error.to_string();
     assert!(matches!(error, ModelError::UnknownArchitecture { .. }));
     for word in ["InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"] {

@@ -24,7 +24,7 @@ pub(crate) const ROWS: usize = 32;
 
 /// K and V of one head, and where a sequence's positions lie.
 #[derive(Clone, Copy)]
-pub(crate) struct Context<'a, E> {
+pub(crate) struct PagedHead<'a, E> {
     /// `[tile][head_dim][16]`.
     pub(crate) k: &'a [E],
     /// `[slot][head_dim]`.
@@ -37,7 +37,7 @@ pub(crate) struct Context<'a, E> {
     pub(crate) head_dim: usize,
 }
 
-impl<E: KvElement> Context<'_, E> {
+impl<E: KvElement> PagedHead<'_, E> {
     /// The slot of a position.
     #[inline(always)]
     fn slot(&self, position: usize) -> usize {
@@ -173,7 +173,7 @@ impl Workspace<'_> {
 
 /// Attends some segments and leaves their merged sums in `work.total`.
 pub(crate) struct Attend<'a, 'w, E> {
-    pub(crate) context: Context<'a, E>,
+    pub(crate) context: PagedHead<'a, E>,
     pub(crate) tile: QueryTile,
     pub(crate) segments: Range<usize>,
     pub(crate) work: &'a mut Workspace<'w>,

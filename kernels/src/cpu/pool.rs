@@ -178,6 +178,10 @@ impl Drop for OpenGate<'_> {
     fn drop(&mut self) {
         self.shared.gate.fetch_and(!OPEN, Ordering::AcqRel);
         self.shared.wait_until_left();
+        if thread::panicking() {
+            // The caller's own panic is on its way out; a worker's must not come out of the next call.
+            self.shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        }
     }
 }
 
@@ -325,5 +329,20 @@ mod tests {
             sum.fetch_add(part, Ordering::Relaxed);
         });
         assert_eq!(sum.load(Ordering::Relaxed), 45);
+    }
+
+    #[test]
+    fn panics_of_several_threads_are_over_with_their_call() {
+        let pool = Pool::new(3, Waiting::SpinThenSleep).unwrap();
+        for _ in 0..50 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(100, |_| {
+                    thread::sleep(Duration::from_micros(200));
+                    panic!("every part fails");
+                });
+            }));
+            assert!(result.is_err());
+            pool.run(10, |_| {});
+        }
     }
 }

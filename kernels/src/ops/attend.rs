@@ -15,7 +15,7 @@ use crate::{
     AttentionShape, KernelError, SeqInputs, StepInputs,
     cpu::{
         CpuKvLayer, Pool,
-        attention::{Attend, Context, Merge, QueryTile, ROWS, Sums, Workspace, padded},
+        attention::{Attend, Merge, PagedHead, QueryTile, ROWS, Sums, Workspace, padded},
         disjoint::Disjoint,
         kv::{KvElement, KvHeads, KvStore, num_slots},
         lanes::Simd,
@@ -249,7 +249,7 @@ impl Job<'_> {
         let mut work = Workspace::cut(&mut memory[..Workspace::len(rows, dim)], rows, dim);
         self.scale_queries(tile, work.q);
         let head = tile.kv_head * self.head_len..(tile.kv_head + 1) * self.head_len;
-        let context = Context {
+        let context = PagedHead {
             k: &k[head.clone()],
             v: &v[head],
             table: table_of(self.step, &tile.seq, self.block_size).unwrap_or_default(),

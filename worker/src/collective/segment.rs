@@ -6,7 +6,8 @@
 //! **Invariant:** the file cannot shrink, and every access lies inside the mapping. A slot is written by its own rank only,
 //! between calls that its flags order.
 
-use std::io::{self, IoSliceMut};
+use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -104,21 +105,22 @@ impl Segment {
         unsafe { self.slot_ptr(rank, parity).add(offset).copy_from_nonoverlapping(data.as_ptr(), data.len()) };
     }
 
-    /// Shows the first `len` bytes of a slot whose post was seen.
+    /// Shows bytes of a slot whose post was seen, and no byte beside them: its writer may be at work there.
     ///
     /// The writer leaves them alone until this rank has posted its next call.
-    pub(super) fn read(&self, rank: usize, parity: usize, len: usize) -> &[u8] {
-        assert!(len <= SLOT_BYTES, "a chunk fits its slot");
-        // SAFETY: in range as asserted, and not written while it is read: a writer comes back to this slot two calls later,
+    pub(super) fn read(&self, rank: usize, parity: usize, range: Range<usize>) -> &[u8] {
+        assert!(range.start <= range.end && range.end <= SLOT_BYTES, "a chunk fits its slot");
+        // SAFETY: in range as asserted, and not written while it is read: a writer comes back to these bytes two calls later,
         // after every rank has posted the call in between, which it does when it has read this one.
-        unsafe { std::slice::from_raw_parts(self.slot_ptr(rank, parity), len) }
+        unsafe { std::slice::from_raw_parts(self.slot_ptr(rank, parity).add(range.start), range.len()) }
     }
 
-    /// The first `len` floats of a slot; as `read`.
-    pub(super) fn read_floats(&self, rank: usize, parity: usize, len: usize) -> &[f32] {
-        let bytes = self.read(rank, parity, len * size_of::<f32>());
-        // SAFETY: slots begin on cache lines, and every bit pattern is a float.
-        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), len) }
+    /// Floats of a slot; as `read`.
+    pub(super) fn read_floats(&self, rank: usize, parity: usize, range: Range<usize>) -> &[f32] {
+        const WIDTH: usize = size_of::<f32>();
+        let bytes = self.read(rank, parity, range.start * WIDTH..range.end * WIDTH);
+        // SAFETY: slots begin on cache lines and the range on a float, and every bit pattern is a float.
+        unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), range.len()) }
     }
 
     /// Breaks the group off and wakes everybody.
@@ -301,8 +303,7 @@ fn send_file(stream: &UnixStream, file: BorrowedFd<'_>) -> io::Result<()> {
 
 fn receive_file(stream: &UnixStream) -> io::Result<OwnedFd> {
     let mut byte = [0u8];
-    let slice = IoSliceMut::new(&mut byte);
-    let mut bytes = libc::iovec { iov_base: slice.as_ptr() as *mut _, iov_len: 1 };
+    let mut bytes = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
     let mut control: Control = [0; 8];
     let mut message = message(&mut bytes, &mut control);
     // SAFETY: the header points to live buffers of the lengths that it names.

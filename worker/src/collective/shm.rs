@@ -180,7 +180,9 @@ impl ShmGroup {
         self.memory.write(self.place.rank, parity, 0, as_bytes(data));
         self.meet(Op::AllReduce, size_of_val(data), parity)?;
         let (memory, len) = (&self.memory, data.len());
-        sum_in_rank_order(data, self.place.rank, self.place.world_size, |peer| memory.read_floats(peer, parity, len));
+        sum_in_rank_order(data, self.place.rank, self.place.world_size, |peer| {
+            memory.read_floats(peer, parity, 0..len)
+        });
         Ok(())
     }
 
@@ -193,9 +195,9 @@ impl ShmGroup {
         }
         self.meet(Op::AllReduce, size_of_val(data), parity)?;
         let mine = segment(data.len(), world_size, rank);
-        let (memory, len) = (&self.memory, mine.end);
+        let memory = &self.memory;
         sum_in_rank_order(&mut data[mine.clone()], rank, world_size, |peer| {
-            &memory.read_floats(peer, parity, len)[mine.clone()]
+            memory.read_floats(peer, parity, mine.clone())
         });
         // Nobody reads this rank's own segment in its slot before the second flag.
         self.memory.write(rank, parity, mine.start * size_of::<f32>(), as_bytes(&data[mine]));
@@ -204,7 +206,7 @@ impl ShmGroup {
         for peer in self.place.peers() {
             self.wait(Op::AllReduce, peer, &self.memory.member(peer).reduced, self.num_two_shots)?;
             let theirs = segment(data.len(), world_size, peer);
-            data[theirs.clone()].copy_from_slice(&self.memory.read_floats(peer, parity, theirs.end)[theirs]);
+            data[theirs.clone()].copy_from_slice(self.memory.read_floats(peer, parity, theirs));
         }
         Ok(())
     }
@@ -225,7 +227,7 @@ impl ShmGroup {
         self.meet(Op::AllGather, part.len(), parity)?;
         for peer in 0..self.place.world_size {
             let begin = peer * stride + start;
-            out[begin..begin + part.len()].copy_from_slice(self.memory.read(peer, parity, part.len()));
+            out[begin..begin + part.len()].copy_from_slice(self.memory.read(peer, parity, 0..part.len()));
         }
         Ok(())
     }

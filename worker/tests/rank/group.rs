@@ -16,13 +16,9 @@ const DEADLINE: Duration = Duration::from_secs(120);
 /// Steps that are sent ahead of their results.
 const STEPS_IN_FLIGHT: usize = 2;
 
-/// The reference data: `PHALANX_GOLDENS`, or `shared/goldens` beside or above the crate.
-#[expect(clippy::disallowed_methods, reason = "a test has no config.rs")]
+/// The folder with the reference data.
 pub fn goldens() -> PathBuf {
-    let mut above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().map(|path| path.join("shared/goldens"));
-    let named = std::env::var_os("PHALANX_GOLDENS").map(PathBuf::from);
-    let folder = named.or_else(|| above.find(|path| path.is_dir()));
-    folder.expect("reference data is missing: set PHALANX_GOLDENS to the folder `goldens`")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens")
 }
 
 /// What to load, in float32.

@@ -6,38 +6,25 @@
 //! **Invariant:** a piece of a chunk is handed out once, and the chunk lives as long as any of its pieces.
 //! **Invariant:** a failed allocation is an error, never an abort.
 
-use std::{
-    alloc::{Layout, alloc, dealloc},
-    sync::{
-        Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicPtr, Ordering},
-    },
-};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use crate::KernelError;
+use crate::{KernelError, cpu::memory::Pages};
 
 /// Bytes of a cache line and of the widest vector.
 pub(super) const LINE_BYTES: usize = 64;
-const HUGE_PAGE_BYTES: usize = 2 << 20;
 /// What is taken from the system at once. Pages that nobody touches cost nothing.
 const CHUNK_BYTES: usize = 64 << 20;
 
 /// A zeroed run of bytes that begins at a cache line.
 pub(super) struct AlignedBytes {
-    chunk: Arc<Chunk>,
+    chunk: Arc<Pages>,
     start: usize,
     len: usize,
 }
 
-/// Memory from the system.
-struct Chunk {
-    memory: AtomicPtr<u8>,
-    layout: Layout,
-}
-
 /// The chunk that is being handed out, while any of its pieces is alive, and how much of it is.
 struct Open {
-    chunk: Weak<Chunk>,
+    chunk: Weak<Pages>,
     used: usize,
 }
 
@@ -46,36 +33,32 @@ static OPEN: Mutex<Open> = Mutex::new(Open { chunk: Weak::new(), used: 0 });
 impl AlignedBytes {
     /// Allocates `len` zero bytes, rounded up to whole lines.
     pub(super) fn zeroed(len: usize) -> Result<Self, KernelError> {
-        let len = len.next_multiple_of(LINE_BYTES);
-        let bytes = if len > CHUNK_BYTES / 4 {
-            Self { chunk: Arc::new(Chunk::new(len)?), start: 0, len }
-        } else {
-            let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-            let chunk = match open.chunk.upgrade().filter(|chunk| len <= chunk.layout.size() - open.used) {
-                Some(chunk) => chunk,
-                None => {
-                    let chunk = Arc::new(Chunk::new(CHUNK_BYTES)?);
-                    *open = Open { chunk: Arc::downgrade(&chunk), used: 0 };
-                    chunk
-                }
-            };
-            let start = open.used;
-            open.used += len;
-            Self { chunk, start, len }
+        let no_memory = KernelError::OutOfMemory { device: "host", bytes: len as u64 };
+        let len = len.checked_next_multiple_of(LINE_BYTES).ok_or(no_memory)?;
+        if len > CHUNK_BYTES / 4 {
+            return Ok(Self { chunk: Arc::new(Pages::zeroed(len)?), start: 0, len });
+        }
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let chunk = match open.chunk.upgrade().filter(|_| len <= CHUNK_BYTES - open.used) {
+            Some(chunk) => chunk,
+            None => {
+                let chunk = Arc::new(Pages::zeroed(CHUNK_BYTES)?);
+                *open = Open { chunk: Arc::downgrade(&chunk), used: 0 };
+                chunk
+            }
         };
-        let start = bytes.start();
-        // SAFETY: the piece lies inside its chunk and belongs to nobody else; this initialises it.
-        unsafe { start.write_bytes(0, len) };
-        Ok(bytes)
+        let start = open.used;
+        open.used += len;
+        Ok(Self { chunk, start, len })
     }
 
     fn start(&self) -> *mut u8 {
         // SAFETY: a piece lies inside its chunk.
-        unsafe { self.chunk.memory.load(Ordering::Relaxed).add(self.start) }
+        unsafe { self.chunk.start().add(self.start) }
     }
 
     pub(super) fn as_slice(&self) -> &[u8] {
-        // SAFETY: the piece is initialised, and no other piece overlaps it.
+        // SAFETY: a chunk is zeroed memory, the piece lies inside it, and no other piece overlaps it.
         unsafe { std::slice::from_raw_parts(self.start(), self.len) }
     }
 
@@ -84,38 +67,6 @@ impl AlignedBytes {
         unsafe { std::slice::from_raw_parts_mut(self.start(), self.len) }
     }
 }
-
-impl Chunk {
-    fn new(len: usize) -> Result<Self, KernelError> {
-        let no_memory = || KernelError::OutOfMemory { device: "host", bytes: len as u64 };
-        let len = len.max(1).checked_next_multiple_of(HUGE_PAGE_BYTES).ok_or_else(no_memory)?;
-        let layout = Layout::from_size_align(len, HUGE_PAGE_BYTES).map_err(|_| no_memory())?;
-        // SAFETY: the layout is not empty.
-        let memory = unsafe { alloc(layout) };
-        if memory.is_null() {
-            return Err(no_memory());
-        }
-        prefer_huge_pages(memory, len);
-        Ok(Self { memory: AtomicPtr::new(memory), layout })
-    }
-}
-
-impl Drop for Chunk {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this layout; the last piece is gone.
-        unsafe { dealloc(self.memory.load(Ordering::Relaxed), self.layout) };
-    }
-}
-
-/// Asks for huge pages before the memory is touched. A refusal costs speed only.
-#[cfg(target_os = "linux")]
-fn prefer_huge_pages(memory: *mut u8, len: usize) {
-    // SAFETY: the range is the fresh allocation, and this advice does not change its contents.
-    unsafe { libc::madvise(memory.cast(), len, libc::MADV_HUGEPAGE) };
-}
-
-#[cfg(not(target_os = "linux"))]
-fn prefer_huge_pages(_memory: *mut u8, _len: usize) {}
 
 #[cfg(test)]
 mod tests {
@@ -137,5 +88,6 @@ mod tests {
         assert!(pieces.iter().all(|(round, piece)| piece.as_slice().iter().all(|byte| byte == round)));
         assert_eq!(AlignedBytes::zeroed(CHUNK_BYTES).unwrap().as_slice().len(), CHUNK_BYTES);
         assert!(AlignedBytes::zeroed(1 << 60).is_err());
+        assert!(AlignedBytes::zeroed(usize::MAX).is_err());
     }
 }

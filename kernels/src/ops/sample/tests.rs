@@ -2,13 +2,10 @@
 
 use super::*;
 
-/// The reference data: `PHALANX_GOLDENS`, or `shared/goldens` beside or above the crate.
-#[expect(clippy::disallowed_methods, reason = "a test has no config.rs")]
+/// A file of the reference data.
 fn golden(name: &str) -> serde_json::Value {
-    let above = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().map(|p| p.join("shared/goldens"));
-    let folder = std::env::var_os("PHALANX_GOLDENS").map(Into::into).or_else(|| above.into_iter().find(|p| p.is_dir()));
-    let folder: std::path::PathBuf = folder.expect("reference data: set PHALANX_GOLDENS to the folder goldens");
-    let text = std::fs::read_to_string(folder.join(name)).expect("reference data is readable");
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens").join(name);
+    let text = std::fs::read_to_string(path).expect("reference data is readable");
     serde_json::from_str(&text).expect("reference data is JSON")
 }
 
