@@ -21,8 +21,9 @@ impl<B: Ops> KvCache<B> {
     /// Allocates all layers.
     ///
     /// # Errors
-    /// No memory.
+    /// No memory, or more slots than inputs can number.
     pub fn new(ops: &mut B, num_layers: usize, shape: KvShape) -> Result<Self, KernelError> {
+        check_slots(&shape)?;
         Ok(Self { layers: (0..num_layers).map(|_| ops.kv_layer(shape)).collect::<Result<_, _>>()? })
     }
 
@@ -30,6 +31,16 @@ impl<B: Ops> KvCache<B> {
     pub fn layers_mut(&mut self) -> &mut [B::KvLayer] {
         &mut self.layers
     }
+}
+
+/// Inputs name slots by 32 bits.
+fn check_slots(shape: &KvShape) -> Result<(), KernelError> {
+    let num_slots = shape.num_blocks.checked_mul(shape.block_size);
+    if num_slots.is_some_and(|num_slots| u32::try_from(num_slots).is_ok()) {
+        return Ok(());
+    }
+    let reason = format!("{} blocks of {} slots are more than 32 bits number", shape.num_blocks, shape.block_size);
+    Err(KernelError::Shape { op: "kv_layer", reason })
 }
 
 /// Element type of the cache: as asked for, or F32 for exact runs and F16 for all others.
@@ -172,6 +183,17 @@ mod tests {
         let dtype = kv_dtype(&load).expect("a type");
         let budget = KvBudget { geometry: &geometry, plan: &plan, dtype, node_id, weight_bytes: 0, free_bytes };
         assert_eq!(budget.capacity(&load).ok().map(|capacity| capacity.num_blocks), expected);
+    }
+
+    #[test]
+    fn slots_beyond_what_inputs_can_number_are_refused() {
+        let fits = |num_blocks, block_size| {
+            let dtype = StoredType::F16;
+            check_slots(&KvShape { num_blocks, block_size, num_kv_heads: 1, head_dim: 16, dtype }).is_ok()
+        };
+        assert!(fits((1 << 28) - 1, 16));
+        assert!(!fits(1 << 28, 16));
+        assert!(!fits(usize::MAX, 16));
     }
 
     #[test]
