@@ -1,5 +1,7 @@
 //! Which head a command talks to: the one that was named, else the one in this home.
 
+use std::time::Duration;
+
 use clap::Args;
 
 use super::{CliError, Surroundings};
@@ -45,6 +47,21 @@ pub async fn require(address: Option<&str>, surroundings: &Surroundings) -> Resu
             "Start one with: coordinator start --head; or name one with --address HOST:PORT",
         )
     })
+}
+
+/// How long a call may take before the terminal is told what it waits for.
+const SILENCE_MAX: Duration = Duration::from_secs(1);
+
+/// Waits for a call; where that takes long, says what for. `None` for scripts.
+pub async fn patiently<T>(waits_for: Option<&str>, call: impl Future<Output = T>) -> T {
+    let mut call = std::pin::pin!(call);
+    match tokio::time::timeout(SILENCE_MAX, &mut call).await {
+        Ok(done) => done,
+        Err(_) => {
+            waits_for.inspect(|text| eprintln!("{text}"));
+            call.await
+        }
+    }
 }
 
 /// Takes `host`, `host:port`, `[v6]:port` and the same behind `http://`.

@@ -163,9 +163,13 @@ pub fn end_on_signals(cluster: ClusterHandle) -> Outcome {
 /// It cannot listen, or not in time.
 pub fn start_head(surroundings: &Surroundings, flags: &HeadFlags) -> Result<(Child, HeadRecord), CliError> {
     let log_dir = surroundings.environment.home.log_dir();
-    fs::create_dir_all(&log_dir)?;
     let log_path = log_dir.join("head.log");
-    let log = OpenOptions::new().create(true).append(true).open(&log_path)?;
+    let opened =
+        fs::create_dir_all(&log_dir).and_then(|()| OpenOptions::new().create(true).append(true).open(&log_path));
+    let log = opened.map_err(|error| {
+        CliError::failed("io", format!("cannot write {}: {error}", log_path.display()))
+            .with_hint("PHALANX_HOME names another folder")
+    })?;
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("head-process").args(flags.words());
     command.arg(format!("--log-format={}", surroundings.global.log_format.as_str()));

@@ -4,7 +4,24 @@ use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressState, ProgressStyle};
+
+/// A bar that counts what is done of `count`. How long the rest takes is said once the first is done.
+pub(super) fn counting_bar(count: usize, what: &str) -> ProgressBar {
+    let bar = ProgressBar::new(count as u64);
+    let template = format!("[{{bar:30}}] {{pos}}/{{len}} {what}, {{msg}} {{elapsed}}{{left}}");
+    if let Ok(style) = ProgressStyle::with_template(&template) {
+        let left = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+            if state.pos() > 0 {
+                // A bar that cannot be drawn is no loss.
+                let _ = write!(text, " ({:#} left)", HumanDuration(state.eta()));
+            }
+        };
+        bar.set_style(style.with_key("left", left).progress_chars("=> "));
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
 
 /// Shows what happens until a deployment is ready.
 pub(super) enum Progress {

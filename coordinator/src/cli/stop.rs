@@ -40,7 +40,10 @@ pub(super) fn run(surroundings: &Surroundings, flags: &StopFlags) -> Outcome {
         let named = flags.address.address.as_deref();
         let processes: Vec<ProcessId> = if named.is_some() { Vec::new() } else { own_processes(home) };
         let asked = match connection::find(named, surroundings).await {
-            Ok(Some(client)) => ask(&client).await,
+            Ok(Some(client)) => {
+                let waits_for = "requests that run may still end, then the processes do";
+                connection::patiently((!flags.json).then_some(waits_for), ask(&client)).await
+            }
             Ok(None) => Ok(()),
             Err(error) => Err(error),
         };

@@ -23,7 +23,8 @@ pub struct UndeployFlags {
 pub(super) fn run(surroundings: &Surroundings, flags: &UndeployFlags) -> Outcome {
     runtime()?.block_on(async {
         let client = connection::require(flags.address.address.as_deref(), surroundings).await?;
-        client.undeploy(&flags.name).await?;
+        let waits_for = format!("{} drains: what runs may still end, then its processes do", flags.name);
+        connection::patiently((!flags.json).then_some(&waits_for), client.undeploy(&flags.name)).await?;
         if flags.json {
             println!("{}", json!({"undeployed": flags.name}));
         } else {

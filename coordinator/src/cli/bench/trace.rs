@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::Value;
 
+use super::super::progress::counting_bar;
 use super::BenchRequest;
 use super::stats::Distribution;
 use super::table::Table;
@@ -134,13 +135,7 @@ pub struct Bar {
 impl Bar {
     /// A bar of `count` requests.
     pub fn new(count: usize) -> Self {
-        let bar = ProgressBar::new(count as u64);
-        if let Ok(style) = ProgressStyle::with_template("[{bar:30}] {pos}/{len} requests, {msg} {elapsed} (eta {eta})")
-        {
-            bar.set_style(style.progress_chars("=> "));
-        }
-        bar.enable_steady_tick(Duration::from_millis(200));
-        Self { bar, started: Instant::now(), tokens: 0 }
+        Self { bar: counting_bar(count, "requests"), started: Instant::now(), tokens: 0 }
     }
 
     /// A request ended.

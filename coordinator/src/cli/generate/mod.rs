@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use futures::StreamExt;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 
 use super::api_client::{ApiClient, ClientError};
 use super::launch::runtime;
+use super::progress::counting_bar;
 use super::sampling_flags::SamplingFlags;
 use super::target::{Target, TargetFlags};
 use super::{CliError, Outcome, Surroundings};
@@ -203,12 +204,7 @@ struct Tally {
 
 impl Tally {
     fn new(num_lines: usize) -> Self {
-        let bar = ProgressBar::new(num_lines as u64);
-        if let Ok(style) = ProgressStyle::with_template("[{bar:30}] {pos}/{len} prompts, {msg} {elapsed} (eta {eta})") {
-            bar.set_style(style.progress_chars("=> "));
-        }
-        bar.enable_steady_tick(Duration::from_millis(200));
-        Self { bar, num_lines, num_failed: 0, tokens: 0 }
+        Self { bar: counting_bar(num_lines, "prompts"), num_lines, num_failed: 0, tokens: 0 }
     }
 
     fn add(&mut self, line: &Map<String, Value>, elapsed: Duration) {
