@@ -84,7 +84,6 @@ fn generated_types_stop_at_the_wire() {
         "worker/src/agent/",
         "coordinator/src/engine/group",
         "coordinator/src/cluster/membership",
-        "coordinator/src/cli/",
     ];
     for folder in ["coordinator/src", "worker/src", "kernels/src", "formats/src"] {
         for (file, text) in sources(folder) {
