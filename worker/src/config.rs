@@ -99,7 +99,7 @@ pub enum ConfigError {
     #[error("no folder for this node's files: set PHALANX_HOME or --home")]
     NoHome,
     /// No head is named.
-    #[error("no head is named: --address HOST:PORT or PHALANX_ADDRESS says where it is")]
+    #[error("no head runs in this home, and none is named: --address HOST:PORT or PHALANX_ADDRESS says where it is")]
     NoAddress,
 }
 
@@ -327,7 +327,8 @@ impl Config {
                 other => other?,
             },
         };
-        let address = flags.address.or(environment.address).or(file.address);
+        let named = flags.address.or(environment.address).or(file.address);
+        let address = named.or_else(|| head_of_home(&home));
         let log_level = flags.log_level.or(environment.log_level).or(file.log_level);
         Ok(Self {
             home,
@@ -345,10 +346,17 @@ impl Config {
     /// The head.
     ///
     /// # Errors
-    /// None is named.
+    /// None is named, and none runs in this home.
     pub fn head(&self) -> Result<&HeadAddress, ConfigError> {
         self.address.as_ref().ok_or(ConfigError::NoAddress)
     }
+}
+
+/// Address of the head that runs in this home, as its record there says.
+fn head_of_home(home: &Home) -> Option<String> {
+    let text = std::fs::read_to_string(home.path().join("run/head.json")).ok()?;
+    let record: serde_json::Value = serde_json::from_str(&text).ok()?;
+    record["address"].as_str().map(str::to_owned)
 }
 
 fn read_file(path: &Path) -> Result<File, ConfigError> {
@@ -385,6 +393,17 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         std::fs::write(home.path().join("worker.json"), file).unwrap();
         Config::load(Flags { home: Some(home.path().into()), ..flags }, environment)
+    }
+
+    #[test]
+    fn the_head_of_this_home_is_found_without_an_address() {
+        let home = tempfile::tempdir().unwrap();
+        let flags = || Flags { home: Some(home.path().into()), ..Flags::default() };
+        assert!(Config::load(flags(), Environment::default()).unwrap().head().is_err());
+        std::fs::create_dir(home.path().join("run")).unwrap();
+        std::fs::write(home.path().join("run/head.json"), r#"{"address": "127.0.0.1:8001"}"#).unwrap();
+        let config = Config::load(flags(), Environment::default()).unwrap();
+        assert_eq!(config.head().unwrap().as_str(), "127.0.0.1:8001");
     }
 
     #[test]

@@ -95,6 +95,8 @@ fn refusal(status: tonic::Status) -> LinkError {
         Code::FailedPrecondition | Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated => {
             LinkError::Refused { message, is_final: true }
         }
+        // A server of another kind listens there.
+        Code::Unimplemented | Code::Internal => LinkError::Lost { reason: format!("it is not a head ({message})") },
         // The head may not have seen yet that this node's last stream is gone.
         Code::AlreadyExists => LinkError::Refused { message, is_final: false },
         _ => LinkError::Lost { reason: if message.is_empty() { status.code().to_string() } else { message } },
