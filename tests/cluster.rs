@@ -146,6 +146,15 @@ fn models_that_cannot_be_used_are_named_and_nothing_else_suffers() {
     assert_eq!(cluster.node.run("coordinator", &["status"]).code, 0);
 }
 
+/// The head's own agent must not depend on a name that only other machines can resolve.
+#[test]
+fn a_head_may_be_advertised_under_a_name_unknown_here() {
+    let flags = ["--cluster-host", "0.0.0.0", "--advertise-address", "head.invalid:8001"];
+    let cluster = Cluster::start_with(1, &flags);
+    assert_eq!(cluster.address, "head.invalid:8001");
+    assert_eq!(cluster.status().nodes[0].state, "alive");
+}
+
 #[test]
 fn stop_leaves_nothing_behind() {
     let cluster = Cluster::start(2);

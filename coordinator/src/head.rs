@@ -12,7 +12,7 @@ mod serving;
 
 use std::fs;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -90,6 +90,7 @@ pub struct BoundHead {
     http: TcpListener,
     dashboard: TcpListener,
     status: HeadStatus,
+    local_address: String,
 }
 
 /// A head at work.
@@ -116,16 +117,41 @@ pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
     let at =
         |listener: &TcpListener, purpose| listener.local_addr().map_err(|source| HeadError::Socket { purpose, source });
     let address = at(&cluster, "the cluster")?;
-    let host = options.advertise_address.clone().unwrap_or_else(|| reachable(address));
     let status = HeadStatus {
-        address: format!("{host}:{}", address.port()),
+        address: advertised(options.advertise_address.as_deref(), address),
         http: url(at(&http, "HTTP")?),
         dashboard: url(at(&dashboard, "the dashboard")?),
         version: VERSION.to_owned(),
         uptime_s: 0.0,
         pid: std::process::id(),
     };
-    Ok(BoundHead { options, lock, cluster, http, dashboard, status })
+    Ok(BoundHead { options, lock, cluster, http, dashboard, status, local_address: local(address) })
+}
+
+/// Where other machines find an address that is listened on: what the user said, `HOST` or `HOST:PORT`, else a guess.
+fn advertised(said: Option<&str>, address: SocketAddr) -> String {
+    let port = address.port();
+    match said {
+        Some(said) if has_port(said) => said.to_owned(),
+        Some(host) => format!("{host}:{port}"),
+        None => format!("{}:{port}", reachable(address)),
+    }
+}
+
+fn has_port(said: &str) -> bool {
+    said.rsplit_once(':').is_some_and(|(host, port)| {
+        port.parse::<u16>().is_ok() && (!host.contains(':') || (host.starts_with('[') && host.ends_with(']')))
+    })
+}
+
+/// Where this machine itself finds it, whatever names it has elsewhere.
+fn local(address: SocketAddr) -> String {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port()).to_string()
 }
 
 /// The host that others should use for an address that is listened on.
@@ -152,7 +178,7 @@ impl BoundHead {
     /// # Errors
     /// The store or a socket cannot be used.
     pub fn start(self) -> Result<RunningHead, HeadError> {
-        let Self { options, lock, cluster, http, dashboard, status } = self;
+        let Self { options, lock, cluster, http, dashboard, status, local_address } = self;
         let store_dir = options.home.store_dir();
         let term = store::next_term(&store_dir).map_err(|source| HeadError::Store { path: store_dir, source })?;
         let unix = unix_socket(&options.home);
@@ -160,6 +186,7 @@ impl BoundHead {
         let record = HeadRecord {
             process: ProcessId::of(std::process::id()).unwrap_or(ProcessId { pid: status.pid, started: 0 }),
             address: status.address.clone(),
+            local_address,
             http: status.http.clone(),
             dashboard: status.dashboard.clone(),
             socket: socket.clone(),
@@ -279,4 +306,24 @@ fn unix_socket(home: &Home) -> Option<(PathBuf, UnixListener)> {
 
 fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(said: Option<&str>, listens: &str, others: &str, here: &str) {
+        let address = listens.parse().expect("an address");
+        assert_eq!((advertised(said, address).as_str(), local(address).as_str()), (others, here));
+    }
+
+    #[test]
+    fn other_machines_and_this_one_may_use_different_addresses() {
+        check(None, "127.0.0.1:8001", "127.0.0.1:8001", "127.0.0.1:8001");
+        check(Some("head"), "0.0.0.0:8001", "head:8001", "127.0.0.1:8001");
+        check(Some("head:9001"), "0.0.0.0:8001", "head:9001", "127.0.0.1:8001");
+        check(Some("[fd00::1]:9001"), "[::]:8001", "[fd00::1]:9001", "[::1]:8001");
+        check(None, "10.0.0.7:8001", "10.0.0.7:8001", "10.0.0.7:8001");
+    }
 }

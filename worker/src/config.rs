@@ -356,7 +356,7 @@ impl Config {
 fn head_of_home(home: &Home) -> Option<String> {
     let text = std::fs::read_to_string(home.path().join("run/head.json")).ok()?;
     let record: serde_json::Value = serde_json::from_str(&text).ok()?;
-    record["address"].as_str().map(str::to_owned)
+    record["local_address"].as_str().map(str::to_owned)
 }
 
 fn read_file(path: &Path) -> Result<File, ConfigError> {
@@ -401,7 +401,7 @@ mod tests {
         let flags = || Flags { home: Some(home.path().into()), ..Flags::default() };
         assert!(Config::load(flags(), Environment::default()).unwrap().head().is_err());
         std::fs::create_dir(home.path().join("run")).unwrap();
-        std::fs::write(home.path().join("run/head.json"), r#"{"address": "127.0.0.1:8001"}"#).unwrap();
+        std::fs::write(home.path().join("run/head.json"), r#"{"local_address": "127.0.0.1:8001"}"#).unwrap();
         let config = Config::load(flags(), Environment::default()).unwrap();
         assert_eq!(config.head().unwrap().as_str(), "127.0.0.1:8001");
     }

@@ -55,7 +55,7 @@ pub struct HeadFlags {
     #[arg(long, default_value = defaults::HOST)]
     pub cluster_host: String,
     /// Where other machines reach this one, if not at --cluster-host
-    #[arg(long, value_name = "HOST")]
+    #[arg(long, value_name = "HOST[:PORT]")]
     pub advertise_address: Option<String>,
     /// Port of the OpenAI-compatible API; 0 picks a free one
     #[arg(long, default_value_t = defaults::HTTP_PORT)]
@@ -219,7 +219,15 @@ pub async fn start_agent(
 ) -> Result<u32, CliError> {
     let program = worker_program()?;
     let mut command = tokio::process::Command::new(&program);
-    command.args(["join", "--with-head", "--json", "--address", &record.address, "--device", flags.device.as_str()]);
+    command.args([
+        "join",
+        "--with-head",
+        "--json",
+        "--address",
+        &record.local_address,
+        "--device",
+        flags.device.as_str(),
+    ]);
     command.args(flags.num_gpus.map(|num| format!("--num-gpus={num}")));
     command.arg(format!("--log-format={}", surroundings.global.log_format.as_str()));
     command.args(surroundings.global.log_level.as_ref().map(|level| format!("--log-level={level}")));
@@ -241,7 +249,14 @@ pub async fn start_agent(
     let pid = line
         .map(|line| line.pid)
         .ok_or_else(|| CliError::failed("agent_failed", format!("{} is of another version", program.display())))?;
-    wait_for_agent(record, pid).await?;
+    if let Err(error) = wait_for_agent(record, pid).await {
+        let mut leave = tokio::process::Command::new(&program);
+        leave.arg("leave").env("PHALANX_HOME", surroundings.environment.home.path());
+        leave.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // What it says matters to nobody: an agent whose head is gone ends by itself, only later.
+        let _ = tokio::time::timeout(defaults::CALL_DEADLINE, leave.status()).await;
+        return Err(error);
+    }
     Ok(pid)
 }
 
@@ -279,7 +294,7 @@ async fn wait_for_agent(record: &HeadRecord, pid: u32) -> Outcome {
 /// The nearest way to a head of this machine.
 pub fn local_address(record: &HeadRecord) -> crate::cluster::membership::HeadAddress {
     use crate::cluster::membership::HeadAddress;
-    record.socket.clone().map_or_else(|| HeadAddress::Tcp(record.address.clone()), HeadAddress::Socket)
+    record.socket.clone().map_or_else(|| HeadAddress::Tcp(record.local_address.clone()), HeadAddress::Socket)
 }
 
 /// The `worker` program beside this one.

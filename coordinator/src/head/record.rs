@@ -42,8 +42,10 @@ impl ProcessId {
 pub struct HeadRecord {
     /// The head.
     pub process: ProcessId,
-    /// Cluster address.
+    /// Cluster address, as other machines should use it.
     pub address: String,
+    /// Cluster address for this machine itself.
+    pub local_address: String,
     /// OpenAI-compatible HTTP.
     pub http: String,
     /// Dashboard.
@@ -146,6 +148,7 @@ mod tests {
         let record = HeadRecord {
             process,
             address: "127.0.0.1:8001".into(),
+            local_address: "127.0.0.1:8001".into(),
             http: "127.0.0.1:8000".into(),
             dashboard: "127.0.0.1:8265".into(),
             socket: None,
