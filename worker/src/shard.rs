@@ -7,14 +7,14 @@
 use std::path::Path;
 
 use phalanx_formats::{FileKind, Geometry, ModelFiles, ShardPlan, StoredType};
-use phalanx_kernels::{InputLimits, KvShape, Ops};
+use phalanx_kernels::{InputLimits, KvShape, Ops, VocabSlice};
 use phalanx_proto::{Incarnation, LoadModel, NodeId, Rank, RankCapacity};
 
 use crate::epoch::EpochRecord;
 use crate::error::WorkerError;
 use crate::inputs::{Batch, BatchLimits};
 use crate::kv_cache::{KvBudget, KvCache, kv_dtype};
-use crate::layers::{Build, Sampler};
+use crate::layers::Build;
 use crate::models::{self, Model};
 use crate::runner::{Runner, RunnerParts};
 use crate::weights::ShardLoader;
@@ -27,6 +27,7 @@ pub struct Shard<B: Ops> {
     rank: Rank,
     ops: B,
     model: Box<dyn Model<B>>,
+    inputs: B::Inputs,
     geometry: Geometry,
     plan: ShardPlan,
     kv_dtype: StoredType,
@@ -39,7 +40,7 @@ impl<B: Ops + 'static> Shard<B> {
     /// # Errors
     /// The model or a setting cannot be used; no memory.
     pub fn load(mut ops: B, rank: Rank, load: &LoadModel, progress: impl Fn(f32)) -> Result<Self, WorkerError> {
-        let kv_dtype = kv_dtype(load)?;
+        let kv_dtype = kv_dtype(load, ops.kv_dtype())?;
         let files = open(load)?;
         let geometry = files.geometry().clone();
         check_limits(load, &geometry)?;
@@ -60,7 +61,9 @@ impl<B: Ops + 'static> Shard<B> {
             };
             (models::load(&mut build)?, build.weight_bytes)
         };
-        Ok(Self { rank, ops, model, geometry, plan, kv_dtype, weight_bytes })
+        // Planned before memory is counted for the cache.
+        let inputs = ops.inputs(input_limits(load))?;
+        Ok(Self { rank, ops, model, inputs, geometry, plan, kv_dtype, weight_bytes })
     }
 
     /// What fits beside the weights, where the machine can still give `free_bytes`.
@@ -75,6 +78,7 @@ impl<B: Ops + 'static> Shard<B> {
             node_id,
             weight_bytes: self.weight_bytes,
             free_bytes,
+            device: self.ops.memory()?,
         };
         budget.capacity(load)
     }
@@ -105,16 +109,19 @@ impl<B: Ops + 'static> Shard<B> {
             max_num_batched_tokens: load.max_num_batched_tokens as usize,
             vocab_size: self.geometry.vocab_size,
         });
-        Runner::new(RunnerParts {
+        let vocab = &self.plan.vocab;
+        let columns = vocab.lead..vocab.lead + vocab.owned.len();
+        Ok(Runner::new(RunnerParts {
             rank: self.rank,
             ops: self.ops,
             model: self.model,
             kv,
+            inputs: self.inputs,
             limits: input_limits(load),
             batch,
-            sampler: Sampler::new(&self.plan),
+            vocab: VocabSlice { columns, first_id: vocab.owned.start as u32 },
             record: first_epoch(load, incarnation),
-        })
+        }))
     }
 }
 
@@ -164,5 +171,8 @@ fn input_limits(load: &LoadModel) -> InputLimits {
         seqs_max: load.max_num_seqs as usize,
         table_entries_max: load.max_num_seqs as usize * blocks_of_one,
         logit_rows_max: load.max_num_seqs.max(LOGIT_ROWS_MIN.min(load.max_num_batched_tokens)) as usize,
+        slots_max: Batch::slots_max(load.max_num_seqs as usize),
+        positions_max: load.max_model_len as usize,
+        steps_max: load.steps_in_flight_max as usize + 1,
     }
 }
