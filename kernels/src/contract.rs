@@ -174,6 +174,8 @@ pub enum StepPart {
 pub struct WarmUpStep {
     /// Sequences that decode one token.
     pub num_decodes: usize,
+    /// Tokens that each of them sees, 0 for its own only.
+    pub context: usize,
     /// Tokens of one more sequence's prompt.
     pub num_prompt_tokens: usize,
     /// How rows are drawn.
@@ -227,6 +229,23 @@ pub struct InputLimits {
     pub positions_max: usize,
     /// Steps that may be submitted and not yet taken.
     pub steps_max: usize,
+    /// What attention is planned for.
+    pub attention: AttentionLimits,
+}
+
+/// What all attention layers of a model have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AttentionLimits {
+    /// KV heads on this rank, padding included.
+    pub num_kv_heads: usize,
+    /// Query heads of one KV head, padding included.
+    pub group: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Slots in a block.
+    pub block_size: usize,
+    /// A query sees this many positions back, itself included.
+    pub window: Option<usize>,
 }
 
 /// A rank's term of a sum over ranks: only a collective op makes a value of it.
@@ -335,7 +354,7 @@ pub trait Ops {
     }
     /// Steps to run before the first real one, the same on all ranks. They may write into block 0.
     fn warm_up_steps(&self, _limits: &InputLimits) -> Vec<WarmUpStep> {
-        vec![WarmUpStep { num_decodes: 0, num_prompt_tokens: 4, sampler: SamplerKind::Greedy }]
+        vec![WarmUpStep { num_prompt_tokens: 4, ..WarmUpStep::default() }]
     }
 
     // ---- around a forward ----

@@ -13,8 +13,8 @@ pub mod ops;
 pub mod reference;
 
 pub use contract::{
-    AttentionShape, Collective, DeviceMemoryInfo, HostMatrix, InputLimits, KvShape, LAST_TOKEN, Ops, Partial,
-    RopeTable, SCORED_TOP_MAX, SampleRow, SamplerKind, ScoreRow, Scored, SeqInputs, StepInputs, StepPart, StepResult,
-    VocabSlice, WarmUpStep,
+    AttentionLimits, AttentionShape, Collective, DeviceMemoryInfo, HostMatrix, InputLimits, KvShape, LAST_TOKEN, Ops,
+    Partial, RopeTable, SCORED_TOP_MAX, SampleRow, SamplerKind, ScoreRow, Scored, SeqInputs, StepInputs, StepPart,
+    StepResult, VocabSlice, WarmUpStep,
 };
 pub use error::{CollectiveError, KernelError};

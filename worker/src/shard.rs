@@ -7,7 +7,7 @@
 use std::path::Path;
 
 use phalanx_formats::{FileKind, Geometry, ModelFiles, ShardPlan, StoredType};
-use phalanx_kernels::{InputLimits, KvShape, Ops, VocabSlice};
+use phalanx_kernels::{AttentionLimits, InputLimits, KvShape, Ops, VocabSlice};
 use phalanx_proto::{Incarnation, LoadModel, NodeId, Rank, RankCapacity};
 
 use crate::epoch::EpochRecord;
@@ -28,6 +28,7 @@ pub struct Shard<B: Ops> {
     ops: B,
     model: Box<dyn Model<B>>,
     inputs: B::Inputs,
+    limits: InputLimits,
     geometry: Geometry,
     plan: ShardPlan,
     kv_dtype: StoredType,
@@ -45,6 +46,7 @@ impl<B: Ops + 'static> Shard<B> {
         let geometry = files.geometry().clone();
         check_limits(load, &geometry)?;
         let plan = files.shard_plan(load.world_size as usize, rank.0 as usize);
+        let limits = input_limits(load, &geometry, &plan);
         let (model, weight_bytes) = {
             let weights = match load.load_format.as_str() {
                 "dummy" => ShardLoader::dummy(&files, &plan, load.seed),
@@ -55,15 +57,15 @@ impl<B: Ops + 'static> Shard<B> {
                 weights: &weights.on_progress(progress),
                 geometry: &geometry,
                 plan: &plan,
-                limits: input_limits(load),
+                limits,
                 max_model_len: load.max_model_len as usize,
                 weight_bytes: 0,
             };
             (models::load(&mut build)?, build.weight_bytes)
         };
         // Planned before memory is counted for the cache.
-        let inputs = ops.inputs(input_limits(load))?;
-        Ok(Self { rank, ops, model, inputs, geometry, plan, kv_dtype, weight_bytes })
+        let inputs = ops.inputs(limits)?;
+        Ok(Self { rank, ops, model, inputs, limits, geometry, plan, kv_dtype, weight_bytes })
     }
 
     /// What fits beside the weights, where the machine can still give `free_bytes`.
@@ -117,7 +119,7 @@ impl<B: Ops + 'static> Shard<B> {
             model: self.model,
             kv,
             inputs: self.inputs,
-            limits: input_limits(load),
+            limits: self.limits,
             batch,
             vocab: VocabSlice { columns, first_id: vocab.owned.start as u32 },
             record: first_epoch(load, incarnation),
@@ -164,7 +166,7 @@ fn check_limits(load: &LoadModel, geometry: &Geometry) -> Result<(), WorkerError
 }
 
 /// The largest step that the head may plan.
-fn input_limits(load: &LoadModel) -> InputLimits {
+fn input_limits(load: &LoadModel, geometry: &Geometry, plan: &ShardPlan) -> InputLimits {
     let blocks_of_one = load.max_model_len.div_ceil(load.block_size) as usize;
     InputLimits {
         tokens_max: load.max_num_batched_tokens as usize,
@@ -174,5 +176,12 @@ fn input_limits(load: &LoadModel) -> InputLimits {
         slots_max: Batch::slots_max(load.max_num_seqs as usize),
         positions_max: load.max_model_len as usize,
         steps_max: load.steps_in_flight_max as usize + 1,
+        attention: AttentionLimits {
+            num_kv_heads: plan.local_kv_heads,
+            group: plan.group,
+            head_dim: geometry.head_dim,
+            block_size: load.block_size as usize,
+            window: geometry.sliding_window,
+        },
     }
 }

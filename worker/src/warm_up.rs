@@ -10,24 +10,28 @@ pub fn write(step: &WarmUpStep, limits: &InputLimits, inputs: &mut StepInputs) {
     *inputs = StepInputs::default();
     let num_decodes = step.num_decodes.min(limits.seqs_max).min(limits.tokens_max);
     for _ in 0..num_decodes {
-        push(inputs, 1, step.sampler);
+        let context = step.context.clamp(1, limits.positions_max);
+        if inputs.block_tables.len() + context.div_ceil(BLOCK_SLOTS) <= limits.table_entries_max {
+            push(inputs, 1, context, step.sampler);
+        }
     }
     let mut rest = step.num_prompt_tokens.min(limits.tokens_max - num_decodes);
     while rest > 0 && inputs.seqs.len() < limits.seqs_max {
         let num_tokens = rest.min(limits.positions_max);
-        push(inputs, num_tokens, step.sampler);
+        push(inputs, num_tokens, num_tokens, step.sampler);
         rest -= num_tokens;
     }
 }
 
-fn push(inputs: &mut StepInputs, num_tokens: usize, sampler: SamplerKind) {
+/// Adds a sequence whose last `num_tokens` of `context` tokens are computed.
+fn push(inputs: &mut StepInputs, num_tokens: usize, context: usize, sampler: SamplerKind) {
     let (query_start, table_start) = (inputs.token_ids.len() as u32, inputs.block_tables.len() as u32);
-    let query_len = num_tokens as u32;
-    inputs.seqs.push(SeqInputs { query_start, query_len, context_len: query_len, table_start });
+    let (query_len, context_len) = (num_tokens as u32, context as u32);
+    inputs.seqs.push(SeqInputs { query_start, query_len, context_len, table_start });
     inputs.token_ids.extend(std::iter::repeat_n(0, num_tokens));
-    inputs.positions.extend(0..query_len);
+    inputs.positions.extend(context_len - query_len..context_len);
     inputs.kv_slots.extend((0..num_tokens).map(|position| (position % BLOCK_SLOTS) as u32));
-    inputs.block_tables.extend(std::iter::repeat_n(0, num_tokens.div_ceil(BLOCK_SLOTS)));
+    inputs.block_tables.extend(std::iter::repeat_n(0, context.div_ceil(BLOCK_SLOTS)));
     let slot = inputs.samples.len() as u32;
     let (temperature, top_k, top_p) = match sampler {
         SamplerKind::Greedy => (0.0, 0, 1.0),
@@ -40,6 +44,8 @@ fn push(inputs: &mut StepInputs, num_tokens: usize, sampler: SamplerKind) {
 
 #[cfg(test)]
 mod tests {
+    use phalanx_kernels::AttentionLimits;
+
     use super::*;
 
     const LIMITS: InputLimits = InputLimits {
@@ -50,11 +56,13 @@ mod tests {
         slots_max: 32,
         positions_max: 40,
         steps_max: 2,
+        attention: AttentionLimits { num_kv_heads: 1, group: 1, head_dim: 16, block_size: 16, window: None },
     };
 
     fn check(num_decodes: usize, num_prompt_tokens: usize, lens: &[u32]) {
         let mut inputs = StepInputs::default();
-        write(&WarmUpStep { num_decodes, num_prompt_tokens, sampler: SamplerKind::Cut }, &LIMITS, &mut inputs);
+        let step = WarmUpStep { num_decodes, context: 3, num_prompt_tokens, sampler: SamplerKind::Cut };
+        write(&step, &LIMITS, &mut inputs);
         assert_eq!(inputs.seqs.iter().map(|seq| seq.query_len).collect::<Vec<_>>(), lens);
         assert_eq!(inputs.samples.len(), lens.len());
         assert_eq!(inputs.kv_slots.len(), inputs.token_ids.len());
