@@ -8,6 +8,7 @@
 
 mod contract;
 pub mod cpu;
+pub mod cuda;
 mod error;
 pub mod ops;
 pub mod reference;
