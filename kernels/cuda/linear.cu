@@ -105,7 +105,7 @@ LINEAR_TILED(bf16)
 // linear_stream_{f16,bf16}_m{8,16,24,32,40,48,56,64}: the number in the name is the least multiple of 8 that holds m rows.
 //
 //   grid  (clusters * split, 1, 1), clusters from 1 to ceil(n / (32 * warp_rows)): below that, blocks take several tiles
-//   block 32 * (warp_rows * warp_cols + 1); at most 16 + 1 warps for m <= 16, 8 + 1 above
+//   block 32 * (warp_rows * warp_cols + 1); at most 15 + 1 warps for m <= 16, 8 + 1 above
 //   cluster (split, 1, 1), split 1 to 8; 1 needs no cluster attribute. Before sm_90 split must be 1
 //   dynamic shared memory: with P = 8 * ceil(m / 8) rows, ring = stages * (warp_rows * warp_cols * 4096 + warp_cols * P * 128),
 //     sums = warp_cols * P * (32 * warp_rows + 4) * 4: max(ring, sums) if clusters is the number of tiles, else ring + sums
@@ -113,7 +113,7 @@ LINEAR_TILED(bf16)
 //          u32 m, u32 n, u32 k, u32 out_pitch, u32 epilogue,
 //          u32 warp_rows, u32 warp_cols, u32 stages, u32 split, u32 ahead)
 //
-//   out     [m, out_pitch] T, or f32 with epilogue 1; n columns are written (n / 2 with epilogue 2 and 3)
+//   out     16-byte aligned [m, out_pitch] T, or f32 with epilogue 1; n columns are written (n / 2 with epilogue 2 and 3)
 //   x       [rows of x, k] T; row r is x[rows[r]], or x[r] where rows is null. w [n, k] T. Both 16-byte aligned.
 //   bias    [n] f32 or null
 //   m       1 to 64 and not above the number in the kernel's name     k  a multiple of 8; n * k / 8 below 2^32
@@ -188,6 +188,7 @@ template <typename T, int kTiles> struct Reader {
     __device__ __forceinline__ void copy_inputs(u32 to, const LinearStream<T>& a, u32 column, u32 lane) const {
         to += lane * 16;
         column += lane % 4 * 8;
+#pragma unroll 1
         for (u32 half = 0; half < 2 * a.warp_cols; half++) {
 #pragma unroll
             for (u32 i = 0; i < kTiles; i++) copy_row(to + i * kFragmentBytes, a.x, i, column, a.k);
@@ -197,10 +198,22 @@ template <typename T, int kTiles> struct Reader {
     }
 };
 
+template <int kTiles> __device__ __forceinline__ void clear(float (&sum)[2][kTiles][4]) {
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) {
+#pragma unroll
+        for (u32 tile = 0; tile < kTiles; tile++) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) sum[r][tile][i] = 0.0f;
+        }
+    }
+}
+
 // One stage of a warp: 32 rows of W by 64 columns, by all rows of X.
 template <typename T, int kTiles>
 __device__ __forceinline__ void multiply_stage(float (&sum)[2][kTiles][4], const uint4* w, const uint4* x) {
-#pragma unroll
+    // Unrolled, 64 rows would want more registers than there are.
+#pragma unroll (kTiles > 7 ? 1 : 2)
     for (u32 half = 0; half < 2; half++) {
         uint4 a[4];
 #pragma unroll
@@ -217,8 +230,9 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[2][kTiles][4], const
     }
 }
 
-// A warp's sums, to `sums[x row][w row]` with `pitch` (4 more than a multiple of 32: no bank conflicts), and zeroed.
-template <int kTiles> __device__ __forceinline__ void store_sums(float* to, u32 pitch, u32 lane, float (&sum)[2][kTiles][4]) {
+// A warp's sums, to `sums[x row][w row]` with `pitch` (4 more than a multiple of 32: no bank conflicts).
+template <int kTiles>
+__device__ __forceinline__ void store_sums(float* to, u32 pitch, u32 lane, const float (&sum)[2][kTiles][4]) {
     const u32 g = lane / 4, t = lane % 4;
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
@@ -227,57 +241,75 @@ template <int kTiles> __device__ __forceinline__ void store_sums(float* to, u32 
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 to[(tile * 8 + 2 * t + i % 2) * pitch + r * 16 + g + i / 2 * 8] = sum[r][tile][i];
-                sum[r][tile][i] = 0.0f;
             }
         }
     }
 }
 
-// One sum, over the warps and blocks that have a part of it.
-__device__ __forceinline__ float add_parts(const float* at, u32 part_floats, u32 parts, u32 split) {
-    float value = 0.0f;
-    if (split == 1) {
-#pragma unroll 4
-        for (u32 part = 0; part < parts; part++) value += at[part * part_floats];
-    } else {
-        const u32 address = shared_address(at);
-        for (u32 rank = 0; rank < split; rank++) {
-#pragma unroll 4
-            for (u32 part = 0; part < parts; part++) value += load_from_block(address + part * part_floats * 4, rank);
-        }
-    }
-    return value;
+__device__ __forceinline__ void add(float (&sum)[4], const float4& part) {
+    sum[0] += part.x;
+    sum[1] += part.y;
+    sum[2] += part.z;
+    sum[3] += part.w;
 }
 
-// Outputs of a tile of W's rows from `first_row`; the blocks of a cluster share them.
+// Four neighbouring sums, over the warps and blocks that have a part of them.
+__device__ __forceinline__ void add_parts(float (&sum)[4], const float* at, u32 part_floats, u32 parts, u32 split) {
+    sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+    if (split == 1) {
+#pragma unroll 4
+        for (u32 part = 0; part < parts; part++) add(sum, *reinterpret_cast<const float4*>(at + part * part_floats));
+        return;
+    }
+    for (u32 part = 0; part < parts; part++) {
+        const u32 address = shared_address(at + part * part_floats);
+        for (u32 first = 0; first < split; first += 4) {
+            // All loads before the first use: another block's memory is far.
+            float4 of_rank[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                if (first + i < split) of_rank[i] = load_from_block(address, first + i);
+            }
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                if (first + i < split) add(sum, of_rank[i]);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void add_bias(float (&sum)[4], const float* bias, u32 row, u32 n) {
+    if (!bias) return;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        if (row + i < n) sum[i] += bias[row + i];
+    }
+}
+
+// Outputs of a tile of W's rows from `first_row`, four per thread and turn; the blocks of a cluster share them.
 template <typename T, int kTiles>
 __device__ __forceinline__ void finish_tile(const LinearStream<T>& a, const float* sums, u32 pitch, u32 first_row, u32 rank,
                                             u32 split) {
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const u32 part_floats = kTiles * 8 * pitch;
-    if (!is_gated(a.epilogue)) {
-        for (u32 unit = rank * warps + warp; unit < a.m * a.warp_rows; unit += warps * split) {
-            const u32 m_at = unit / a.warp_rows, in_tile = unit % a.warp_rows * kWarpRows + lane, row = first_row + in_tile;
-            if (row >= a.n) continue;
-            const float value = add_parts(sums + m_at * pitch + in_tile, part_floats, a.warp_cols, split);
-            put<T>(a.out, u64(m_at) * a.out_pitch + row, a.epilogue, value + (a.bias ? a.bias[row] : 0.0f));
-        }
-        return;
-    }
-    // Half a warp per row of X: 32 rows of W give 16 outputs.
-    for (u32 unit = rank * warps + warp; unit < (a.m + 1) / 2 * a.warp_rows; unit += warps * split) {
-        const u32 m_at = unit / a.warp_rows * 2 + lane / 16, in_tile = unit % a.warp_rows * kWarpRows + lane % 16;
-        const u32 row = first_row + in_tile;
-        if (m_at >= a.m || row + 16 >= a.n) continue;
+    const bool pairs = is_gated(a.epilogue);
+    const u32 part_floats = kTiles * 8 * pitch, fours = a.warp_rows * (pairs ? 4 : 8);
+#pragma unroll 1
+    for (u32 unit = rank * blockDim.x + threadIdx.x; unit < a.m * fours; unit += blockDim.x * split) {
+        const u32 m_at = unit / fours, four = unit % fours;
+        const u32 in_tile = pairs ? four / 4 * kWarpRows + four % 4 * 4 : four * 4, row = first_row + in_tile;
+        if (row >= a.n) continue;
         const float* at = sums + m_at * pitch + in_tile;
-        float gate = add_parts(at, part_floats, a.warp_cols, split);
-        float up = add_parts(at + 16, part_floats, a.warp_cols, split);
-        if (a.bias) {
-            gate += a.bias[row];
-            up += a.bias[row + 16];
+        float value[4];
+        add_parts(value, at, part_floats, a.warp_cols, split);
+        add_bias(value, a.bias, row, a.n);
+        if (pairs) {
+            float up[4];
+            add_parts(up, at + 16, part_floats, a.warp_cols, split);
+            add_bias(up, a.bias, row + 16, a.n);
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) value[i] = gated(a.epilogue, value[i], up[i]);
         }
-        const u32 column = (first_row + unit % a.warp_rows * kWarpRows) / 2 + lane % 16;
-        put<T>(a.out, u64(m_at) * a.out_pitch + column, a.epilogue, gated(a.epilogue, gate, up));
+        const u32 column = pairs ? first_row / 2 + four * 4 : row;
+        put_four<T>(a.out, u64(m_at) * a.out_pitch + column, a.epilogue, value, pairs ? 4 : min(4u, a.n - row));
     }
 }
 
@@ -345,7 +377,8 @@ template <typename T, int kTiles> __device__ __forceinline__ void linear_stream(
         pdl_wait();
     }
 
-    float sum[2][kTiles][4] = {};
+    float sum[2][kTiles][4];
+    clear<kTiles>(sum);
     u32 slot = 0, step = 0, first_row = cluster * tile_rows;
     for (u32 done = 0; done < total; done++) {
         wait_copies(a.stages - 2);
@@ -372,13 +405,14 @@ template <typename T, int kTiles> __device__ __forceinline__ void linear_stream(
         }
         finish_tile<T, kTiles>(a, sums, pitch, first_row, rank, split);
         // Other blocks still read these sums. Within a block the barriers of the next tile's steps keep them.
-        if (split > 1) cluster_sync();
+        if (split > 1) cluster_meet();
         first_row += clusters * tile_rows;
+        clear<kTiles>(sum);
     }
 }
 
 #define LINEAR_STREAM(T, ROWS)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(ROWS <= 16 ? 544 : 288, 1)                                                     \
+    extern "C" __global__ void __launch_bounds__(ROWS <= 16 ? 512 : 288, 1)                                                     \
         linear_stream_##T##_m##ROWS(void* out, const T* x, const T* w, const float* bias, const u32* rows, u32 m, u32 n,       \
                                     u32 k, u32 out_pitch, u32 epilogue, u32 warp_rows, u32 warp_cols, u32 stages, u32 split,   \
                                     u32 ahead) {                                                                               \

@@ -30,6 +30,29 @@ template <typename T> __device__ __forceinline__ void put(void* out, u64 at, u32
     }
 }
 
+// Four neighbours in a row, of which the first `count` exist.
+template <typename T> struct alignas(4 * sizeof(T)) Four {
+    T at[4];
+};
+
+template <typename T>
+__device__ __forceinline__ void put_four(void* out, u64 at, u32 epilogue, const float (&values)[4], u32 count) {
+    if (count < 4 || at % 4 != 0) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            if (i < count) put<T>(out, at + i, epilogue, values[i]);
+        }
+    } else if (epilogue == kFloat) {
+        const Four<float> all = {values[0], values[1], values[2], values[3]};
+        *reinterpret_cast<Four<float>*>(static_cast<float*>(out) + at) = all;
+    } else {
+        Four<T> all;
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) all.at[i] = from_float<T>(values[i]);
+        *reinterpret_cast<Four<T>*>(static_cast<T*>(out) + at) = all;
+    }
+}
+
 #if !PHALANX_HIP
 
 __device__ __forceinline__ u32 shared_address(const void* at) { return static_cast<u32>(__cvta_generic_to_shared(at)); }
@@ -106,13 +129,23 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// The f32 at the place `address` (of this block's shared memory) in the shared memory of the cluster's block `rank`.
-__device__ __forceinline__ float load_from_block(u32 address, u32 rank) {
-    float value = 0.0f;
+// The same, without a word on writes: those before have used up what they read from the others.
+__device__ __forceinline__ void cluster_meet() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// Four f32 at the place `address` (of this block's shared memory) in the shared memory of the cluster's block `rank`.
+__device__ __forceinline__ float4 load_from_block(u32 address, u32 rank) {
+    float4 value = {0.0f, 0.0f, 0.0f, 0.0f};
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "r"(there)
+                 : "memory");
 #endif
     return value;
 }
