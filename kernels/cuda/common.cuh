@@ -39,6 +39,9 @@ constexpr int kWarp = 64;
 constexpr int kWarp = 32;
 #endif
 
+// INFINITY, which NVRTC lacks.
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7F800000u); }
+
 // ---- types ----
 
 typedef __half f16;
@@ -185,7 +188,7 @@ __device__ __forceinline__ float block_max(float value, float* scratch) {
     if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
     __syncthreads();
     const int lane = int(threadIdx.x) % kWarp;
-    return warp_max(lane < num_warps ? scratch[lane] : -INFINITY);
+    return warp_max(lane < num_warps ? scratch[lane] : -infinity());
 }
 
 // ---- programmatic dependent launch ----
