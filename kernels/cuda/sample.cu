@@ -129,27 +129,41 @@ __device__ __forceinline__ float logit_of(const Row& row, u32 id) {
     return id >= row.first_id && id < row.end_id ? row.logits[id - row.first_id] : -infinity();
 }
 
-__device__ __forceinline__ float4 load_quad(const Row& row, u32 quad) {
-    const u32 id = quad * 4;
-    if (row.aligned && id >= row.first_id && id + 4 <= row.end_id) {
-        return *reinterpret_cast<const float4*>(row.logits + (id - row.first_id));
-    }
-    return make_float4(logit_of(row, id), logit_of(row, id + 1), logit_of(row, id + 2), logit_of(row, id + 3));
+// The sixteen bytes of an aligned row's quad; some may be another's columns.
+__device__ __forceinline__ float4 load_aligned(const Row& row, u32 quad) {
+    return *reinterpret_cast<const float4*>(row.logits + (i64(quad) * 4 - i64(row.first_id)));
 }
 
-// Calls `body(quad, logits)` for this thread's quads of [begin, end), ascending; four loads are under way together.
+// Calls `body(quad, logits)` for this thread's quads of [begin, end), ascending; -inf stands where there is no own token. In
+// aligned rows four loads are under way together.
 template <typename Body> __device__ __forceinline__ void for_quads(const Row& row, u32 begin, u32 end, Body body) {
+    if (!row.aligned) {
+        for (u32 quad = begin + threadIdx.x; quad < end; quad += blockDim.x) {
+            const u32 id = quad * 4;
+            const float logits[4] = {logit_of(row, id), logit_of(row, id + 1), logit_of(row, id + 2), logit_of(row, id + 3)};
+            body(quad, logits);
+        }
+        return;
+    }
     for (u32 quad = begin + threadIdx.x; quad < end; quad += 4 * blockDim.x) {
         float4 loaded[4];
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            if (quad + i * blockDim.x < end) loaded[i] = load_quad(row, quad + i * blockDim.x);
+            const u32 at = quad + i * blockDim.x;
+            loaded[i] = at < end ? load_aligned(row, at) : make_float4(0, 0, 0, 0);
         }
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            if (quad + i * blockDim.x >= end) continue;
-            const float logits[4] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
-            body(quad + i * blockDim.x, logits);
+            const u32 at = quad + i * blockDim.x;
+            if (at >= end) continue;
+            float logits[4] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
+            if (at * 4 < row.first_id || at * 4 + 4 > row.end_id) {
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) {
+                    if (at * 4 + j < row.first_id || at * 4 + j >= row.end_id) logits[j] = -infinity();
+                }
+            }
+            body(at, logits);
         }
     }
 }
@@ -181,8 +195,9 @@ __device__ __forceinline__ Best largest(const Row& row, u32 begin, u32 end) {
 }
 
 // The largest logit of each part of each row. Launch: grid (splits, rows), block 256. `best` [rows][splits].
-// logits f32 [rows, width]; this rank's tokens are the columns lead..lead + owned, the first of them is token first_id (this
-// holds for all kernels here). A split should have 1024 quads or more: splits about 1024 / rows, at most owned / 4096.
+// logits f32 [rows, width], 16-byte aligned in memory whose size is a multiple of 16; this rank's tokens are the columns
+// lead..lead + owned, the first of them is token first_id (this holds for all kernels here; fastest where width is a multiple of
+// 4 and so is lead - first_id). A split should have 1024 quads or more: splits about 1024 / rows, at most owned / 4096.
 extern "C" __global__ void __launch_bounds__(256) sample_best(
     const float* logits, u32 width, u32 lead, u32 owned, u32 first_id, const Sample* samples, Best* best
 ) {
@@ -220,11 +235,12 @@ __device__ __forceinline__ Words philox(u32 block, u32 index, u32 key_lo, u32 ke
 
 constexpr float kWordStep = 2.3283064365386963e-10f;  // 2^-32
 
-// A word as a Gumbel variate, within 2e-5: -ln(u) by its series near u = 1, where u itself would round.
+// A word as a Gumbel variate, within 2e-5. Near u = 1, where u itself would round, -ln(u) is a series in 1 - u.
 __device__ __forceinline__ float gumbel_about(u32 word) {
-    const float u = (float(word) + 0.5f) * kWordStep, away = (float(~word) + 0.5f) * kWordStep;
-    const float near = away * (1.0f + away * (0.5f + away * (0.33333334f + away * (0.25f + away * 0.2f))));
-    return -__logf(away < 0.0625f ? near : -__logf(u));
+    const bool near = word >= 0xF0000000u;
+    const float x = (float(near ? ~word : word) + 0.5f) * kWordStep;
+    const float series = x * (1.0f + x * (0.5f + x * (0.33333334f + x * (0.25f + x * 0.2f))));
+    return -__logf(near ? series : -__logf(x));
 }
 
 // The same in f64, as the host computes it.
