@@ -354,50 +354,50 @@ template <typename T> __device__ __forceinline__ void add(const T* y, float* x, 
 //   conversions; grid ceil(num_eights / 256), block 256; num_eights = rows * width / 8.
 // add_T(y T*, x f32*, num_eights u64)
 //   x += y; launched as to_residual_T.
-#define PHALANX_KERNELS(T, suffix)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                          \
-        embed_##suffix(const u32* ids, const T* table, u32 first_id, u32 num_rows, T* out, u32 hidden) {                        \
-        embed(ids, table, first_id, num_rows, out, hidden);                                                                     \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                          \
-        embed_residual_##suffix(const u32* ids, const T* table, u32 first_id, u32 num_rows, float* residual, u32 hidden) {      \
-        embed(ids, table, first_id, num_rows, residual, hidden);                                                                \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                          \
-        rms_norm_##suffix(const float* x, const float* weight, float eps, T* out, u32 hidden) {                                 \
-        rms_norm(x, weight, eps, out, hidden);                                                                                  \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                          \
-        add_norm_##suffix(const T* partial, float* residual, const float* weight, float eps, T* out, u32 hidden) {              \
-        add_norm(partial, residual, weight, eps, out, hidden);                                                                  \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(128) rope_store_##suffix(                                                      \
-        T* qkv, const float* bias, const float* cos, const float* sin, const u32* positions, const u32* kv_slots, T* kv,        \
-        u32 block_stride, u32 num_kv_heads, u32 group, u32 head_dim, u32 block_size                                             \
-    ) {                                                                                                                         \
-        const RopeShape shape = {block_stride, num_kv_heads, group, head_dim, block_size};                                      \
-        rope_store(qkv, bias, cos, sin, positions, kv_slots, kv, shape);                                                        \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(128) act_mul_silu_##suffix(const T* in, T* out, u32 inner) {                   \
-        act_mul<false>(in, out, inner);                                                                                         \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(128) act_mul_gelu_##suffix(const T* in, T* out, u32 inner) {                   \
-        act_mul<true>(in, out, inner);                                                                                          \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(1024)                                                                          \
-        gather_rows_##suffix(const T* x, const u32* rows, T* out, u32 width) {                                                  \
-        gather_rows(x, rows, out, width);                                                                                       \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256)                                                                           \
-        to_residual_##suffix(const T* partial, float* residual, u64 num_eights) {                                               \
-        convert(partial, residual, num_eights);                                                                                 \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256)                                                                           \
-        from_residual_##suffix(const float* x, T* out, u64 num_eights) {                                                        \
-        convert(x, out, num_eights);                                                                                            \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256) add_##suffix(const T* y, float* x, u64 num_eights) {                      \
-        add(y, x, num_eights);                                                                                                  \
+#define PHALANX_KERNELS(T, suffix) \
+    extern "C" __global__ void __launch_bounds__(1024) \
+        embed_##suffix(const u32* ids, const T* table, u32 first_id, u32 num_rows, T* out, u32 hidden) { \
+        embed(ids, table, first_id, num_rows, out, hidden); \
+    } \
+    extern "C" __global__ void __launch_bounds__(1024) \
+        embed_residual_##suffix(const u32* ids, const T* table, u32 first_id, u32 num_rows, float* residual, u32 hidden) { \
+        embed(ids, table, first_id, num_rows, residual, hidden); \
+    } \
+    extern "C" __global__ void __launch_bounds__(1024) \
+        rms_norm_##suffix(const float* x, const float* weight, float eps, T* out, u32 hidden) { \
+        rms_norm(x, weight, eps, out, hidden); \
+    } \
+    extern "C" __global__ void __launch_bounds__(1024) \
+        add_norm_##suffix(const T* partial, float* residual, const float* weight, float eps, T* out, u32 hidden) { \
+        add_norm(partial, residual, weight, eps, out, hidden); \
+    } \
+    extern "C" __global__ void __launch_bounds__(128) rope_store_##suffix( \
+        T* qkv, const float* bias, const float* cos, const float* sin, const u32* positions, const u32* kv_slots, T* kv, \
+        u32 block_stride, u32 num_kv_heads, u32 group, u32 head_dim, u32 block_size \
+    ) { \
+        const RopeShape shape = {block_stride, num_kv_heads, group, head_dim, block_size}; \
+        rope_store(qkv, bias, cos, sin, positions, kv_slots, kv, shape); \
+    } \
+    extern "C" __global__ void __launch_bounds__(128) act_mul_silu_##suffix(const T* in, T* out, u32 inner) { \
+        act_mul<false>(in, out, inner); \
+    } \
+    extern "C" __global__ void __launch_bounds__(128) act_mul_gelu_##suffix(const T* in, T* out, u32 inner) { \
+        act_mul<true>(in, out, inner); \
+    } \
+    extern "C" __global__ void __launch_bounds__(1024) \
+        gather_rows_##suffix(const T* x, const u32* rows, T* out, u32 width) { \
+        gather_rows(x, rows, out, width); \
+    } \
+    extern "C" __global__ void __launch_bounds__(256) \
+        to_residual_##suffix(const T* partial, float* residual, u64 num_eights) { \
+        convert(partial, residual, num_eights); \
+    } \
+    extern "C" __global__ void __launch_bounds__(256) \
+        from_residual_##suffix(const float* x, T* out, u64 num_eights) { \
+        convert(x, out, num_eights); \
+    } \
+    extern "C" __global__ void __launch_bounds__(256) add_##suffix(const T* y, float* x, u64 num_eights) { \
+        add(y, x, num_eights); \
     }
 
 PHALANX_KERNELS(float, f32)
