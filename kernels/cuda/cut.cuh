@@ -173,10 +173,10 @@ __device__ __forceinline__ Edge find_edge(const u64 (&weights)[kBinsEach], u64 w
     wanted = wanted < total ? wanted : total;
     u64 above = through - own;
     if (above < wanted && wanted <= through) {
-        for (u32 i = kBinsEach; i-- > 0;) {
-            if (above + weights[i] >= wanted) {
+#pragma unroll
+        for (int i = kBinsEach - 1; i >= 0; i--) {
+            if (above < wanted && wanted <= above + weights[i]) {
                 edge = {kBins - kBinsEach * (threadIdx.x + 1) + i, wanted - above, weights[i], true};
-                break;
             }
             above += weights[i];
         }
@@ -232,7 +232,10 @@ extern "C" __global__ void __launch_bounds__(512) cut_apply(
     const bool by_count = cut.search == kTopK;
     const u64 wanted = pass == 0 ? u64(sample.top_k) : cut.wanted;
     const Edge edge = find_edge(by_count ? count : mass, wanted, pass == 0 && !by_count, sample.top_p);
-    if (base <= edge.bin && edge.bin < base + kBinsEach) edge_count = u32(count[edge.bin - base]);
+#pragma unroll
+    for (u32 i = 0; i < kBinsEach; i++) {
+        if (base + i == edge.bin) edge_count = u32(count[i]);
+    }
     __syncthreads();
     cut.prefix |= edge.bin << shift;
     cut.wanted = edge.wanted;
