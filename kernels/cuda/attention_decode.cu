@@ -6,7 +6,7 @@
 // the context is split over items as in flash-decoding.
 //
 // Launch: attend_decode_<head_dim>_<f16|bf16>, head_dim 64, 96, 128, 256; block 128;
-//   dynamic shared memory, bytes: 115200 (64), 111104 (96), 115200 (128), 147968 (256);
+//   dynamic shared memory, bytes: 115200 (64), 111104 (96), 115200 (128), 156160 (256);
 //   grid: 2 x SMs (64, 96, 128), 1 x SMs (256), or fewer: any grid is right, units are dealt round;
 //   arguments as in attention.cuh; decode items only.
 #include "attention_tensor.cuh"
@@ -19,39 +19,34 @@ template <int D> struct DecodeShape {
     static constexpr int kRingBytes = kStages * 2 * kTileBytes; // of one warp: K and V
     static constexpr int kPart = D % 64 == 0 ? 64 : 48;         // dims that warps sum up at a time
     static constexpr int kSumBytes = kDecodeWarps * 16 * kPart * 4;
-    static constexpr int kBytes = kDecodeWarps * kRingBytes + kSumBytes + kDecodeWarps * 16 * 8;
+    static constexpr bool kQueriesShared = D == 256;            // else every warp has them in registers
+    static constexpr int kQueryBytes = kQueriesShared ? 16 * D * 2 : 0;
+    static constexpr int kStateBytes = kDecodeWarps * 16 * 8;
+    static constexpr int kBytes = kDecodeWarps * kRingBytes + kSumBytes + kStateBytes + kQueryBytes;
 };
 
 static_assert(DecodeShape<64>::kBytes == 115200 && DecodeShape<96>::kBytes == 111104, "as the launch comment says");
-static_assert(DecodeShape<128>::kBytes == 115200 && DecodeShape<256>::kBytes == 147968, "as the launch comment says");
+static_assert(DecodeShape<128>::kBytes == 115200 && DecodeShape<256>::kBytes == 156160, "as the launch comment says");
 
 // The warp's copies: which of its tiles goes next, over all units of the block.
 template <typename T, int D> struct TileLoader {
-    u32 unit, num_units, warp, lane;
-    u32 next, count;  // of the warp's tiles in the unit
-    u32 first;        // the warp's first tile
-    u32 kv_end, table_start;
-    const T* base;    // cache, at the unit's head
-    u64 lane_offset;  // of tile `next / 32 * 32 + lane`
+    u32 unit, num_units, index; // `index`: the unit's item
+    u32 next, count;    // of the warp's tiles in the unit
+    const T* lane_keys; // K of tile `next / 32 * 32 + lane`
 
     __device__ __forceinline__ void open(const Attend<T>& a) {
-        const Item item = load_item(a.items, unit / a.num_kv_heads);
-        const u32 end = (item.kv_end + kSlots - 1) / kSlots;
-        first = item.kv_begin / kSlots + warp;
+        index = unit / a.num_kv_heads;
+        const Item item = load_item(a.items, index);
+        const u32 end = (item.kv_end + kSlots - 1) / kSlots, first = item.kv_begin / kSlots + threadIdx.x / 32;
         next = 0;
         count = end > first ? (end - first + kDecodeWarps - 1) / kDecodeWarps : 0;
-        kv_end = item.kv_end;
-        table_start = item.table_start;
-        base = a.kv + u64(unit % a.num_kv_heads) * a.block_size * D;
     }
 
-    __device__ __forceinline__ void begin(const Attend<T>& a, u32 units, u32 warp_index, u32 lane_index) {
+    __device__ __forceinline__ void begin(const Attend<T>& a, u32 units) {
         unit = blockIdx.x;
         num_units = units;
-        warp = warp_index;
-        lane = lane_index;
-        next = count = 0;
-        lane_offset = 0;
+        index = next = count = 0;
+        lane_keys = a.kv;
         if (unit < num_units) open(a);
     }
 
@@ -63,52 +58,74 @@ template <typename T, int D> struct TileLoader {
             if (unit >= num_units) return;
             open(a);
         }
+        // The item is read again rather than kept: registers are short.
+        const Item item = load_item(a.items, index);
+        const u32 thread = thread_again(), lane = thread % 32, first = item.kv_begin / kSlots + thread / 32;
         if (next % 32 == 0) {
             const u32 mine = next + lane;
-            lane_offset = mine < count ? tile_offset(a, table_start, first + mine * kDecodeWarps, D) : 0;
+            lane_keys = a.kv + u64(unit % a.num_kv_heads) * a.block_size * D;
+            if (mine < count) lane_keys += tile_offset(a, item.table_start, first + mine * kDecodeWarps, D);
         }
-        const u32 tile = first + next * kDecodeWarps;
-        const T* k = base + shuffle(lane_offset, int(next % 32));
+        const u32 valid = item.kv_end - (first + next * kDecodeWarps) * kSlots;
+        const T* k = reinterpret_cast<const T*>(shuffle(reinterpret_cast<u64>(lane_keys), int(next % 32)));
         const T* v = k + u64(a.num_kv_heads) * a.block_size * D;
-        copy_tile<T, D, 32>(to, k, kv_end - tile * kSlots, lane);
-        copy_tile<T, D, 32>(to + DecodeShape<D>::kTileBytes, v, kv_end - tile * kSlots, lane);
+        copy_tile<T, D, 32>(to, k, valid, lane);
+        copy_tile<T, D, 32>(to + DecodeShape<D>::kTileBytes, v, valid, lane);
         next++;
     }
 };
 
 // A warp's online softmax over its tiles: rows lane / 4 and lane / 4 + 8 of the query tile.
 template <typename T, int D> struct DecodeRows {
-    u32 q[D / 16][4];
+    static constexpr bool kShared = DecodeShape<D>::kQueriesShared;
+    u32 q[kShared ? 1 : D / 16][4];
     float out[D / 8][4];
     float max[2], sum[2];
 
+    // The lane's fragment of dims 16 k .. of the query tile, where the block shares them.
+    __device__ __forceinline__ static uint4* shared_query(int k, u32 lane) {
+        using Shape = DecodeShape<D>;
+        constexpr int kBegin = kDecodeWarps * Shape::kRingBytes + Shape::kSumBytes + Shape::kStateBytes;
+        return reinterpret_cast<uint4*>(shared_bytes + kBegin) + k * 32 + lane;
+    }
+
+    // All threads of the block.
     __device__ __forceinline__ void begin(const Attend<T>& a, const Item& item, u32 head, u32 lane) {
         const u32 num_rows = item.num_queries * a.group;
+        const T* from[2];
+        bool valid[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const u32 row = lane / 4 + 8 * half;
-            const u32 query = row / a.group;
-            const T* from = a.q + u64(item.query_row + query) * a.q_stride +
-                            u64(head * a.group + row - query * a.group) * D + lane % 4 * 2;
-            const bool valid = row < num_rows;
-#pragma unroll
-            for (int k = 0; k < D / 16; k++) {
-                q[k][half] = valid ? *reinterpret_cast<const u32*>(from + k * 16) : 0;
-                q[k][half + 2] = valid ? *reinterpret_cast<const u32*>(from + k * 16 + 8) : 0;
-            }
+            const u32 row = lane / 4 + 8 * half, query = row / a.group;
+            from[half] = a.q + u64(item.query_row + query) * a.q_stride +
+                         u64(head * a.group + row - query * a.group) * D + lane % 4 * 2;
+            valid[half] = row < num_rows;
             max[half] = -infinity();
             sum[half] = 0.0f;
+        }
+        constexpr int kOwn = kShared ? D / 16 / kDecodeWarps : D / 16;
+        const int first = kShared ? int(threadIdx.x / 32) * kOwn : 0;
+#pragma unroll
+        for (int k = 0; k < kOwn; k++) {
+            u32 words[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                words[i] = valid[i % 2] ? *reinterpret_cast<const u32*>(from[i % 2] + (first + k) * 16 + i / 2 * 8) : 0;
+            if (kShared) *shared_query(first + k, lane) = make_uint4(words[0], words[1], words[2], words[3]);
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (!kShared) q[kShared ? 0 : k][i] = words[i];
         }
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++) out[j][i] = 0.0f;
+        if (kShared) __syncthreads();
     }
 
     // Scores of the 16 keys at `at`: s[j] has keys 8 j + lane % 4 * 2, + 1 of both rows.
     __device__ __forceinline__ void scores(float (&s)[2][4], u32 at, u32 lane) const {
-        // Two sums per tile, so that products do not wait for each other; at 256 dims there are no registers left for them.
-        constexpr bool kTwo = D < 256;
+        // Two sums per tile, so that products do not wait for each other.
         float odd[2][4];
 #pragma unroll
         for (int j = 0; j < 2; j++)
@@ -119,19 +136,27 @@ template <typename T, int D> struct DecodeRows {
         for (int k = 0; k < D / 16; k++) {
             u32 b[4];
             load_fragments(b, stepped<D>(k_at, k));
-            multiply_add<T>(kTwo && k % 2 ? odd[0] : s[0], q[k], b[0], b[1]);
-            multiply_add<T>(kTwo && k % 2 ? odd[1] : s[1], q[k], b[2], b[3]);
+            u32 query[4];
+            if (kShared) {
+                const uint4 words = *shared_query(k, lane);
+                query[0] = words.x, query[1] = words.y, query[2] = words.z, query[3] = words.w;
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i++) query[i] = q[kShared ? 0 : k][i];
+            }
+            multiply_add<T>(k % 2 ? odd[0] : s[0], query, b[0], b[1]);
+            multiply_add<T>(k % 2 ? odd[1] : s[1], query, b[2], b[3]);
         }
 #pragma unroll
         for (int j = 0; j < 2; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                if (kTwo) s[j][i] += odd[j][i];
+                s[j][i] += odd[j][i];
     }
 
     // Takes in the tile whose K and V lie at `at`, its first key `key`.
-    __device__ __forceinline__ void take(const Attend<T>& a, const Item& item, u32 at, u32 key, const u32 (&position)[2],
-                                         float factor, u32 lane) {
+    __device__ __forceinline__ void take(const Attend<T>& a, const Item& item, u32 at, u32 key, float factor) {
+        const u32 lane = thread_again() % 32;
         float s[2][4];
         scores(s, at, lane);
         if (a.soft_cap > 0.0f) {
@@ -142,6 +167,8 @@ template <typename T, int D> struct DecodeRows {
         }
         const u32 last = item.first_position + item.num_queries - 1, window = window_or_all(a.window);
         if (!all_seen(item.first_position, last, key, key + kSlots - 1, window)) {
+            const u32 position[2] = {item.first_position + lane / 4 / a.group,
+                                     item.first_position + (lane / 4 + 8) / a.group};
 #pragma unroll
             for (int j = 0; j < 2; j++)
 #pragma unroll
@@ -268,7 +295,7 @@ template <typename T, int D> __device__ __forceinline__ void attend_decode(const
     const float factor = exponent_factor(a);
 
     TileLoader<T, D> loader;
-    loader.begin(a, num_units, warp, lane);
+    loader.begin(a, num_units);
 #pragma unroll
     for (int stage = 0; stage < Shape::kStages - 1; stage++) {
         loader.issue(a, ring + stage * 2 * Shape::kTileBytes);
@@ -280,7 +307,6 @@ template <typename T, int D> __device__ __forceinline__ void attend_decode(const
         const Item item = load_item(a.items, unit / a.num_kv_heads);
         const u32 head = unit % a.num_kv_heads;
         rows.begin(a, item, head, lane);
-        const u32 position[2] = {item.first_position + lane / 4 / a.group, item.first_position + (lane / 4 + 8) / a.group};
         const u32 end = (item.kv_end + kSlots - 1) / kSlots;
         for (u32 tile = item.kv_begin / kSlots + warp; tile < end; tile += kDecodeWarps) {
             copy_wait<Shape::kStages - 2>();
@@ -288,7 +314,7 @@ template <typename T, int D> __device__ __forceinline__ void attend_decode(const
             const u32 free = stage == 0 ? Shape::kStages - 1 : stage - 1;
             loader.issue(a, ring + free * 2 * Shape::kTileBytes);
             copy_commit();
-            rows.take(a, item, ring + stage * 2 * Shape::kTileBytes, tile * kSlots, position, factor, lane);
+            rows.take(a, item, ring + stage * 2 * Shape::kTileBytes, tile * kSlots, factor);
             stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
         }
         // Read again rather than kept in registers.

@@ -4,7 +4,7 @@
 // stage before is multiplied; tiles that no query sees are never visited. Source: arXiv:2307.08691.
 //
 // Launch: attend_prefill_<head_dim>_<f16|bf16>, head_dim 64, 96, 128, 256; block 128 (256 for head_dim 256);
-//   dynamic shared memory, bytes: 49664 (64), 74240 (96), 98816 (128), 197120 (256: not on devices with less, as sm_80);
+//   dynamic shared memory, bytes: 51712 (64), 76288 (96), 100864 (128), 199168 (256: not on devices with less, as sm_80);
 //   grid: 2 x SMs (64, 96, 128), 1 x SMs (256), or fewer: any grid is right, units are dealt round;
 //   arguments as in attention.cuh; prefill items only, num_queries * group <= 128.
 #include "attention_tensor.cuh"
@@ -18,24 +18,52 @@ template <int D> struct PrefillShape {
     static constexpr int kThreads = kPrefillRows / 16 / kTiles * 32;
     static constexpr int kQueryBytes = kPrefillRows * D * 2;
     static constexpr int kKeyBytes = kPrefillKeys * D * 2;
-    static constexpr int kBytes = kQueryBytes + 2 * 2 * kKeyBytes + kPrefillRows * 4; // and the rows' positions
+    // And the rows' positions, and every thread's sums.
+    static constexpr int kBytes = kQueryBytes + 2 * 2 * kKeyBytes + kPrefillRows * 4 + kThreads * kTiles * 8;
 };
 
-static_assert(PrefillShape<64>::kBytes == 49664 && PrefillShape<96>::kBytes == 74240, "as the launch comment says");
-static_assert(PrefillShape<128>::kBytes == 98816 && PrefillShape<256>::kBytes == 197120, "as the launch comment says");
+static_assert(PrefillShape<64>::kBytes == 51712 && PrefillShape<96>::kBytes == 76288, "as the launch comment says");
+static_assert(PrefillShape<128>::kBytes == 100864 && PrefillShape<256>::kBytes == 199168, "as the launch comment says");
+
+// Where a warp's things are, worked out anew in every turn: registers are short.
+template <int D> struct WarpPlace {
+    static constexpr u32 kRows = PrefillShape<D>::kTiles * 16;
+    u32 lane, first_row;
+
+    __device__ __forceinline__ WarpPlace() {
+        const u32 thread = thread_again();
+        lane = thread % 32;
+        first_row = thread / 32 * kRows;
+    }
+    // The warp's own rows of q, in bytes from the start of shared memory: nobody else looks at them.
+    __device__ __forceinline__ u32 queries() const { return first_row * D * 2; }
+    // The positions of its rows.
+    __device__ __forceinline__ u32* positions() const {
+        return reinterpret_cast<u32*>(shared_bytes + PrefillShape<D>::kQueryBytes + 4 * PrefillShape<D>::kKeyBytes) + first_row;
+    }
+    // The lane's sums of weights, for its two rows of tile `tile`. Here because registers are short.
+    __device__ __forceinline__ float2* sums(int tile) const {
+        constexpr int kBegin = PrefillShape<D>::kQueryBytes + 4 * PrefillShape<D>::kKeyBytes + kPrefillRows * 4;
+        return reinterpret_cast<float2*>(shared_bytes + kBegin) + first_row * 2 + tile * 32 + lane;
+    }
+    // K of a step, V behind it, in bytes from the start.
+    __device__ __forceinline__ static u32 stage(u32 step) {
+        return PrefillShape<D>::kQueryBytes + step % 2 * 2 * PrefillShape<D>::kKeyBytes;
+    }
+};
 
 // The block's copies of K and V.
 template <typename T, int D> struct KeyLoader {
     const T* lane_keys; // K of the 16-position tile `first + step / 8 * 32 + lane`
 
     // Starts the copy of the keys from `kv_begin + 64 * step` on. Steps come in order, from 0.
-    __device__ __forceinline__ void issue(const Attend<T>& a, u32 index, u32 head, u32 step, u32 stage_at) {
+    __device__ __forceinline__ void issue(const Attend<T>& a, u32 index, u32 head, u32 step) {
         using Shape = PrefillShape<D>;
         const Item item = load_item(a.items, index); // Read again rather than kept in registers.
         constexpr u32 kPerStep = kPrefillKeys / kSlots;
-        const u32 first = item.kv_begin / kSlots;
+        const u32 first = item.kv_begin / kSlots, thread = thread_again();
         if (step % (32 / kPerStep) == 0) {
-            const u32 mine = first + step * kPerStep + threadIdx.x % 32;
+            const u32 mine = first + step * kPerStep + thread % 32;
             lane_keys = a.kv + u64(head) * a.block_size * D;
             if (mine * kSlots < item.kv_end) lane_keys += tile_offset(a, item.table_start, mine, D);
         }
@@ -45,9 +73,9 @@ template <typename T, int D> struct KeyLoader {
             const T* k = reinterpret_cast<const T*>(shuffle(reinterpret_cast<u64>(lane_keys), int(step * kPerStep % 32 + i)));
             const u32 key = (first + step * kPerStep + i) * kSlots;
             const u32 valid = key < item.kv_end ? item.kv_end - key : 0;
-            const u32 to = stage_at + i * kSlots * D * 2;
-            copy_tile<T, D, Shape::kThreads>(to, k, valid, threadIdx.x);
-            copy_tile<T, D, Shape::kThreads>(to + Shape::kKeyBytes, k + to_values, valid, threadIdx.x);
+            const u32 to = shared_address(shared_bytes) + WarpPlace<D>::stage(step) + i * kSlots * D * 2;
+            copy_tile<T, D, Shape::kThreads>(to, k, valid, thread);
+            copy_tile<T, D, Shape::kThreads>(to + Shape::kKeyBytes, k + to_values, valid, thread);
         }
     }
 };
@@ -56,11 +84,12 @@ template <typename T, int D> struct KeyLoader {
 template <typename T, int D> struct PrefillRowsState {
     static constexpr int kTiles = PrefillShape<D>::kTiles;
     float out[kTiles][D / 8][4];
-    float max[kTiles][2], sum[kTiles][2];
+    float max[kTiles][2];
 
-    // Takes in 64 keys from `key` on, masked if `positions` of the warp's rows are given; q and the stage lie at `queries` (the warp's rows) and `keys`.
-    __device__ __forceinline__ void take(const Attend<T>& a, u32 queries, u32 keys, u32 key, const u32* positions, float factor,
-                                         u32 lane) {
+    // Takes in the 64 keys from `key` on, which are in the stage of `step`.
+    __device__ __forceinline__ void take(const Attend<T>& a, u32 step, u32 key, bool masked, float factor) {
+        const WarpPlace<D> place;
+        const u32 lane = place.lane, start = shared_address(shared_bytes), keys = start + place.stage(step);
         float s[kTiles][kPrefillKeys / 8][4];
 #pragma unroll
         for (int t = 0; t < kTiles; t++)
@@ -68,7 +97,7 @@ template <typename T, int D> struct PrefillRowsState {
             for (int j = 0; j < kPrefillKeys / 8; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) s[t][j][i] = 0.0f;
-        const u32 q_at = queries + 2 * swizzled<D>(lane % 16, lane / 16);
+        const u32 q_at = start + place.queries() + 2 * swizzled<D>(lane % 16, lane / 16);
         const u32 k_at = keys + 2 * swizzled<D>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll 4
         for (int k = 0; k < D / 16; k++) {
@@ -89,7 +118,7 @@ template <typename T, int D> struct PrefillRowsState {
         }
         u32 p[kTiles][kPrefillKeys / 16][4];
 #pragma unroll
-        for (int t = 0; t < kTiles; t++) weights(a, s[t], p[t], t, key, positions, factor, lane);
+        for (int t = 0; t < kTiles; t++) weights(a, s[t], p[t], t, key, masked, factor, place);
         const u32 v_at = keys + PrefillShape<D>::kKeyBytes + 2 * swizzled<D>(lane % 16, lane / 16);
 #pragma unroll
         for (int k = 0; k < kPrefillKeys / 16; k++)
@@ -107,15 +136,17 @@ template <typename T, int D> struct PrefillRowsState {
 
     // Scores of tile `t` become weights; maximum, sum and output follow.
     __device__ __forceinline__ void weights(const Attend<T>& a, float (&s)[kPrefillKeys / 8][4],
-                                            u32 (&p)[kPrefillKeys / 16][4], int t, u32 key, const u32* positions,
-                                            float factor, u32 lane) {
+                                            u32 (&p)[kPrefillKeys / 16][4], int t, u32 key, bool masked,
+                                            float factor, const WarpPlace<D>& place) {
+        const u32 lane = place.lane;
         if (a.soft_cap > 0.0f) {
 #pragma unroll
             for (int j = 0; j < kPrefillKeys / 8; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) s[j][i] = capped(s[j][i], a.scale, a.soft_cap);
         }
-        if (positions != nullptr) {
+        if (masked) {
+            const u32* positions = place.positions();
             const u32 window = window_or_all(a.window);
             const u32 position[2] = {positions[t * 16 + lane / 4], positions[t * 16 + lane / 4 + 8]};
 #pragma unroll
@@ -124,6 +155,8 @@ template <typename T, int D> struct PrefillRowsState {
                 for (int i = 0; i < 4; i++)
                     if (!sees(position[i / 2], key + 8 * j + lane % 4 * 2 + i % 2, window)) s[j][i] = -infinity();
         }
+        float2* kept = place.sums(t);
+        float sums[2] = {kept->x, kept->y};
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float here = -infinity();
@@ -141,13 +174,14 @@ template <typename T, int D> struct PrefillRowsState {
                     s[j][i] = exp2_fast(s[j][i] * factor - zero);
                     added += s[j][i];
                 }
-            sum[t][half] = sum[t][half] * scale + added;
+            sums[half] = sums[half] * scale + added;
 #pragma unroll
             for (int j = 0; j < D / 8; j++) {
                 out[t][j][2 * half] *= scale;
                 out[t][j][2 * half + 1] *= scale;
             }
         }
+        *kept = make_float2(sums[0], sums[1]);
 #pragma unroll
         for (int k = 0; k < kPrefillKeys / 16; k++) {
             p[k][0] = pair<T>(s[2 * k][0], s[2 * k][1]);
@@ -159,12 +193,10 @@ template <typename T, int D> struct PrefillRowsState {
 
     __device__ __forceinline__ void begin() {
 #pragma unroll
-        for (int t = 0; t < kTiles; t++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                max[t][half] = -infinity();
-                sum[t][half] = 0.0f;
-            }
+        for (int t = 0; t < kTiles; t++) {
+            max[t][0] = max[t][1] = -infinity();
+            *WarpPlace<D>().sums(t) = make_float2(0.0f, 0.0f);
+        }
 #pragma unroll
         for (int t = 0; t < kTiles; t++)
 #pragma unroll
@@ -173,9 +205,11 @@ template <typename T, int D> struct PrefillRowsState {
                 for (int i = 0; i < 4; i++) out[t][j][i] = 0.0f;
     }
 
-    // Writes the warp's rows. `queries`: the warp's own rows of q in shared memory, which nobody needs any more.
-    __device__ __forceinline__ void finish(const Attend<T>& a, const Item& item, u32 head, u32 first_row, T* queries,
-                                           float factor, u32 lane) {
+    // Writes the warp's rows, by way of its rows of q, which nobody needs any more.
+    __device__ __forceinline__ void finish(const Attend<T>& a, const Item& item, u32 head, float factor) {
+        const WarpPlace<D> place;
+        const u32 lane = place.lane, first_row = place.first_row;
+        T* queries = reinterpret_cast<T*>(shared_bytes + place.queries());
         const u32 num_rows = item.num_queries * a.group;
         __syncwarp();
 #pragma unroll
@@ -183,7 +217,7 @@ template <typename T, int D> struct PrefillRowsState {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const u32 local = t * 16 + lane / 4 + 8 * half, row = first_row + local;
-                const float total = row_sum(sum[t][half]);
+                const float total = row_sum(half == 0 ? place.sums(t)->x : place.sums(t)->y);
                 const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
                 const u64 vector = u64(item.partial) + u64(head) * num_rows + row;
                 if (item.partial == kNone) {
@@ -218,9 +252,10 @@ template <typename T, int D> struct PrefillRowsState {
 // Starts the copy of the warp's own rows of q, and writes their positions, ascending. Rows behind the item's become zeros
 // at the last position; a warp that has only such rows gets position 0 and so looks at little.
 template <typename T, int D>
-__device__ __forceinline__ void copy_queries(const Attend<T>& a, u32 index, u32 head, u32 first_row, u32 to, u32* positions,
-                                             u32 lane) {
-    constexpr u32 kPieces = D / 8, kRows = PrefillShape<D>::kTiles * 16;
+__device__ __forceinline__ void copy_queries(const Attend<T>& a, u32 index, u32 head) {
+    const WarpPlace<D> place;
+    constexpr u32 kPieces = D / 8, kRows = WarpPlace<D>::kRows;
+    const u32 lane = place.lane, first_row = place.first_row, to = shared_address(shared_bytes) + place.queries();
     const Item item = load_item(a.items, index);
     for (u32 i = lane; i < kRows * kPieces; i += 32) {
         const u32 local = i / kPieces, piece = i % kPieces, row = first_row + local;
@@ -233,21 +268,15 @@ __device__ __forceinline__ void copy_queries(const Attend<T>& a, u32 index, u32 
     }
     const u32 last = item.first_position + item.num_queries - 1;
     const u32 position = min(item.first_position + (first_row + lane) / a.group, last);
-    if (lane < kRows) positions[lane] = first_row < item.num_queries * a.group ? position : 0;
+    if (lane < kRows) place.positions()[lane] = first_row < item.num_queries * a.group ? position : 0;
 }
 
 template <typename T, int D> __device__ __forceinline__ void attend_prefill(const Attend<T>& a) {
     using Shape = PrefillShape<D>;
     pdl_wait();
     pdl_launch();
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 first_item = a.header[kHeaderDecode];
     const u32 num_units = a.header[kHeaderPrefill] * a.num_kv_heads;
-    const u32 first_row = warp * Shape::kTiles * 16;
-    T* own_queries = reinterpret_cast<T*>(shared_bytes) + first_row * D;
-    const u32 queries = shared_address(own_queries);
-    const u32 stages = shared_address(shared_bytes) + Shape::kQueryBytes;
-    u32* positions = reinterpret_cast<u32*>(shared_bytes + Shape::kQueryBytes + 4 * Shape::kKeyBytes) + first_row;
     const float factor = exponent_factor(a);
 
     for (u32 unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
@@ -255,8 +284,8 @@ template <typename T, int D> __device__ __forceinline__ void attend_prefill(cons
         const u32 head = unit % a.num_kv_heads;
         KeyLoader<T, D> loader;
         __syncthreads(); // The last unit's stages and positions are read.
-        copy_queries<T, D>(a, index, head, first_row, queries, positions, lane);
-        loader.issue(a, index, head, 0, stages);
+        copy_queries<T, D>(a, index, head);
+        loader.issue(a, index, head, 0);
         copy_commit();
         PrefillRowsState<T, D> rows;
         rows.begin();
@@ -266,15 +295,15 @@ template <typename T, int D> __device__ __forceinline__ void attend_prefill(cons
             if (key >= item.kv_end) break;
             copy_wait<0>();
             __syncthreads(); // This stage is there for all, and the other one is read by all.
-            if (key + kPrefillKeys < item.kv_end)
-                loader.issue(a, index, head, step + 1, stages + (step + 1) % 2 * 2 * Shape::kKeyBytes);
+            if (key + kPrefillKeys < item.kv_end) loader.issue(a, index, head, step + 1);
             copy_commit();
-            const u32 last = positions[Shape::kTiles * 16 - 1];
+            const u32* positions = WarpPlace<D>().positions();
+            const u32 last = positions[WarpPlace<D>::kRows - 1];
             if (key > last) continue;
             const bool whole = all_seen(positions[0], last, key, key + kPrefillKeys - 1, window_or_all(a.window));
-            rows.take(a, queries, stages + step % 2 * 2 * Shape::kKeyBytes, key, whole ? nullptr : positions, factor, lane);
+            rows.take(a, step, key, !whole, factor);
         }
-        rows.finish(a, load_item(a.items, index), head, first_row, own_queries, factor, lane);
+        rows.finish(a, load_item(a.items, index), head, factor);
     }
     copy_wait<0>();
 }

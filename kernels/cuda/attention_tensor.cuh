@@ -10,6 +10,13 @@ extern __shared__ __align__(1024) unsigned char shared_bytes[];
 
 __device__ __forceinline__ u32 shared_address(const void* at) { return u32(__cvta_generic_to_shared(at)); }
 
+// threadIdx.x, read anew: what is derived from it is computed again in every turn of a loop instead of living in registers.
+__device__ __forceinline__ u32 thread_again() {
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // Element index of 16-byte piece `piece` of row `row`.
 template <int D> __device__ __forceinline__ u32 swizzled(u32 row, u32 piece) {
     // Rows of a multiple of 128 bytes start in the same bank; rows of 192 bytes alternate between two halves of the banks.
