@@ -29,7 +29,7 @@ struct alignas(16) Item {
     u32 num_queries;    // decode: num_queries * group <= 16; prefill: <= 128
     u32 first_position; // of the first query
     u32 kv_begin;       // first position looked at, a multiple of 16
-    u32 kv_end;         // behind the last one; every slot below it is stored
+    u32 kv_end;         // behind the last one: 64 n from kv_begin, or behind the last query; every slot below it is stored
     u32 table_start;    // of the sequence's block table
     u32 partial;        // first vector of the partial result, kNone: the result goes to `out`
     u32 unused;

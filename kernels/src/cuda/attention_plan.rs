@@ -24,6 +24,9 @@ pub const MERGE_WORDS: usize = 4;
 const NO_PARTIAL: u32 = u32::MAX;
 /// Items begin at multiples of this many positions: the kernels' tile.
 const TILE: u32 = 16;
+/// Splits end at multiples of this many positions from the item's begin: the prefill kernel masks by position of the query
+/// only, so keys behind a split's end must not share a step with it; and every warp of the decode kernel gets as many tiles.
+const STEP: u32 = 64;
 /// Query rows (queries times heads of the group) of a decode item: one tile of the tensor cores.
 const DECODE_ROWS: u32 = 16;
 /// Query rows of a prefill item.
@@ -182,7 +185,7 @@ impl AttentionPlanner {
         let stride = self.num_kv_heads * span.num_queries * self.group;
         let splits = splits.min((self.partials_max - out.num_partials.min(self.partials_max)) / stride.max(1)).max(1);
         let length = span.kv_end - span.kv_begin;
-        let per_split = length.div_ceil(splits).next_multiple_of(TILE);
+        let per_split = length.div_ceil(splits).next_multiple_of(STEP);
         let splits = length.div_ceil(per_split);
         let partial = if splits > 1 { out.num_partials } else { NO_PARTIAL };
         for split in 0..splits {
@@ -266,6 +269,7 @@ mod tests {
             assert!(queries * planner.group <= rows_max && row + queries <= seq.0 + seq.1, "{item:?}");
             assert_eq!((first, table), (seq.2 - seq.1 + row - seq.0, seq.3));
             assert!(begin % TILE == 0 && begin < end && end <= first + queries, "{item:?}");
+            assert!((end - begin) % STEP == 0 || end == first + queries, "{item:?} ends within a step");
             assert!(
                 planner.window.is_none_or(|window| begin + TILE + window > first + 1),
                 "{item:?} before the window"
