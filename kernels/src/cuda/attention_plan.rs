@@ -33,8 +33,10 @@ const DECODE_ROWS: u32 = 16;
 const PREFILL_ROWS: u32 = 128;
 /// Length that a decode split aims at.
 const DECODE_SPLIT: u32 = 256;
-/// Shortest split of a prefill item: its partial result is 128 rows.
-const PREFILL_SPLIT_MIN: u32 = 1024;
+/// Shortest split of a prefill item, and positions of a split for each of its query rows: its partial result is as long as its
+/// rows are many, and costs at most a quarter of what reading K and V costs.
+const PREFILL_SPLIT_MIN: u32 = 512;
+const PREFILL_POSITIONS_PER_ROW: u32 = 8;
 
 /// One sequence of a step: `(query_start, query_len, context_len, table_start)`, as in `SeqInputs`.
 pub type Lengths = (u32, u32, u32, u32);
@@ -153,7 +155,7 @@ impl AttentionPlanner {
             let begin = tile * queries;
             let num_queries = queries.min(query_len - begin);
             let span = self.span(query_start + begin, num_queries, first_position + begin, table_start);
-            let splits = self.prefill_splits(num_tiles, span.kv_end - span.kv_begin);
+            let splits = self.prefill_splits(num_tiles, &span);
             out.num_prefill += self.push(&span, splits, out);
         }
     }
@@ -175,9 +177,10 @@ impl AttentionPlanner {
     }
 
     /// Splits of each of a chunk's `num_tiles` items: only where the chunk alone fills less than half of the device.
-    fn prefill_splits(&self, num_tiles: u32, length: u32) -> u32 {
+    fn prefill_splits(&self, num_tiles: u32, span: &Span) -> u32 {
         let units = num_tiles.saturating_mul(self.num_kv_heads).max(1);
-        (self.sm_count / units).min(length / PREFILL_SPLIT_MIN).max(1)
+        let shortest = (PREFILL_POSITIONS_PER_ROW * span.num_queries * self.group).max(PREFILL_SPLIT_MIN);
+        (self.sm_count / units).min((span.kv_end - span.kv_begin) / shortest).max(1)
     }
 
     /// Adds the span in `splits` items, or in fewer where vectors or positions are short, and its merges; answers how many.
