@@ -23,6 +23,23 @@ template <typename T> __device__ __forceinline__ uint4 rounded(const float (&sum
     return *reinterpret_cast<const uint4*>(&values);
 }
 
+// Copies this block's vectors among `count`, four of a thread in flight: those with (v / blockDim.x) % gridDim.x == blockIdx.x.
+__device__ __forceinline__ void copy_own(uint4* to, const uint4* from, u64 count) {
+    constexpr int kAhead = 4;
+    const u64 stride = u64(gridDim.x) * blockDim.x;
+    for (u64 v = u64(blockIdx.x) * blockDim.x + threadIdx.x; v < count; v += kAhead * stride) {
+        uint4 held[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            if (v + i * stride < count) held[i] = __ldcg(from + v + i * stride);
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; i++) {
+            if (v + i * stride < count) to[v + i * stride] = held[i];
+        }
+    }
+}
+
 // ---- reduce, add, norm: push, the data is its own flag ----
 //
 // A word that has not come is 0 in the inbox. On the way every word has its top bit flipped, and the one word that would become
@@ -230,8 +247,7 @@ template <typename T> __device__ __forceinline__ void all_reduce_pull(const Peer
         const u64 count = total - begin < capacity ? total - begin : capacity;
         const u64 staged = group.staging + u64(number & 1) * group.staging_bytes;
         number++;
-        uint4* mine = vecs(group, group.rank, staged);
-        for (u64 v = first; v < count; v += stride) mine[v] = from[begin + v];
+        if (!failed) copy_own(vecs(group, group.rank, staged), from + begin, count);
         if (__syncthreads_or(failed)) return;
         signal(group, kFlagsMeet, number);
         failed = await(group, kFlagsMeet, number, kOpAllReducePull, failed);
@@ -304,9 +320,7 @@ __device__ __forceinline__ void scatter(const PeerGroup& group, const TwoShot& w
         const u32 peer = group.rank + step < group.world ? group.rank + step : group.rank + step - group.world;
         const uint4* from = work.from + begin + u64(peer) * work.slice;
         uint4* to = vecs(group, peer, scatter_slot(group, work, piece, group.rank, false));
-        const u32 count = slice_length(work, begin, peer);
-#pragma unroll 4
-        for (u32 v = blockIdx.x * blockDim.x + threadIdx.x; v < count; v += gridDim.x * blockDim.x) to[v] = __ldcs(from + v);
+        copy_own(to, from, slice_length(work, begin, peer));
     }
     signal(group, kFlagsScatter, work.number + piece + 1);
 }
@@ -317,26 +331,36 @@ __device__ __forceinline__ void sum_and_spread(const PeerGroup& group, const Two
     const u64 begin = (u64(piece) * group.world + group.rank) * work.slice;
     const u64 slot = scatter_slot(group, work, piece, group.rank, true);
     const u32 count = slice_length(work, u64(piece) * group.world * work.slice, group.rank);
-#pragma unroll 2
-    for (u32 v = blockIdx.x * blockDim.x + threadIdx.x; v < count; v += gridDim.x * blockDim.x) {
-        uint4 got[kWorld];
+    const u32 stride = gridDim.x * blockDim.x;
+    constexpr int kAhead = kWorld <= 2 ? 4 : kWorld <= 4 ? 2 : 1;
+    for (u32 v = blockIdx.x * blockDim.x + threadIdx.x; v < count; v += kAhead * stride) {
+        uint4 got[kAhead][kWorld];
 #pragma unroll
-        for (int r = 0; r < kWorld; r++) {
-            if (r >= group.world) continue;
-            const uint4* there = vecs(group, group.rank, scatter_slot(group, work, piece, r, false));
-            got[r] = r == group.rank ? work.from[begin + v] : __ldcg(there + v);
+        for (int i = 0; i < kAhead; i++) {
+            const u32 at = v + i * stride;
+#pragma unroll
+            for (int r = 0; r < kWorld; r++) {
+                if (r >= group.world || at >= count) continue;
+                const uint4* term = vecs(group, group.rank, scatter_slot(group, work, piece, r, false));
+                got[i][r] = __ldcg((r == group.rank ? work.from + begin : term) + at);
+            }
         }
-        float sum[Vec<T>::kLen] = {};
 #pragma unroll
-        for (int r = 0; r < kWorld; r++) {
-            if (r < group.world) accumulate<T>(got[r], sum);
-        }
-        const uint4 bits = rounded<T>(sum);
-        work.to[begin + v] = bits;
+        for (int i = 0; i < kAhead; i++) {
+            const u32 at = v + i * stride;
+            if (at >= count) continue;
+            float sum[Vec<T>::kLen] = {};
 #pragma unroll
-        for (int r = 1; r < kWorld; r++) {
-            const u32 peer = group.rank + r < group.world ? group.rank + r : group.rank + r - group.world;
-            if (r < group.world) vecs(group, peer, slot)[v] = bits;
+            for (int r = 0; r < kWorld; r++) {
+                if (r < group.world) accumulate<T>(got[i][r], sum);
+            }
+            const uint4 bits = rounded<T>(sum);
+            work.to[begin + at] = bits;
+#pragma unroll
+            for (int r = 1; r < kWorld; r++) {
+                const u32 peer = group.rank + r < group.world ? group.rank + r : group.rank + r - group.world;
+                if (r < group.world) vecs(group, peer, slot)[at] = bits;
+            }
         }
     }
     signal(group, kFlagsSpread, work.number + piece + 1);
@@ -349,9 +373,7 @@ __device__ __forceinline__ void collect(const PeerGroup& group, const TwoShot& w
         const u32 owner = group.rank + step < group.world ? group.rank + step : group.rank + step - group.world;
         const uint4* from = vecs(group, group.rank, scatter_slot(group, work, piece, owner, true));
         uint4* to = work.to + begin + u64(owner) * work.slice;
-        const u32 count = slice_length(work, begin, owner);
-#pragma unroll 4
-        for (u32 v = blockIdx.x * blockDim.x + threadIdx.x; v < count; v += gridDim.x * blockDim.x) to[v] = __ldcg(from + v);
+        copy_own(to, from, slice_length(work, begin, owner));
     }
 }
 
@@ -407,7 +429,8 @@ PEER_ALL_REDUCE_TWO_SHOT(bf16, bf16)
 // ---- all-gather of small records: push, a flag in every eight bytes ----
 //
 // A store carries two words of data, each with the exchange's number beside it, so no store needs to be whole beyond eight
-// bytes. The reader puts zeros back: a number never meets an old one, even after it has wrapped (0 is passed over).
+// bytes. The reader puts zeros back: a number never meets an old one. 2 follows the highest number: 0 means that nothing has
+// come, and odd and even must go on in turns.
 
 // out[world][bytes] = every rank's in[bytes].
 //
@@ -422,7 +445,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const u32 first = blockIdx.x * blockDim.x + threadIdx.x;
     const u32 stride = gridDim.x * blockDim.x;
     const u32 before = words(group, group.rank, kSeqGather)[blockIdx.x];
-    const u32 number = before == kNone ? 1 : before + 1;
+    const u32 number = before == kNone ? 2 : before + 1;
     const u64 half = group.gather + u64(number & 1) * group.world * group.gather_bytes * 2;
     bool failed = has_failed(group);
     for (u32 i = first; i < units * group.world && !failed; i += stride) {
@@ -490,8 +513,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         if (failed) return;
         for (u32 step = 1; step < group.world; step++) {
             const u32 peer = group.rank + step < group.world ? group.rank + step : group.rank + step - group.world;
-            const uint4* from = vecs(group, group.rank, staged + peer * capacity * 16);
-            for (u64 v = first; v < count; v += stride) out[peer * total + begin + v] = __ldcg(from + v);
+            copy_own(out + peer * total + begin, vecs(group, group.rank, staged + peer * capacity * 16), count);
         }
     }
     advance(group, kSeqMeet, number);
