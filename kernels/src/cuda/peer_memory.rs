@@ -150,6 +150,39 @@ pub struct PeerGroup {
     reserved: u32,
 }
 
+impl PeerGroup {
+    /// Bytes of the struct.
+    pub const BYTES: usize = size_of::<Self>();
+
+    /// The struct as a kernel's argument.
+    pub fn to_bytes(&self) -> [u8; Self::BYTES] {
+        let longs = [
+            self.abort_word,
+            self.status_word,
+            self.limit_ns,
+            self.inbox,
+            self.gather,
+            self.staging,
+            self.scatter,
+        ];
+        let words = [
+            self.rank,
+            self.world_size,
+            self.rows,
+            self.row_bytes,
+            self.gather_bytes,
+            self.staging_bytes,
+            self.scatter_bytes,
+            self.reserved,
+        ];
+        let longs = self.base.iter().chain(&longs).flat_map(|long| long.to_ne_bytes());
+        let all = longs.chain(words.into_iter().flat_map(u32::to_ne_bytes));
+        let mut bytes = [0; Self::BYTES];
+        bytes.iter_mut().zip(all).for_each(|(to, from)| *to = from);
+        bytes
+    }
+}
+
 /// The record of the first wait that a kernel gave up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerFailure {
@@ -280,6 +313,10 @@ mod tests {
         assert_eq!(size_of::<PeerGroup>(), 152);
         let offsets = [offset_of!(PeerGroup, limit_ns), offset_of!(PeerGroup, inbox), offset_of!(PeerGroup, rank)];
         assert_eq!(offsets, [80, 88, 120]);
+        let host = HostWords { abort: 1, status: 2, limit_ns: 3 };
+        let bytes = layout().group(1, &[7, 8, 9], host).expect("three ranks").to_bytes();
+        assert_eq!((bytes[0], bytes[16], bytes[64], bytes[72], bytes[80]), (7, 9, 1, 2, 3));
+        assert_eq!((bytes[120], bytes[124], bytes[128]), (1, 3, 64));
         let code = include_str!("../../cuda/peer.cuh");
         for line in [
             format!("constexpr u64 kControlBytes = {CONTROL_BYTES};"),
