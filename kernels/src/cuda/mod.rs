@@ -24,6 +24,8 @@ mod linear_plan;
 mod memory;
 mod module;
 mod nvrtc;
+pub mod peer_memory;
+pub mod peer_plan;
 mod stream;
 
 pub use backend::{
