@@ -156,15 +156,8 @@ impl PeerGroup {
 
     /// The struct as a kernel's argument.
     pub fn to_bytes(&self) -> [u8; Self::BYTES] {
-        let longs = [
-            self.abort_word,
-            self.status_word,
-            self.limit_ns,
-            self.inbox,
-            self.gather,
-            self.staging,
-            self.scatter,
-        ];
+        let longs =
+            [self.abort_word, self.status_word, self.limit_ns, self.inbox, self.gather, self.staging, self.scatter];
         let words = [
             self.rank,
             self.world_size,

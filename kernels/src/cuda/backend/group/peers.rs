@@ -41,7 +41,7 @@ pub(in super::super) struct Peers {
     plan: PeerPlan,
     layout: PeerLayout,
     residency: Residency,
-    group: PeerGroup,
+    group: [u8; PeerGroup::BYTES],
     dtype: Dtype,
     rank: usize,
     is_dependent: bool,
@@ -132,7 +132,7 @@ impl Peers {
             plan: PeerPlan::unmeasured(world_size as u32),
             layout,
             residency: Residency { blocks: device.num_multiprocessors, has_clusters },
-            group,
+            group: group.to_bytes(),
             dtype: exchange.dtype,
             rank,
             is_dependent: has_clusters,
@@ -204,7 +204,7 @@ impl Peers {
         }
         // SAFETY: `PeerGroup` is the kernels' own struct; buffers were mapped when the group formed and live as long as
         // this value; the plan keeps sizes within the layout.
-        Ok(unsafe { stream.launch(kernel, &config, &args(self.group.as_bytes())) }?)
+        Ok(unsafe { stream.launch(kernel, &config, &args(&self.group)) }?)
     }
 }
 
