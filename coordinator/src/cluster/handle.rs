@@ -38,8 +38,12 @@ pub struct ClusterSettings {
     pub end_deadline: Duration,
     /// Time for running requests when their deployment stops.
     pub drain: Duration,
+    /// Longest wait of running requests while there is no machine to start their group on.
+    pub no_machine_deadline: Duration,
     /// Most restarts of a replica within `restart_window`.
     pub restarts_max: usize,
+    /// A group that has served so long begins a new count.
+    pub forgiven_after: Duration,
     /// The window in which restarts are counted.
     pub restart_window: Duration,
 }
@@ -58,7 +62,9 @@ impl ClusterSettings {
             settle: defaults::SETTLE,
             end_deadline: defaults::END_DEADLINE,
             drain: defaults::DRAIN,
+            no_machine_deadline: defaults::NO_MACHINE_DEADLINE,
             restarts_max: defaults::RESTARTS_MAX,
+            forgiven_after: defaults::RESTARTS_FORGIVEN_AFTER,
             restart_window: defaults::RESTART_WINDOW,
         }
     }
