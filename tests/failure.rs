@@ -10,8 +10,12 @@ use serde_json::{Value, json};
 
 fn served(size: &str) -> Cluster {
     let cluster = Cluster::start(2);
-    cluster.serve(&golden("tiny-llama").folder, "m", &["--tensor-parallel-size", size, "--dtype", "float32"]);
+    serve_tiny(&cluster, size);
     cluster
+}
+
+fn serve_tiny(cluster: &Cluster, size: &str) {
+    cluster.serve(&golden("tiny-llama").folder, "m", &["--tensor-parallel-size", size, "--dtype", "float32"]);
 }
 
 fn long_request() -> Value {
@@ -117,8 +121,9 @@ fn a_frozen_rank_is_seen_by_health_and_replaced() {
 }
 
 #[test]
-fn a_killed_head_takes_agent_and_ranks_with_it() {
-    let cluster = served("2");
+fn a_killed_head_without_grace_takes_agent_and_ranks_with_it() {
+    let cluster = Cluster::start_with(2, &["--head-grace", "0s"]);
+    serve_tiny(&cluster, "2");
     let status = cluster.status();
     let others: Vec<u32> = status.ranks.iter().map(|r| r.pid).chain(status.nodes.iter().map(|n| n.pid)).collect();
     let mut stream = running(&cluster);
@@ -126,6 +131,98 @@ fn a_killed_head_takes_agent_and_ranks_with_it() {
     assert_ne!(stream.finish(), StreamEnd::Done);
     let took = Processes::wait_gone(&others);
     assert!(took < Duration::from_secs(5), "it took {took:?}");
+}
+
+/// A cluster whose head can be started again where it was.
+struct Lasting {
+    cluster: Cluster,
+    ports: Vec<String>,
+}
+
+impl Lasting {
+    fn start() -> Self {
+        let free = |_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let listeners: Vec<_> = (0..3).map(free).collect();
+        let port = |listener: &std::net::TcpListener| listener.local_addr().expect("an address").port().to_string();
+        let numbers = listeners.iter().map(port);
+        let flags = ["--port", "--http-port", "--dashboard-port"];
+        let ports: Vec<String> = flags.into_iter().zip(numbers).flat_map(|(flag, port)| [flag.into(), port]).collect();
+        drop(listeners);
+        let words: Vec<&str> = ports.iter().map(String::as_str).collect();
+        Self { cluster: Cluster::start_with(2, &words), ports }
+    }
+
+    fn kill_head(&self) {
+        let pid = self.cluster.status().head.pid;
+        Processes::kill(pid);
+        Processes::wait_gone(&[pid]);
+    }
+
+    /// Starts the head again; gives the time until the deployment is ready.
+    fn restart_head(&self) -> Duration {
+        let started = std::time::Instant::now();
+        let mut arguments = vec!["start", "--head", "--num-gpus", "2", "--json"];
+        arguments.extend(self.ports.iter().map(String::as_str));
+        let again = self.cluster.node.run("coordinator", &arguments);
+        assert_eq!(again.code, 0, "{again:?}");
+        wait_for("the deployment to be ready", || (self.cluster.deployment_state("m") == "ready").then_some(()));
+        started.elapsed()
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        let status = self.cluster.status();
+        status.ranks.iter().map(|rank| rank.pid).chain(status.nodes.iter().map(|node| node.pid)).collect()
+    }
+}
+
+#[test]
+fn a_head_that_is_started_again_finds_ranks_and_weights_where_they_were() {
+    let lasting = Lasting::start();
+    serve_tiny(&lasting.cluster, "2");
+    let before = lasting.pids();
+    lasting.kill_head();
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(before.iter().all(|pid| Processes::alive(*pid)), "agent and ranks wait for their head");
+    let took = lasting.restart_head();
+    println!("ready {took:?} after the head was started again");
+    assert!(took < Duration::from_secs(3), "it took {took:?}");
+    assert_eq!(lasting.pids(), before, "nothing was started again");
+    let deployment = lasting.cluster.status().deployments.remove(0);
+    assert_eq!((deployment.incarnation, deployment.epoch), (1, 2));
+    check_text(&lasting.cluster);
+    assert_eq!(lasting.cluster.node.run("coordinator", &["undeploy", "m"]).code, 0);
+    lasting.kill_head();
+    let arguments: Vec<&str> = lasting.ports.iter().map(String::as_str).collect();
+    let arguments = [&["start", "--head", "--num-gpus", "2"], &arguments[..]].concat();
+    assert_eq!(lasting.cluster.node.run("coordinator", &arguments).code, 0);
+    assert!(lasting.cluster.status().deployments.is_empty(), "what was removed stays away");
+}
+
+#[test]
+fn a_head_that_is_killed_under_load_comes_back_and_serves() {
+    let lasting = Lasting::start();
+    serve_tiny(&lasting.cluster, "2");
+    let streams: Vec<_> = (0..8)
+        .map(|_| {
+            let http = lasting.cluster.http.clone();
+            std::thread::spawn(move || http.stream("/v1/completions", &long_request()).finish())
+        })
+        .collect();
+    wait_for("all streams to run", || (lasting.cluster.status().queue.running == 8).then_some(()));
+    lasting.kill_head();
+    let killed = std::time::Instant::now();
+    for stream in streams {
+        assert_eq!(stream.join().expect("a stream"), StreamEnd::Cut);
+    }
+    assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
+    println!("ready {:?} after the head was started again under load", lasting.restart_head());
+    check_text(&lasting.cluster);
+}
+
+fn check_text(cluster: &Cluster) {
+    let prompt = &golden("tiny-llama").prompts[1];
+    let body = json!({"model": "m", "prompt": prompt.ids, "max_tokens": 8, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
+    assert_eq!(cluster.http.ask("/v1/completions", &body)["choices"][0]["token_ids"], json!(prompt.greedy[..8]));
 }
 
 #[test]

@@ -55,7 +55,7 @@ pub mod defaults {
     /// Silence after which a node's ranks are given up.
     pub const DEAD_AFTER: Duration = Duration::from_secs(10);
     /// How long agents and ranks outlive the head.
-    pub const HEAD_GRACE: Duration = Duration::ZERO;
+    pub const HEAD_GRACE: Duration = Duration::from_secs(60);
     /// Time for all ranks of a group to be started and to dial the head.
     pub const CONNECT_DEADLINE: Duration = Duration::from_secs(60);
     /// How long a broken group waits for word of what happened to its processes before it starts again.

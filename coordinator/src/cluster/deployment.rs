@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::ClusterError;
 use super::placement::Wanted;
 use super::placement_group::PlacementGroup;
+use super::reconcile::KeptVersion;
 use super::replica::{Replica, Stage};
 use super::spec::DeploymentSpec;
 
@@ -152,6 +153,12 @@ pub(super) struct Deployment {
     pub has_served: bool,
     /// It does not start again by itself.
     pub gave_up: bool,
+    /// Where it stands among the others, oldest first.
+    pub order: u64,
+    /// The sign of what the store holds, or is about to hold; none: no record.
+    pub kept: Option<KeptVersion>,
+    /// The store held a record of it once.
+    pub was_kept: bool,
     /// Requests find it.
     pub published: bool,
     /// What requests find is not what serves now.
@@ -176,6 +183,9 @@ impl Deployment {
             wait_until: spec.wait.map(|wait| now + wait),
             has_served: false,
             gave_up: false,
+            order: 0,
+            kept: None,
+            was_kept: false,
             published: false,
             stale: false,
             publishing: false,
@@ -207,8 +217,8 @@ impl Deployment {
         } else if serving == self.replicas.len() && self.published && !self.stale && !self.publishing {
             DeploymentState::Ready
         } else if self.has_served {
-            let waits = self.replicas.iter().any(|replica| replica.engine.is_some());
-            if waits && self.published { DeploymentState::Recovering } else { DeploymentState::Failed }
+            let is_lost = |replica: &Replica| replica.engine.is_none() && matches!(replica.stage, Stage::Unplaced);
+            if self.replicas.iter().all(is_lost) { DeploymentState::Failed } else { DeploymentState::Recovering }
         } else if self.replicas.iter().any(|replica| matches!(replica.stage, Stage::Unplaced)) {
             DeploymentState::Pending
         } else {

@@ -65,6 +65,8 @@ pub(super) enum ClusterEvent {
     GroupFailed { group: GroupKey, reason: String },
     /// A group has drained.
     GroupStopped { group: GroupKey },
+    /// The store has written what it was given, or cannot.
+    Kept { deployment: DeploymentName, result: Result<(), String> },
     /// The table of served models was brought up to date.
     Published { deployment: DeploymentName, result: Result<(), String> },
     /// Someone asks for a deployment.

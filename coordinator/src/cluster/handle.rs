@@ -11,9 +11,11 @@ use super::deployment::{CheckedSpec, DeployEvent};
 use super::event::ClusterEvent;
 use super::nodes::{AgentSession, Patience};
 use super::reconcile::Reconciler;
+use super::record::DeploymentRecord;
 use super::{ClusterError, ServingChange, StatusBoard};
 use crate::config::defaults;
 use crate::engine::group::RankLink;
+use crate::store::StoreWriter;
 
 /// What a cluster is told once, when it starts.
 #[derive(Debug, Clone)]
@@ -40,6 +42,8 @@ pub struct ClusterSettings {
     pub drain: Duration,
     /// Longest wait of running requests while there is no machine to start their group on.
     pub no_machine_deadline: Duration,
+    /// Where what must survive is written; none: nowhere.
+    pub store: Option<StoreWriter>,
     /// Most restarts of a replica within `restart_window`.
     pub restarts_max: usize,
     /// A group that has served so long begins a new count.
@@ -63,6 +67,7 @@ impl ClusterSettings {
             end_deadline: defaults::END_DEADLINE,
             drain: defaults::DRAIN,
             no_machine_deadline: defaults::NO_MACHINE_DEADLINE,
+            store: None,
             restarts_max: defaults::RESTARTS_MAX,
             forgiven_after: defaults::RESTARTS_FORGIVEN_AFTER,
             restart_window: defaults::RESTART_WINDOW,
@@ -70,12 +75,17 @@ impl ClusterSettings {
     }
 }
 
-/// Starts the cluster's task on the current runtime. It ends after [`ClusterHandle::stop`].
-pub fn start(settings: ClusterSettings, serving: mpsc::Sender<ServingChange>) -> (ClusterHandle, StatusBoard) {
+/// Starts the cluster's task on the current runtime, with the deployments that an earlier head has left. It ends after
+/// [`ClusterHandle::stop`].
+pub fn start(
+    settings: ClusterSettings,
+    restored: Vec<DeploymentRecord>,
+    serving: mpsc::Sender<ServingChange>,
+) -> (ClusterHandle, StatusBoard) {
     let (events, inbox) = mpsc::channel(defaults::CLUSTER_QUEUE);
     let board = StatusBoard::new(Instant::now());
     let handle = ClusterHandle { events: events.clone() };
-    tokio::spawn(Reconciler::new(settings, events, serving, board.clone()).run(inbox));
+    tokio::spawn(Reconciler::new(settings, restored, events, serving, board.clone()).run(inbox));
     (handle, board)
 }
 

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use phalanx_proto::{Epoch, LoadModel, NodeId, Term};
+use phalanx_proto::{Epoch, LoadModel, NodeId, RankResumes, Term};
 use tokio::sync::{mpsc, oneshot};
 
 use super::deployment::CheckedSpec;
@@ -20,6 +20,8 @@ pub(super) struct GroupStart {
     pub key: GroupKey,
     pub links: Vec<RankLink>,
     pub load: LoadModel,
+    /// What the ranks have kept of an earlier life of the head: nothing is loaded then.
+    pub kept: Option<Vec<RankResumes>>,
     pub limits: EngineLimits,
     /// The engine whose group broke: it goes on with this one.
     pub engine: Option<EngineHandle>,
@@ -75,11 +77,16 @@ pub(super) fn engine_limits(checked: &CheckedSpec) -> EngineLimits {
 
 /// Drives a group's start; ends in `GroupStarted`.
 pub(super) fn start_group(start: GroupStart, events: mpsc::Sender<ClusterEvent>) -> Starter {
-    let GroupStart { key, links, load, limits, engine, given_up } = start;
+    let GroupStart { key, links, load, kept, limits, engine, given_up } = start;
     let task = tokio::spawn(async move {
         let (progress, reports) = mpsc::channel(defaults::PEER_QUEUE);
         let relay = relay(reports, key.clone(), events.clone());
-        let started = TpGroup::start(links, load, StartDeadlines::default(), progress);
+        let started = async {
+            match kept {
+                None => TpGroup::start(links, load, StartDeadlines::default(), progress).await,
+                Some(kept) => TpGroup::resume(links, &load, kept, progress).await,
+            }
+        };
         let (result, ()) = tokio::join!(started, relay);
         let result = match result {
             Ok(group) => Ok(hand_over(group.with_incarnation(key.incarnation).with_fuse(given_up), engine, limits)),

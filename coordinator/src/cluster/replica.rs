@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use phalanx_proto::{Epoch, Incarnation, NodeId, Phase, Rank, RankCapacity, RankProcess};
+use phalanx_proto::{Epoch, Incarnation, NodeId, Phase, Rank, RankCapacity, RankProcess, RankResumes};
 use tokio::task::AbortHandle;
 
 use super::placement_group::Place;
@@ -105,14 +105,17 @@ pub(super) struct RankRecord {
     pub detail: String,
     pub capacity: Option<RankCapacity>,
     pub dialed: bool,
+    /// What it has kept, where it served an earlier head.
+    pub resumes: Option<RankResumes>,
     pub link: Option<RankLink>,
 }
 
 impl RankRecord {
-    fn new(place: Place, now: Instant) -> Self {
+    fn new(place: Place, token: LaunchToken, now: Instant) -> Self {
         Self {
             place,
-            token: LaunchToken::new(),
+            token,
+            resumes: None,
             process: Process::Asked,
             device: String::new(),
             phase: Phase::Connect,
@@ -187,9 +190,31 @@ impl Replica {
     /// Begins a new incarnation on these places.
     pub fn launch(&mut self, places: Vec<Place>, now: Instant) {
         self.incarnation = Incarnation(self.incarnation.0 + 1);
-        self.ranks = places.into_iter().map(|place| RankRecord::new(place, now)).collect();
+        self.ranks = places.into_iter().map(|place| RankRecord::new(place, LaunchToken::new(), now)).collect();
         self.stage = Stage::Connecting { since: now };
         self.unplaced_since = None;
+    }
+
+    /// Waits for the ranks of the present incarnation, which an earlier head had started.
+    pub fn restore(&mut self, places: Vec<Place>, tokens: Vec<LaunchToken>, now: Instant) {
+        self.ranks = places.into_iter().zip(tokens).map(|(place, token)| RankRecord::new(place, token, now)).collect();
+        self.stage = Stage::Connecting { since: now };
+    }
+
+    /// What all ranks have kept; `Some` and `None` where they differ is an error that names those that are new.
+    ///
+    /// # Errors
+    /// Some ranks have kept their weights and others are new: they cannot be one group.
+    pub fn resumes(&self) -> Result<Option<Vec<RankResumes>>, String> {
+        let kept: Vec<RankResumes> = self.ranks.iter().filter_map(|rank| rank.resumes).collect();
+        if kept.is_empty() {
+            return Ok(None);
+        }
+        let lacks = |(_, rank): &(usize, &RankRecord)| rank.resumes.is_none();
+        match self.ranks.iter().enumerate().find(lacks) {
+            Some((rank, _)) => Err(format!("rank {rank} was started anew while others kept their weights")),
+            None => Ok(Some(kept)),
+        }
     }
 
     /// Whether its ranks' processes should run.

@@ -123,6 +123,10 @@ impl FakeRank {
                     self.progress(Phase::WarmUp).await;
                     self.say(RankEvent::Ready { num_blocks }).await;
                 }
+                HeadMessage::BeginEpoch { .. } => {
+                    device = SimulatedRank::new(60, BLOCK_SIZE);
+                    self.say(RankEvent::Ready { num_blocks: 60 }).await;
+                }
                 HeadMessage::Plan(plan) => {
                     if !self.step(&mut device, &plan).await {
                         return "a fault".into();

@@ -525,6 +525,7 @@ impl Decoder {
                 }
                 HeadMessage::Plan(plan.try_into().expect("valid"))
             }
+            Message::BeginEpoch(begin) => HeadMessage::BeginEpoch { term: Term(begin.term), epoch: Epoch(begin.epoch) },
             Message::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
         })
     }

@@ -3,6 +3,8 @@
 
 mod rig;
 
+pub use rig::checked;
+
 use std::time::Duration;
 
 use phalanx_proto::{DeploymentName, NodeId};

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::super::event::{GroupKey, RankStep, StartedGroup};
 use super::super::nodes::{AgentSession, JoinError};
-use super::super::replica::Stage;
+use super::super::replica::{Process, Stage};
 use super::super::{ClusterError, launch};
 use super::{AgentLink, Reconciler};
 use crate::engine::group::RankLink;
@@ -145,6 +145,8 @@ impl Reconciler {
         }
         record.dialed = true;
         record.device = hello.device;
+        record.resumes = hello.resumes;
+        record.process = Process::Running(hello.pid);
         record.link = Some(link);
         record.enter(Phase::Device, None, String::new(), now);
         info!(group_id = %group.deployment, rank = rank.0, pid = hello.pid, "rank connected");

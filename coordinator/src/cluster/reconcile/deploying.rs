@@ -69,6 +69,8 @@ impl Reconciler {
         }
         info!(group_id = %name, model = %deployment.checked.spec.model, world_size = size, "deployment accepted");
         self.deployments.retain(|(known, _)| *known != name);
+        deployment.order = self.next_order;
+        self.next_order += 1;
         self.deployments.push((name, deployment));
         Ok(())
     }
@@ -210,6 +212,10 @@ impl Reconciler {
         match replica.stage {
             Stage::Connecting { since } => {
                 if let Some(links) = replica.take_links() {
+                    let kept = match replica.resumes() {
+                        Ok(kept) => kept,
+                        Err(cause) => return self.break_group(&key, cause, now),
+                    };
                     let nodes = replica.ranks.iter().map(|rank| rank.place.node.clone()).collect();
                     replica.epoch = Epoch(replica.epoch.0 + 1);
                     let epoch = replica.epoch;
@@ -218,7 +224,7 @@ impl Reconciler {
                     let (fuse, given_up) = oneshot::channel();
                     replica.fuse = Some(fuse);
                     let engine = replica.engine.clone();
-                    let start = GroupStart { key, links, load, limits, engine, given_up };
+                    let start = GroupStart { key, links, load, kept, limits, engine, given_up };
                     replica.stage = Stage::Starting { _starter: launch::start_group(start, self.events.clone()) };
                 } else if now.saturating_duration_since(since) >= self.settings.connect_deadline {
                     let cause = late_ranks(replica, self.settings.connect_deadline.as_secs());

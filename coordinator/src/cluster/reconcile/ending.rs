@@ -104,6 +104,10 @@ impl Reconciler {
                 let _ = reply.send(Err(error));
             }
         }
+        if self.is_keeping() {
+            // An end that was told must not come back.
+            return;
+        }
         for (_, deployment) in self.deployments.iter_mut().filter(|(_, deployment)| has_ended(deployment)) {
             let message = "it was removed".to_owned();
             let failure = DeployFailure { code: DeployFailureCode::Stopped, message, hint: String::new() };
