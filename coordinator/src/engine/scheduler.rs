@@ -304,7 +304,9 @@ impl Scheduler {
                 draft.num_stalled += 1;
                 return false;
             }
-            let Some(victim) = self.policy.victim(&self.running) else { return false };
+            // One that has the step for itself gives way to nobody: it would start again and lack the same block.
+            let others: Vec<SeqId> = self.running.iter().copied().filter(|other| draft.alone != Some(*other)).collect();
+            let Some(victim) = self.policy.victim(&others) else { return false };
             self.preempt(victim, blocks);
             draft.preempted = true;
         }
@@ -332,7 +334,11 @@ impl Scheduler {
             if sequence.num_in_flight() > 0 || draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX) == 0 {
                 return;
             }
-            let reserve = if self.running.is_empty() { 0 } else { blocks.num_blocks().div_ceil(RESERVE_SHARE) };
+            let reserve = if self.running.is_empty() || draft.alone.is_some() {
+                0
+            } else {
+                blocks.num_blocks().div_ceil(RESERVE_SHARE)
+            };
             let Some(slot) = self.free_slots.pop() else { return };
             let Some(table) = open_table(sequence, draft, blocks, reserve) else {
                 self.free_slots.push(slot);

@@ -265,7 +265,12 @@ impl Harness {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        // More where PROPTEST_CASES says so.
+        cases: ProptestConfig::default().cases.max(400),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
     #[test]
     fn text_equals_that_of_the_oracle(
         setting in setting(),
@@ -494,4 +499,20 @@ fn a_broken_group_ends_every_sequence_once() {
     assert_eq!(events.len(), 6);
     assert!(events.iter().all(|(_, event)| matches!(event, TokenEvent::Failed(_))));
     assert!(harness.scheduler.is_empty());
+}
+
+#[test]
+fn a_sequence_that_runs_alone_is_not_preempted_for_one_that_rests() {
+    let mut harness = Harness::new(Setting { num_blocks: 20, ..ROOMY });
+    harness.submit(request(prompt(0, 30), 30));
+    harness.submit(request(prompt(1, 31), 30));
+    for _ in 0..3 {
+        while harness.scheduler.num_running() < 2 {
+            harness.plan();
+            harness.commit();
+        }
+        harness.plan();
+        harness.break_group(9, 20);
+    }
+    harness.run_out();
 }

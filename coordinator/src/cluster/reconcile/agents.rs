@@ -146,7 +146,9 @@ impl Reconciler {
         record.dialed = true;
         record.device = hello.device;
         record.resumes = hello.resumes;
-        record.process = Process::Running(hello.pid);
+        if record.process == Process::Asked {
+            record.process = Process::Running(hello.pid);
+        }
         record.link = Some(link);
         record.enter(Phase::Device, None, String::new(), now);
         info!(group_id = %group.deployment, rank = rank.0, pid = hello.pid, "rank connected");
