@@ -107,7 +107,7 @@ impl From<HeadError> for CliError {
                 .with_hint("coordinator stop ends it; another PHALANX_HOME is another cluster"),
             HeadError::Port(PortError::Taken { .. }) => Self::failed("port_taken", message),
             HeadError::Port(PortError::Host { .. }) => Self::failed("host", message),
-            HeadError::Home(_) | HeadError::Store { .. } | HeadError::Socket { .. } => Self::failed("io", message),
+            HeadError::Home(_) | HeadError::Store(_) | HeadError::Socket { .. } => Self::failed("io", message),
         }
     }
 }

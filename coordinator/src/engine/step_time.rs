@@ -18,6 +18,8 @@ const CHUNK_TOKENS_MIN: u32 = 16;
 const BUDGETS_MAX: u32 = 8;
 /// A step of a class is late after this many times the slowest recent one.
 const DEADLINE_FACTOR: u32 = 20;
+/// A group stands still after this many times its slowest recent step.
+const STALL_FACTOR: u32 = 10;
 /// A class that has not been seen yet gets this many times the shortest deadline.
 const FIRST_DEADLINE_FACTOR: u32 = 6;
 /// The moving maximum forgets this share with each step.
@@ -97,6 +99,15 @@ impl StepDeadlines {
         self.min.max(Duration::from_micros(slowest as u64) * DEADLINE_FACTOR)
     }
 
+    /// How long no step may end, with work there, until the group is called stalled: sooner than any step is given up.
+    pub fn stall(&self) -> Duration {
+        let slowest = self.slowest_us.iter().copied().fold(0.0, f64::max);
+        if slowest == 0.0 {
+            return self.min * FIRST_DEADLINE_FACTOR;
+        }
+        self.min.max(Duration::from_micros(slowest as u64) * STALL_FACTOR)
+    }
+
     /// A step of `num_tokens` took `elapsed`.
     pub fn observe(&mut self, num_tokens: u32, elapsed: Duration) {
         let slowest = &mut self.slowest_us[Self::class(num_tokens)];
@@ -151,10 +162,13 @@ mod tests {
     fn deadlines_follow_the_slowest_of_their_class() {
         let mut deadlines = StepDeadlines::new(Duration::from_secs(5));
         assert_eq!(deadlines.deadline(1), Duration::from_secs(30));
+        assert_eq!(deadlines.stall(), Duration::from_secs(30));
         deadlines.observe(1, Duration::from_millis(10));
+        assert_eq!(deadlines.stall(), Duration::from_secs(5));
         assert_eq!(deadlines.deadline(1), Duration::from_secs(5));
         deadlines.observe(500, Duration::from_secs(1));
         assert_eq!(deadlines.deadline(511), Duration::from_secs(20));
+        assert_eq!(deadlines.stall(), Duration::from_secs(10));
         assert_eq!(deadlines.deadline(512), Duration::from_secs(30));
     }
 }
