@@ -39,15 +39,16 @@ pub struct ChatLogprobs {
     content: Vec<ChatToken>,
 }
 
-#[derive(Debug, Serialize)]
-struct ChatToken {
+/// One token with its alternatives.
+#[derive(Debug, Clone, Serialize)]
+pub struct ChatToken {
     token: String,
     logprob: f32,
     bytes: Vec<u8>,
     top_logprobs: Vec<ChatAlternative>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 struct ChatAlternative {
     token: String,
     logprob: f32,
@@ -55,6 +56,11 @@ struct ChatAlternative {
 }
 
 impl ChatLogprobs {
+    /// The list itself.
+    pub fn into_tokens(self) -> Vec<ChatToken> {
+        self.content
+    }
+
     /// The tokens of an answer, or of one chunk of it.
     pub fn new(entries: &[TokenLogprobs], names: TokenNames<'_>) -> Self {
         let alternative = |&(token, logprob): &(TokenId, f32)| {

@@ -1,5 +1,6 @@
 //! `/v1/models` and `/v1/models/{id}`.
 
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::{Json, Router, routing};
 use serde::Serialize;
@@ -88,7 +89,11 @@ async fn list(State(state): State<ApiState>) -> Json<ModelList> {
 }
 
 /// Also answers to a path whose first slash was lost in the address.
-async fn show(State(state): State<ApiState>, Path(asked): Path<String>) -> Result<Json<Model>, ApiError> {
+async fn show(
+    State(state): State<ApiState>,
+    asked: Result<Path<String>, PathRejection>,
+) -> Result<Json<Model>, ApiError> {
+    let Path(asked) = asked.map_err(|error| ApiError::BadAddress { reason: error.body_text() })?;
     let found = state.models.lookup(&asked).or_else(|| state.models.lookup(&format!("/{asked}")));
     let model = found.ok_or_else(|| ApiError::UnknownModel { model: asked })?;
     Ok(Json(Model::new(&model, &model.name)))

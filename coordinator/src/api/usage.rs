@@ -40,6 +40,21 @@ impl Usage {
         self.add_cached(delta.end.as_ref().and_then(|end| end.cached_tokens));
     }
 
+    /// Tokens of the prompts.
+    pub fn prompt_tokens(&self) -> u64 {
+        self.prompt_tokens
+    }
+
+    /// Tokens of the outputs.
+    pub fn completion_tokens(&self) -> u64 {
+        self.completion_tokens
+    }
+
+    /// Prompt tokens that the prefix cache had, as far as the engine told.
+    pub fn cached_tokens(&self) -> u64 {
+        self.prompt_tokens_details.map_or(0, |details| details.cached_tokens)
+    }
+
     fn add_tokens(&mut self, count: usize) {
         self.completion_tokens += count as u64;
         self.total_tokens += count as u64;

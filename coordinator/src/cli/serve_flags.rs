@@ -105,6 +105,9 @@ pub struct EngineFlags {
     /// Most requests that wait
     #[arg(long, value_name = "N", default_value_t = defaults::MAX_QUEUE)]
     pub max_queue: u32,
+    /// Longest wait of a request in the queue; it is refused then [default: no limit]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub queue_timeout: Option<Duration>,
     /// Share KV blocks of equal prefixes (the default)
     #[arg(long, overrides_with = "no_enable_prefix_caching")]
     pub enable_prefix_caching: bool,
@@ -334,6 +337,7 @@ impl EngineFlags {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_queue: self.max_queue,
+            queue_timeout: self.queue_timeout,
             enable_prefix_caching: !self.no_enable_prefix_caching || self.enable_prefix_caching,
             enforce_eager: self.enforce_eager,
             seed: self.seed,

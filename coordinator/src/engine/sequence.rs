@@ -6,6 +6,8 @@
 //! **Invariant:** `num_planned` never passes the known tokens plus those in flight.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use phalanx_proto::{PlanRow, PromptLogprobs, SamplingParams, SeqId, SeqSlot, StepId, TokenId, TokenLogprobs};
 
@@ -60,6 +62,8 @@ pub struct Sequence {
     /// Descriptions of the prompt from position 1 on, until they are emitted.
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
     hashes: Vec<BlockHash>,
+    /// True once it has been in the batch; the stream's side reads it.
+    started: Arc<AtomicBool>,
 }
 
 impl Sequence {
@@ -78,7 +82,13 @@ impl Sequence {
             num_in_flight: 0,
             num_cached_tokens: None,
             hashes: Vec::new(),
+            started: Arc::default(),
         }
+    }
+
+    /// True once it has been in the batch, for whoever waits for it.
+    pub fn started(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.started)
     }
 
     /// Prompt and committed tokens.
@@ -136,6 +146,7 @@ impl Sequence {
 
     /// Enters the batch. The first positions of the table that come from the cache are computed already.
     pub fn start(&mut self, slot: SeqSlot, blocks: BlockTable, block_size: u32) {
+        self.started.store(true, Ordering::Release);
         let num_cached = blocks.num_cached() as u32 * block_size;
         self.num_cached_tokens.get_or_insert(num_cached.min(self.num_prompt_tokens));
         self.phase = Phase::Running(Residence {

@@ -16,9 +16,10 @@ use phalanx_formats::{GenerationDefaults, ModelFiles};
 use phalanx_proto::{SamplingParams, StatusSnapshot, TokenId, TokenLogprobs};
 use tower::ServiceExt;
 
-use super::{ApiState, ServedModel, ServedModels, router};
+use super::{Admission, ApiState, ServedModel, ServedModels, router};
 use crate::engine::scripted::{self, Cancelled, Submitted};
 use crate::engine::{EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
+use crate::security::keys::KeyRing;
 use crate::text::TextModel;
 
 /// The end token of the tiny tokenizer.
@@ -120,6 +121,7 @@ struct Setup {
     snapshot: EngineSnapshot,
     defaults: GenerationDefaults,
     api_keys: Vec<String>,
+    queue_timeout: Option<Duration>,
 }
 
 impl Default for Setup {
@@ -130,6 +132,7 @@ impl Default for Setup {
             snapshot: EngineSnapshot { num_blocks: 64, num_blocks_free: 48, running: 2, ..EngineSnapshot::default() },
             defaults: GenerationDefaults::default(),
             api_keys: Vec::new(),
+            queue_timeout: None,
         }
     }
 }
@@ -160,9 +163,11 @@ impl Server {
             created: 7,
             defaults: setup.defaults,
             end_token_ids: vec![END],
+            queue_timeout: setup.queue_timeout,
+            admission: Admission::default(),
         });
         let mut state = ApiState::new(models.clone(), Arc::new(StatusSnapshot::default));
-        state.api_keys = setup.api_keys.into();
+        state.keys = Arc::new(KeyRing::new(&setup.api_keys, None).unwrap());
         Self { router: router(state), models, cancelled, submitted }
     }
 
