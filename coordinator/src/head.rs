@@ -208,6 +208,7 @@ impl BoundHead {
         tokio::spawn(serving::keep_table(models.clone(), changes));
         let (end, ended) = watch::channel(false);
         let mut servers = cluster_servers(&handle, &board, cluster, unix.map(|(_, listener)| listener), &ended)?;
+        servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
         let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
         servers.push(tokio::spawn(keep_usage(Arc::clone(&keys), ended.clone())));
         servers.push(http_server("HTTP", http, api_router(models, &board, keys), ended.clone())?);
@@ -242,6 +243,14 @@ impl RunningHead {
         if let Some(socket) = &self.socket {
             let _ = fs::remove_file(socket);
         }
+    }
+}
+
+/// Writes lines of throughput and queues until the end.
+async fn log_stats(models: ServedModels, ended: watch::Receiver<bool>) {
+    tokio::select! {
+        () = api::stats::log(models) => {}
+        () = until(ended) => {}
     }
 }
 

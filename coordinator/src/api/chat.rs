@@ -98,7 +98,7 @@ fn take_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
 async fn create(State(state): State<ApiState>, request: Request) -> Result<Response, ApiError> {
     let caller = Caller::of(&request);
     let body = body::read(request, state.limits.body).await?;
-    let Begun { answer, choices, usage, ignored } = begin(&state, caller, body, "chatcmpl").await?;
+    let Begun { answer, choices, usage, ignored } = begin(&state, caller, body, "chatcmpl-").await?;
     let response = match answer.options.stream {
         Some(stream) => {
             let writer = ChunkWriter::new(answer, stream, usage, choices.len());
@@ -123,7 +123,7 @@ pub(super) struct Begun {
 /// A field that cannot be obeyed, a model that does not answer, or an engine that refuses.
 pub(super) async fn begin(state: &ApiState, caller: Caller, body: Body, prefix: &str) -> Result<Begun, ApiError> {
     let chat = ChatRequest::parse(body.fields)?;
-    let id = format!("{prefix}-{}", chat.options.request_id.as_ref().unwrap_or(&caller.request_id));
+    let id = format!("{prefix}{}", chat.options.request_id.as_ref().unwrap_or(&caller.request_id));
     let accepted = Accepted::new(state, chat.model.as_deref(), id, caller)?;
     let prompts = [tokenize(&accepted, chat.prompt, &chat.options, body.num_bytes).await?];
     let submission = Submission {

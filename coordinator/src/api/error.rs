@@ -29,7 +29,7 @@ pub enum ApiError {
         found: &'static str,
     },
     /// The body claims to be something else.
-    #[error("the content type must be application/json; it is {given:?}")]
+    #[error("the content type must be application/json; it is {given:?} (curl: -H 'Content-Type: application/json')")]
     ContentType {
         /// What the header says.
         given: String,

@@ -30,6 +30,7 @@ mod reply;
 mod responses;
 mod served_models;
 mod sse;
+pub mod stats;
 mod submission;
 #[cfg(test)]
 mod tests;

@@ -34,6 +34,8 @@ pub struct ServedModel {
     pub defaults: GenerationDefaults,
     /// Longest wait of a request in the queue, where there is a limit.
     pub queue_timeout: Option<Duration>,
+    /// Whether its throughput and queues are written into the log.
+    pub log_stats: bool,
     /// Its door.
     pub admission: Admission,
     /// Tokens that end an answer, from all the places where a model names them.

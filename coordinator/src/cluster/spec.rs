@@ -71,6 +71,9 @@ pub struct DeploymentSpec {
     /// Longest wait of a request in the queue.
     #[serde(default)]
     pub queue_timeout: Option<Duration>,
+    /// No line of throughput and queues in the log.
+    #[serde(default)]
+    pub disable_log_stats: bool,
     /// Blocks of equal prefixes are shared.
     pub enable_prefix_caching: bool,
     /// Never record graphs.
@@ -110,6 +113,7 @@ impl DeploymentSpec {
             max_num_batched_tokens: defaults::MAX_NUM_BATCHED_TOKENS,
             max_queue: defaults::MAX_QUEUE,
             queue_timeout: None,
+            disable_log_stats: false,
             enable_prefix_caching: true,
             enforce_eager: false,
             seed: 0,

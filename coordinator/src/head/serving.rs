@@ -99,6 +99,7 @@ fn insert(
         end_token_ids: side.end_token_ids,
         queue_timeout: spec.queue_timeout,
         admission: Admission::default(),
+        log_stats: !spec.disable_log_stats,
     });
     Ok(())
 }

@@ -81,7 +81,7 @@ async fn answer(state: &ApiState, request: Request) -> Result<Response, ApiError
     let Body { fields, num_bytes } = body::read(request, state.limits.body).await?;
     let fields = request::to_chat(fields)?;
     let Begun { answer, choices, usage, ignored } =
-        chat::begin(state, caller, Body { fields, num_bytes }, "msg").await?;
+        chat::begin(state, caller, Body { fields, num_bytes }, "msg_").await?;
     let is_streamed = answer.options.stream.is_some();
     let mut writer = EventWriter::new(answer, usage);
     let response = if is_streamed {

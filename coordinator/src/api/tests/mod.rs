@@ -1,8 +1,10 @@
 //! The routes against an engine whose answers are written beforehand.
 
+mod admission;
 mod chat;
 mod completions;
 mod errors;
+mod responses;
 mod surroundings;
 
 use std::path::Path;
@@ -18,7 +20,7 @@ use tower::ServiceExt;
 
 use super::{Admission, ApiState, ServedModel, ServedModels, router};
 use crate::engine::scripted::{self, Cancelled, Submitted};
-use crate::engine::{EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
+use crate::engine::{EngineError, EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
 use crate::security::keys::KeyRing;
 use crate::text::TextModel;
 
@@ -122,6 +124,8 @@ struct Setup {
     defaults: GenerationDefaults,
     api_keys: Vec<String>,
     queue_timeout: Option<Duration>,
+    keys: Option<KeyRing>,
+    status: StatusSnapshot,
 }
 
 impl Default for Setup {
@@ -133,6 +137,8 @@ impl Default for Setup {
             defaults: GenerationDefaults::default(),
             api_keys: Vec::new(),
             queue_timeout: None,
+            keys: None,
+            status: StatusSnapshot::default(),
         }
     }
 }
@@ -165,9 +171,11 @@ impl Server {
             end_token_ids: vec![END],
             queue_timeout: setup.queue_timeout,
             admission: Admission::default(),
+            log_stats: false,
         });
-        let mut state = ApiState::new(models.clone(), Arc::new(StatusSnapshot::default));
-        state.keys = Arc::new(KeyRing::new(&setup.api_keys, None).unwrap());
+        let status = setup.status;
+        let mut state = ApiState::new(models.clone(), Arc::new(move || status.clone()));
+        state.keys = Arc::new(setup.keys.unwrap_or_else(|| KeyRing::new(&setup.api_keys, None).unwrap()));
         Self { router: router(state), models, cancelled, submitted }
     }
 
@@ -227,4 +235,15 @@ fn without_times(body: &str) -> String {
         out.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
     }
     out
+}
+
+/// Waits for what another task does.
+async fn settled(done: impl Fn() -> bool) {
+    for _ in 0..200 {
+        if done() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("it did not come about within a second");
 }
