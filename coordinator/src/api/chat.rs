@@ -9,6 +9,7 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
 use phalanx_proto::TokenId;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::body::Body;
@@ -177,8 +178,9 @@ pub(super) struct Answer {
     pub(super) options: Options,
 }
 
-#[derive(Serialize)]
-struct ChatCompletion<'a> {
+/// The whole answer.
+#[derive(Serialize, JsonSchema)]
+pub struct ChatCompletion<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
@@ -187,12 +189,13 @@ struct ChatCompletion<'a> {
     usage: Usage,
     system_fingerprint: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<u32>>")]
     prompt_token_ids: Option<&'a [TokenId]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobs>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct WholeChoice {
     index: usize,
     message: Message,
@@ -200,10 +203,11 @@ struct WholeChoice {
     finish_reason: Option<FinishWord>,
     stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<u32>>")]
     token_ids: Option<Vec<TokenId>>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Message {
     role: &'static str,
     content: String,

@@ -8,6 +8,7 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
 use phalanx_proto::{TokenId, TokenLogprobs};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::caller::Caller;
@@ -106,8 +107,9 @@ struct Answer {
     request: CompletionRequest,
 }
 
-#[derive(Serialize)]
-struct Completion<'a> {
+/// The whole answer, or a chunk of it.
+#[derive(Serialize, JsonSchema)]
+pub struct Completion<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
@@ -120,7 +122,7 @@ struct Completion<'a> {
 }
 
 /// A choice of a whole answer or of a chunk.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct CompletionChoice<'a> {
     index: usize,
     text: String,
@@ -128,8 +130,10 @@ struct CompletionChoice<'a> {
     finish_reason: Option<FinishWord>,
     stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<u32>>")]
     token_ids: Option<Vec<TokenId>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<u32>>")]
     prompt_token_ids: Option<&'a [TokenId]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobs>,

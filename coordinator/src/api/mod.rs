@@ -23,6 +23,7 @@ mod messages;
 mod meter;
 mod metrics;
 mod models;
+mod openapi;
 mod options;
 mod patience;
 mod prompts;
@@ -110,6 +111,7 @@ pub fn router(state: ApiState) -> Router {
         .merge(models::routes())
         .merge(tokenize::routes())
         .merge(health::routes())
+        .merge(openapi::routes())
         .merge(metrics::routes())
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)

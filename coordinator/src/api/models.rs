@@ -3,6 +3,7 @@
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::{Json, Router, routing};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::ApiState;
@@ -14,14 +15,16 @@ pub fn routes() -> Router<ApiState> {
     Router::new().route("/v1/models", routing::get(list)).route("/v1/models/{*id}", routing::get(show))
 }
 
-#[derive(Serialize)]
-struct ModelList {
+/// All models.
+#[derive(Serialize, JsonSchema)]
+pub struct ModelList {
     object: &'static str,
     data: Vec<Model>,
 }
 
-#[derive(Serialize)]
-struct Model {
+/// One model.
+#[derive(Serialize, JsonSchema)]
+pub struct Model {
     id: String,
     object: &'static str,
     created: u64,
@@ -33,7 +36,7 @@ struct Model {
     permission: [Permission; 1],
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Permission {
     id: String,
     object: &'static str,

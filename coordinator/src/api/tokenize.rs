@@ -3,6 +3,7 @@
 use axum::extract::{Request, State};
 use axum::{Json, Router, routing};
 use phalanx_proto::TokenId;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::caller::Caller;
@@ -33,16 +34,19 @@ impl Source {
     }
 }
 
-#[derive(Serialize)]
-struct Tokens {
+/// Tokens of a text.
+#[derive(Serialize, JsonSchema)]
+pub struct Tokens {
     count: usize,
     max_model_len: u32,
+    #[schemars(with = "Vec<u32>")]
     tokens: Vec<TokenId>,
     token_strs: Option<Vec<String>>,
 }
 
-#[derive(Serialize)]
-struct Text {
+/// Text of tokens.
+#[derive(Serialize, JsonSchema)]
+pub struct Text {
     prompt: String,
 }
 

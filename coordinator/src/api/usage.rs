@@ -1,11 +1,12 @@
 //! Tokens of a request, as answers and streams tell them.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::choice::{Delta, Output};
 
 /// The `usage` object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Usage {
     prompt_tokens: u64,
     total_tokens: u64,
@@ -14,7 +15,7 @@ pub struct Usage {
     prompt_tokens_details: Option<PromptDetails>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 struct PromptDetails {
     cached_tokens: u64,
 }

@@ -2,6 +2,7 @@
 //!
 //! **Invariant:** a block that was started is stopped before the message is.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -22,7 +23,8 @@ pub struct EventWriter {
 }
 
 /// A message, at its beginning or at its end.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "AnthropicAnswer")]
 pub struct Message<'a> {
     id: &'a str,
     #[serde(rename = "type")]
@@ -36,13 +38,13 @@ pub struct Message<'a> {
 }
 
 /// One block of a message.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum Block<'a> {
     Text { text: &'a str },
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct MessageUsage {
     /// Tokens of the prompt that the prefix cache had not.
     input_tokens: u64,

@@ -11,6 +11,7 @@ use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::body::Body;
@@ -20,6 +21,7 @@ use super::choice::{self, Delta};
 use super::error::ApiError;
 use super::{ApiState, body, reply, sse};
 use answer::EventWriter;
+pub use answer::Message;
 
 /// Where these routes begin.
 pub const ROOT: &str = "/v1/messages";
@@ -30,14 +32,16 @@ pub fn routes() -> Router<ApiState> {
 }
 
 /// An error as these clients read it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "AnthropicErrorBody")]
 pub struct ErrorBody<'a> {
     #[serde(rename = "type")]
     kind: &'static str,
     error: ErrorObject<'a>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(rename = "AnthropicErrorObject")]
 struct ErrorObject<'a> {
     #[serde(rename = "type")]
     kind: &'static str,
@@ -95,8 +99,9 @@ async fn answer(state: &ApiState, request: Request) -> Result<Response, ApiError
     Ok(reply::with_ignored(response, &ignored))
 }
 
-#[derive(Serialize)]
-struct Count {
+/// How long a conversation is.
+#[derive(Serialize, JsonSchema)]
+pub struct Count {
     input_tokens: usize,
 }
 

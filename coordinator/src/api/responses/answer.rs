@@ -2,6 +2,7 @@
 //!
 //! **Invariant:** sequence numbers have no gaps; an item that was added is done before its response is.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -26,7 +27,7 @@ pub struct EventWriter {
 }
 
 /// A response, at its beginning or at its end.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 pub struct ResponseObject<'a> {
     id: &'a str,
     object: &'static str,
@@ -57,32 +58,32 @@ pub struct ResponseObject<'a> {
     metadata: &'a Value,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Failure {
     code: &'static str,
     message: String,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Incomplete {
     reason: &'static str,
 }
 
 /// One item of an output.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum OutputItem<'a> {
     Message { id: String, status: &'static str, role: &'static str, content: Vec<ContentPart<'a>> },
 }
 
 /// One part of a message.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum ContentPart<'a> {
     OutputText { annotations: [(); 0], logprobs: &'a [ChatToken], text: &'a str },
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct ResponseUsage {
     input_tokens: u64,
     input_tokens_details: InputDetails,
@@ -91,13 +92,13 @@ struct ResponseUsage {
     total_tokens: u64,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct InputDetails {
     cached_tokens: u64,
     cache_write_tokens: u64,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct OutputDetails {
     reasoning_tokens: u64,
 }

@@ -19,6 +19,7 @@ use super::choice::{self, Delta};
 use super::error::ApiError;
 use super::{ApiState, body, reply, sse};
 use answer::EventWriter;
+pub use answer::ResponseObject;
 
 /// The route.
 pub fn routes() -> Router<ApiState> {

@@ -4,6 +4,7 @@ mod admission;
 mod chat;
 mod completions;
 mod errors;
+mod openapi;
 mod responses;
 mod surroundings;
 
