@@ -45,7 +45,9 @@ pub fn rewritten(mut fields: Fields) -> Result<Fields, ApiError> {
     for (at, message) in given.into_iter().enumerate() {
         push_message(&mut messages, at, message)?;
     }
-    if messages.last().is_some_and(|last| last["role"] == "assistant" && last.get("tool_calls").is_none()) {
+    let is_begun =
+        |last: &Value| last["role"] == "assistant" && last["content"].as_str().is_some_and(|text| !text.is_empty());
+    if messages.last().is_some_and(|last| is_begun(last) && last.get("tool_calls").is_none()) {
         // The beginning of the answer is given.
         chat.insert("continue_final_message".into(), true.into());
     }

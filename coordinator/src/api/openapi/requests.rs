@@ -46,6 +46,7 @@ struct Sampling {
     #[schemars(range(min = 0.0, max = 1.0))]
     min_p: Option<f64>,
     /// The same seed gives the same text; -1: a random one.
+    #[schemars(range(min = -9_000_000_000_000_000_i64, max = 9_000_000_000_000_000_i64))]
     seed: Option<i64>,
     /// Tokens that end the output.
     #[schemars(inner(range(min = 0)))]
@@ -87,6 +88,7 @@ struct Shared {
     /// With `stream` alone.
     stream_options: Option<StreamOptions>,
     /// The client's own name for the request.
+    #[schemars(length(max = 32))]
     request_id: Option<String>,
 }
 
@@ -121,10 +123,10 @@ pub struct ChatCompletionRequest {
     #[schemars(length(min = 1, max = 10_000))]
     messages: Vec<ChatMessage>,
     /// Most tokens of an answer.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 9_000_000_000_000_000_i64))]
     max_completion_tokens: Option<u64>,
     /// The older name of the same.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 9_000_000_000_000_000_i64))]
     max_tokens: Option<u64>,
     /// Log-probabilities of the answer's tokens.
     logprobs: Option<bool>,
@@ -155,8 +157,8 @@ enum Prompt {
 #[derive(JsonSchema)]
 pub struct CompletionRequest {
     prompt: Prompt,
-    /// Most tokens of an output; 16 where it is absent.
-    #[schemars(range(min = 0))]
+    /// Most tokens of an output; 16 where it is absent. 0 with `echo` alone.
+    #[schemars(range(min = 1, max = 9_000_000_000_000_000_i64))]
     max_tokens: Option<u64>,
     /// Repeat the prompt.
     echo: Option<bool>,
@@ -208,7 +210,7 @@ pub struct ResponseRequest {
     /// A system message before the input.
     instructions: Option<String>,
     /// Most tokens of the answer.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 9_000_000_000_000_000_i64))]
     max_output_tokens: Option<u64>,
     /// What else to send: `message.output_text.logprobs`.
     include: Option<Vec<String>>,
@@ -251,7 +253,7 @@ pub struct MessageRequest {
     #[schemars(length(min = 1, max = 10_000))]
     messages: Vec<AnthropicMessage>,
     /// Most tokens of the answer.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 9_000_000_000_000_000_i64))]
     max_tokens: u64,
     system: Option<BlockContent>,
     #[schemars(length(max = 4), inner(length(min = 1)))]
