@@ -279,6 +279,12 @@ pub fn take_token_ids(fields: &mut Fields, name: &str) -> Result<Vec<TokenId>, A
     items.iter().enumerate().map(|(index, item)| token_id(item, || format!("{name}[{index}]"))).collect()
 }
 
+/// The same where the list must be there.
+pub fn required_token_ids(fields: &mut Fields, name: &str) -> Result<Vec<TokenId>, ApiError> {
+    let items = fields.list(name)?.ok_or_else(|| ApiError::Missing { param: name.into() })?;
+    items.iter().enumerate().map(|(index, item)| token_id(item, || format!("{name}[{index}]"))).collect()
+}
+
 /// One token id.
 pub fn token_id(item: &Value, param: impl Fn() -> String) -> Result<TokenId, ApiError> {
     if !item.is_number() {

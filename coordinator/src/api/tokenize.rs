@@ -76,7 +76,7 @@ async fn detokenize(State(state): State<ApiState>, request: Request) -> Result<J
     let body = body::read(request, state.limits.body).await?;
     let mut fields = body.fields;
     let model = fields.text("model")?;
-    let tokens = options::take_token_ids(&mut fields, "tokens")?;
+    let tokens = options::required_token_ids(&mut fields, "tokens")?;
     let accepted = Accepted::without_place(&state, model.as_deref(), caller.request_id.clone(), caller)?;
     let vocab_size = accepted.model.engine.limits().vocab_size;
     if let Some(token) = tokens.iter().copied().find(|token| token.0 >= vocab_size) {

@@ -117,5 +117,5 @@ async fn counted(state: &ApiState, request: Request) -> Result<usize, ApiError> 
     let Body { mut fields, num_bytes } = body::read(request, state.limits.body).await?;
     fields.take("max_tokens");
     let fields = request::rewritten(fields)?;
-    Ok(chat::count(state, caller, Body { fields, num_bytes }).await?)
+    chat::count(state, caller, Body { fields, num_bytes }).await
 }

@@ -135,9 +135,7 @@ impl EventWriter {
     fn response(&self, status: &'static str) -> ResponseObject<'_> {
         let (accepted, echo) = (&self.answer.accepted, &self.echo);
         let defaults = &accepted.model.defaults;
-        let or = |given: &Value, default: Option<f32>| {
-            given.as_f64().unwrap_or_else(|| default.map_or(1.0, |value| f64::from(value)))
-        };
+        let or = |given: &Value, default: Option<f32>| given.as_f64().unwrap_or_else(|| default.map_or(1.0, f64::from));
         ResponseObject {
             id: &accepted.id,
             object: "response",
