@@ -91,8 +91,8 @@ fn tiny_models_compute_what_transformers_computes_in_every_type() {
 
 #[test]
 fn smollm2_computes_what_transformers_computes() {
-    let (Some(quantised), Some(half)) = (smollm2(), smollm2_bf16()) else { return };
     let cluster = cluster();
+    let (Some(quantised), Some(half)) = (smollm2(), smollm2_bf16()) else { return };
     for size in sizes() {
         let common = ["--tensor-parallel-size", size, "--max-num-seqs", "16", "--dtype"];
         for model in [&quantised, &half] {

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::process::{build_with, output, root};
 
 /// Prompt and answer of the decode figures.
-const LENGTH: &str = "128";
+const LENGTH: u32 = 128;
 /// Batches of the decode figures.
 const BATCHES: [u32; 5] = [1, 8, 32, 128, 256];
 /// Prompts, and tokens of each, of the prefill figure.
@@ -68,7 +68,15 @@ struct Figure {
     what: String,
     value: f64,
     unit: &'static str,
-    detail: Value,
+}
+
+/// What was found so far.
+#[derive(Default)]
+struct Results {
+    figures: Vec<Figure>,
+    /// All that `coordinator bench` said.
+    details: Vec<Value>,
+    failures: Vec<String>,
 }
 
 /// A head of its own; it ends with this value.
@@ -99,7 +107,7 @@ impl Head {
     }
 
     /// Runs `coordinator bench`, and gives its result.
-    fn bench(&self, arguments: &[&str]) -> anyhow::Result<Value> {
+    fn bench(&self, arguments: &[String]) -> anyhow::Result<Value> {
         let text = output(self.command(&["bench"]).args(arguments).args(["--base-url", &self.http, "--json"]))?;
         let result: Value = serde_json::from_str(&text).context("bench --json is not JSON")?;
         Ok(result["result"].clone())
@@ -131,40 +139,31 @@ pub fn run_packed(flags: &BenchFlags) -> anyhow::Result<()> {
 
 /// Measures, prints the table, writes the figures.
 fn run(flags: &BenchFlags, programs: &Path, configs: &Path) -> anyhow::Result<()> {
-    let mut figures = Vec::new();
-    let mut failures = Vec::new();
+    let mut results = Results::default();
     for model in &flags.models {
-        let (name, size) = model.split_once(':').with_context(|| format!("{model:?} is not like llama-3-8b:2"))?;
-        let size: u32 = size.parse().with_context(|| format!("{model:?} is not like llama-3-8b:2"))?;
-        // What one model cannot do must not cost the figures of the others.
-        if let Err(error) = measure(flags, programs, &configs.join(name), name, size, &mut figures) {
-            eprintln!("{name} TP {size}: {error:#}");
-            failures.push(format!("{name} TP {size}: {error:#}"));
+        let parsed = model.split_once(':').and_then(|(name, size)| Some((name, size.parse::<u32>().ok()?)));
+        let (name, size) = parsed.with_context(|| format!("{model:?} is not like llama-3-8b:2"))?;
+        if let Err(error) = measure(flags, programs, &configs.join(name), (name, size), &mut results) {
+            results.fail(model, "serve", &error);
         }
     }
-    print_table(&figures);
-    let entry = |figure: &Figure| {
-        let Figure { model, what, value, unit, detail } = figure;
-        json!({"model": model, "what": what, "value": value, "unit": unit, "detail": detail})
-    };
-    let all = json!({"figures": figures.iter().map(entry).collect::<Vec<_>>(), "failures": failures});
+    print_table(&results.figures);
+    let all = results.to_json();
     if let Some(path) = &flags.output {
         fs::write(path, format!("{all:#}\n")).with_context(|| format!("cannot write {}", path.display()))?;
     }
     println!("\n{all}");
-    if failures.is_empty() { Ok(()) } else { bail!("{} of the models failed", failures.len()) }
+    if results.failures.is_empty() { Ok(()) } else { bail!("{} figures failed", results.failures.len()) }
 }
 
-/// Every figure of one served model.
+/// Every figure of one served model; what one of them cannot do must not cost the others.
 fn measure(
     flags: &BenchFlags,
     programs: &Path,
     config: &Path,
-    name: &str,
-    size: u32,
-    figures: &mut Vec<Figure>,
+    (name, size): (&str, u32),
+    results: &mut Results,
 ) -> anyhow::Result<()> {
-    let label = format!("{name} TP {size}");
     let head = Head::start(programs, &flags.device, size)?;
     let path = config.to_str().context("a folder whose name cannot be typed")?;
     let size = size.to_string();
@@ -173,45 +172,81 @@ fn measure(
     let started = Instant::now();
     let more = flags.serve_flags.split_whitespace();
     output(head.command(&serve).args(limits).args(more)).context("the model is not served")?;
-    let mut add = |what: String, value: f64, unit: &'static str, detail: Value| {
-        eprintln!("{label}: {what}: {value:.3} {unit}");
-        figures.push(Figure { model: label.clone(), what, value, unit, detail });
-    };
-    add("ready, cold".into(), started.elapsed().as_secs_f64(), "s", Value::Null);
-    let iterations = flags.iterations.to_string();
+    let model = format!("{name} TP {size}");
+    results.add(&model, "ready, cold", started.elapsed().as_secs_f64(), "s");
     for batch in &flags.batches {
-        let batch = batch.to_string();
-        let lengths = ["latency", "--input-len", LENGTH, "--output-len", LENGTH, "--batch-size", &batch];
-        let counts = ["--num-iters", &iterations, "--num-iters-warmup", "1"];
-        let result = head.bench(&[&lengths[..], &counts].concat())?;
-        let per_token = result["summary"]["tpot_ms"]["mean"].as_f64().unwrap_or(f64::NAN);
-        let per_second = result["summary"]["output_tokens_per_s"].as_f64().unwrap_or(f64::NAN);
-        add(format!("decode, batch {batch}, per token"), per_token, "ms", Value::Null);
-        add(format!("decode, batch {batch}"), per_second, "tok/s", result);
+        let what = format!("decode, batch {batch}");
+        let arguments = latency(LENGTH, LENGTH, *batch, flags.iterations);
+        if let Some(result) = results.attempt(&model, &what, head.bench(&arguments)) {
+            results.add(&model, &format!("{what}, per token"), number(&result, "/summary/tpot_ms/mean"), "ms");
+            results.add(&model, &what, number(&result, "/summary/output_tokens_per_s"), "tok/s");
+        }
     }
     let (prompts, tokens) = PREFILL;
-    let (batch, input) = (prompts.to_string(), tokens.to_string());
-    let lengths = ["latency", "--input-len", &input, "--output-len", "1", "--batch-size", &batch];
-    let result = head.bench(&[&lengths[..], &["--num-iters", "3", "--num-iters-warmup", "1"]].concat())?;
-    let milliseconds = result["batch_ms"]["mean"].as_f64().unwrap_or(f64::NAN);
-    let per_second = f64::from(prompts * tokens) / milliseconds * 1e3;
-    add(format!("prefill, {prompts} x {tokens}"), per_second, "tok/s", result);
+    let what = format!("prefill, {prompts} x {tokens}");
+    if let Some(result) = results.attempt(&model, &what, head.bench(&latency(tokens, 1, prompts, 3))) {
+        let seconds = number(&result, "/batch_ms/mean") / 1e3;
+        results.add(&model, &what, f64::from(prompts * tokens) / seconds, "tok/s");
+    }
     if let Some(lengths) = &flags.lengths {
-        let lengths = lengths.to_str().context("a file whose name cannot be typed")?;
-        let result = head.bench(&["throughput", "--lengths", lengths])?;
-        let per_second = result["summary"]["total_tokens_per_s"].as_f64().unwrap_or(f64::NAN);
-        let outputs = result["summary"]["output_tokens_per_s"].as_f64().unwrap_or(f64::NAN);
-        add("mixed job, all tokens".into(), per_second, "tok/s", result);
-        add("mixed job, answers".into(), outputs, "tok/s", Value::Null);
+        let arguments = ["throughput", "--lengths", &lengths.to_string_lossy()].map(str::to_owned);
+        if let Some(result) = results.attempt(&model, "mixed job", head.bench(&arguments)) {
+            results.add(&model, "mixed job, all tokens", number(&result, "/summary/total_tokens_per_s"), "tok/s");
+            results.add(&model, "mixed job, answers", number(&result, "/summary/output_tokens_per_s"), "tok/s");
+        }
     }
     Ok(())
+}
+
+/// One batch at a time, after one that is not counted.
+fn latency(input: u32, output: u32, batch: u32, iterations: u32) -> Vec<String> {
+    let flags = [("input-len", input), ("output-len", output), ("batch-size", batch), ("num-iters", iterations)];
+    let flags = flags.into_iter().chain([("num-iters-warmup", 1)]);
+    let words = flags.flat_map(|(name, value)| [format!("--{name}"), value.to_string()]);
+    std::iter::once("latency".to_owned()).chain(words).collect()
+}
+
+fn number(result: &Value, at: &str) -> f64 {
+    result.pointer(at).and_then(Value::as_f64).unwrap_or(f64::NAN)
+}
+
+impl Results {
+    fn add(&mut self, model: &str, what: &str, value: f64, unit: &'static str) {
+        eprintln!("{model}: {what}: {value:.3} {unit}");
+        self.figures.push(Figure { model: model.to_owned(), what: what.to_owned(), value, unit });
+    }
+
+    /// Keeps the whole of a result, or what went wrong.
+    fn attempt(&mut self, model: &str, what: &str, result: anyhow::Result<Value>) -> Option<Value> {
+        match result {
+            Ok(result) => {
+                self.details.push(json!({"model": model, "what": what, "result": &result}));
+                Some(result)
+            }
+            Err(error) => {
+                self.fail(model, what, &error);
+                None
+            }
+        }
+    }
+
+    fn fail(&mut self, model: &str, what: &str, error: &anyhow::Error) {
+        eprintln!("{model}: {what}: {error:#}");
+        self.failures.push(format!("{model}: {what}: {error:#}"));
+    }
+
+    fn to_json(&self) -> Value {
+        let figure = |Figure { model, what, value, unit }: &Figure| json!({"model": model, "what": what, "value": value, "unit": unit});
+        let figures: Vec<Value> = self.figures.iter().map(figure).collect();
+        json!({"figures": figures, "failures": self.failures, "details": self.details})
+    }
 }
 
 fn print_table(figures: &[Figure]) {
     let width = |of: fn(&Figure) -> usize| figures.iter().map(of).max().unwrap_or(0);
     let (models, whats) = (width(|figure| figure.model.len()), width(|figure| figure.what.len()));
     println!();
-    for Figure { model, what, value, unit, .. } in figures {
+    for Figure { model, what, value, unit } in figures {
         println!("{model:models$}  {what:whats$}  {value:>12.2} {unit}");
     }
 }
