@@ -22,6 +22,9 @@ pub struct HostMatrix {
     pub data: Vec<u8>,
 }
 
+/// Writes the bytes of a range of rows.
+type ReadBytes<'a> = dyn Fn(Range<usize>, &mut [u8]) + Sync + 'a;
+
 /// A weight matrix `[rows, cols]` that is read when a device wants it: by ranges of rows, from several threads at once.
 pub struct MatrixSource<'a> {
     /// Stored format.
@@ -30,7 +33,7 @@ pub struct MatrixSource<'a> {
     pub rows: usize,
     /// Input width K.
     pub cols: usize,
-    read: Box<dyn Fn(Range<usize>, &mut [u8]) + Sync + 'a>,
+    read: Box<ReadBytes<'a>>,
 }
 
 impl<'a> MatrixSource<'a> {

@@ -28,6 +28,9 @@ const READERS_MAX: usize = 8;
 /// Fewest bytes that are worth a thread.
 const READER_BYTES_MIN: usize = 1 << 20;
 
+/// Writes a range of units, in the device's type.
+type ReadPart<'a> = dyn Fn(Range<usize>, &mut [u8]) -> Result<(), KernelError> + Sync + 'a;
+
 /// The way of weights to the device.
 pub(super) struct Uploader {
     ring: PinnedRing,
@@ -94,12 +97,7 @@ impl CudaOps {
     }
 
     /// Fills `to` with units of `unit_bytes`, which `read` writes by ranges, from several threads at once.
-    fn send(
-        &mut self,
-        to: Span,
-        unit_bytes: usize,
-        read: &(dyn Fn(Range<usize>, &mut [u8]) -> Result<(), KernelError> + Sync),
-    ) -> Result<(), KernelError> {
+    fn send(&mut self, to: Span, unit_bytes: usize, read: &ReadPart<'_>) -> Result<(), KernelError> {
         if to.is_empty() {
             return Ok(());
         }
@@ -128,7 +126,7 @@ fn read_parallel(
     units: Range<usize>,
     unit_bytes: usize,
     out: &mut [u8],
-    read: &(dyn Fn(Range<usize>, &mut [u8]) -> Result<(), KernelError> + Sync),
+    read: &ReadPart<'_>,
 ) -> Result<(), KernelError> {
     let readers = num_readers.min(out.len() / READER_BYTES_MIN).max(1);
     let share = units.len().div_ceil(readers);
