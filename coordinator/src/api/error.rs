@@ -13,6 +13,9 @@ use serde::Serialize;
 use crate::engine::EngineError;
 use crate::text::TextError;
 
+/// When a model that is starting is worth another try.
+const NOT_READY_RETRY_AFTER: Duration = Duration::from_secs(1);
+
 /// Why a request is refused or given up.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
@@ -91,6 +94,12 @@ pub enum ApiError {
     /// No deployment answers to the name.
     #[error("The model `{model}` does not exist.")]
     UnknownModel {
+        /// The name.
+        model: String,
+    },
+    /// The deployment of that name does not serve yet, or not again.
+    #[error("The model `{model}` is not ready yet: its ranks are starting. Try again in a moment.")]
+    NotReady {
         /// The name.
         model: String,
     },
@@ -190,7 +199,9 @@ impl ApiError {
             Self::UnknownModel { .. } | Self::UnknownRoute { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::NothingServed | Self::Unhealthy { .. } | Self::EngineGone => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NotReady { .. } | Self::NothingServed | Self::Unhealthy { .. } | Self::EngineGone => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::TokenizerThread(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Engine(error) => engine_status(error),
             _ => StatusCode::BAD_REQUEST,
@@ -229,6 +240,7 @@ impl ApiError {
     fn code(&self) -> Option<&'static str> {
         match self {
             Self::UnknownModel { .. } => Some("model_not_found"),
+            Self::NotReady { .. } => Some("model_not_ready"),
             Self::NothingServed => Some("no_model"),
             Self::ContextLength { .. } => Some("context_length_exceeded"),
             Self::Unsupported { .. } => Some("unsupported_parameter"),
@@ -248,6 +260,7 @@ impl ApiError {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Engine(EngineError::QueueFull { retry_after, .. }) => Some(*retry_after),
+            Self::NotReady { .. } => Some(NOT_READY_RETRY_AFTER),
             _ => None,
         }
     }

@@ -4,6 +4,7 @@
 //!
 //! **Invariant:** a model in the table has a running engine; served names are unique.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use phalanx_formats::GenerationDefaults;
@@ -63,6 +64,8 @@ fn trimmed(path: &str) -> &str {
 #[derive(Clone, Default)]
 pub struct ServedModels {
     models: Arc<RwLock<Vec<Arc<ServedModel>>>>,
+    /// Names of deployments whose ranks are started, or found again, and do not answer yet.
+    expected: Arc<RwLock<BTreeSet<String>>>,
 }
 
 impl ServedModels {
@@ -73,8 +76,19 @@ impl ServedModels {
         models.push(Arc::new(model));
     }
 
+    /// Notes a name that will answer: until then requests are told to come back rather than that the model is unknown.
+    pub fn expect(&self, name: &str) {
+        self.expected.write().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+    }
+
+    /// Whether a deployment of that name is on its way.
+    pub fn is_expected(&self, asked: &str) -> bool {
+        self.expected.read().unwrap_or_else(PoisonError::into_inner).contains(asked)
+    }
+
     /// Takes a model out; requests that run keep it until they end.
     pub fn remove(&self, name: &str) {
+        self.expected.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         self.models.write().unwrap_or_else(PoisonError::into_inner).retain(|model| model.name != name);
     }
 

@@ -60,7 +60,10 @@ impl Accepted {
 /// No such model.
 pub fn find_model(models: &ServedModels, asked: Option<&str>) -> Result<Arc<ServedModel>, ApiError> {
     match asked {
-        Some(name) => models.lookup(name).ok_or_else(|| ApiError::UnknownModel { model: name.to_owned() }),
+        Some(name) => models.lookup(name).ok_or_else(|| match models.is_expected(name) {
+            true => ApiError::NotReady { model: name.to_owned() },
+            false => ApiError::UnknownModel { model: name.to_owned() },
+        }),
         None => models.list().into_iter().next().ok_or(ApiError::NothingServed),
     }
 }

@@ -34,6 +34,7 @@ pub(super) async fn keep_table(models: ServedModels, mut changes: mpsc::Receiver
         match change {
             ServingChange::Starting(checked) => {
                 let name = checked.spec.name.clone();
+                models.expect(&name.0);
                 loading.insert(name, tokio::task::spawn_blocking(move || load(&checked)));
             }
             ServingChange::Ready { checked, engines, done } => {
