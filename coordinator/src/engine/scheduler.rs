@@ -204,7 +204,10 @@ impl Scheduler {
         }
         self.plan_decodes(&mut draft, blocks);
         draft.num_decode = draft.rows.len() as u32;
-        let prefill_max = self.step_time.num_prefill_tokens(draft.num_decode, self.limits.step_time_budget);
+        let num_behind =
+            self.running.len() as u32 - draft.num_decode + self.waiting.len().min(self.free_slots.len()) as u32;
+        let budget = self.limits.step_time_budget;
+        let prefill_max = self.step_time.num_prefill_tokens(draft.num_decode, num_behind, budget);
         draft.prefill_left = prefill_max.min(draft.tokens_left);
         self.plan_chunks(&mut draft);
         self.start_waiting(&mut draft, blocks);
