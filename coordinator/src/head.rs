@@ -30,8 +30,12 @@ use crate::cluster::membership::ClusterServer;
 use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, StatusBoard};
 use crate::config::{Home, defaults};
 use crate::dashboard;
+use crate::security::key_file::{KeyFile, KeyFileError};
+use crate::security::keys::KeyRing;
 use crate::store::{Store, StoreError, StoreWriter};
 
+/// Time between two writings of what keys have used.
+const USAGE_INTERVAL: Duration = Duration::from_secs(10);
 /// Time for open connections when the head ends.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -66,6 +70,9 @@ pub enum HeadError {
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The API keys cannot be read: nobody is let in on a guess.
+    #[error(transparent)]
+    Keys(#[from] KeyFileError),
     /// A socket that is bound cannot be served.
     #[error("cannot serve {purpose}: {source}")]
     Socket {
@@ -199,7 +206,10 @@ impl BoundHead {
         tokio::spawn(serving::keep_table(models.clone(), changes));
         let (end, ended) = watch::channel(false);
         let mut servers = cluster_servers(&handle, &board, cluster, unix.map(|(_, listener)| listener), &ended)?;
-        servers.push(http_server("HTTP", http, api_router(models, &board, &options.api_keys), ended.clone())?);
+        servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
+        let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
+        servers.push(tokio::spawn(keep_usage(Arc::clone(&keys), ended.clone())));
+        servers.push(http_server("HTTP", http, api_router(models, &board, keys), ended.clone())?);
         servers.push(http_server("the dashboard", dashboard, dashboard::router(board), ended)?);
         lock.write(&record)?;
         info!(
@@ -246,10 +256,30 @@ fn restored(store: &Store) -> Result<Vec<DeploymentRecord>, StoreError> {
     Ok(restored)
 }
 
-fn api_router(models: ServedModels, board: &StatusBoard, api_keys: &[String]) -> axum::Router {
+/// Writes lines of throughput and queues until the end.
+async fn log_stats(models: ServedModels, ended: watch::Receiver<bool>) {
+    tokio::select! {
+        () = api::stats::log(models) => {}
+        () = until(ended) => {}
+    }
+}
+
+/// Writes what keys have used, now and then and at the end.
+async fn keep_usage(keys: Arc<KeyRing>, mut ended: watch::Receiver<bool>) {
+    loop {
+        let ending = tokio::time::timeout(USAGE_INTERVAL, ended.wait_for(|ended| *ended)).await.is_ok();
+        let keys = Arc::clone(&keys);
+        let _ = tokio::task::spawn_blocking(move || keys.save_usage()).await;
+        if ending {
+            return;
+        }
+    }
+}
+
+fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>) -> axum::Router {
     let board = board.clone();
     let mut state = ApiState::new(models, Arc::new(move || board.snapshot()));
-    state.api_keys = api_keys.into();
+    state.keys = keys;
     api::router(state)
 }
 

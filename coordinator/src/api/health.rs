@@ -5,7 +5,8 @@
 
 use axum::extract::State;
 use axum::{Json, Router, routing};
-use serde_json::{Value, json};
+use schemars::JsonSchema;
+use serde::Serialize;
 use tokio::time::Instant;
 
 use super::ApiState;
@@ -20,7 +21,19 @@ pub fn routes() -> Router<ApiState> {
         .route("/version", routing::get(version))
 }
 
-async fn health(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> {
+/// All is well.
+#[derive(Serialize, JsonSchema)]
+pub struct Status {
+    status: &'static str,
+}
+
+/// The version of this server.
+#[derive(Serialize, JsonSchema)]
+pub struct Version {
+    version: &'static str,
+}
+
+async fn health(State(state): State<ApiState>) -> Result<Json<Status>, ApiError> {
     let models = state.models.list();
     if models.is_empty() {
         return Err(ApiError::Unhealthy { reason: why_nothing_is_served(&state) });
@@ -30,7 +43,7 @@ async fn health(State(state): State<ApiState>) -> Result<Json<Value>, ApiError> 
             return Err(ApiError::Unhealthy { reason: format!("{}: {trouble}", model.name) });
         }
     }
-    Ok(Json(json!({"status": "ok"})))
+    Ok(Json(Status { status: "ok" }))
 }
 
 fn why_nothing_is_served(state: &ApiState) -> String {
@@ -45,10 +58,10 @@ fn why_nothing_is_served(state: &ApiState) -> String {
     if waiting.is_empty() { "no model is served".into() } else { waiting.join("; ") }
 }
 
-async fn live() -> Json<Value> {
-    Json(json!({"status": "ok"}))
+async fn live() -> Json<Status> {
+    Json(Status { status: "ok" })
 }
 
-async fn version() -> Json<Value> {
-    Json(json!({"version": phalanx_proto::VERSION}))
+async fn version() -> Json<Version> {
+    Json(Version { version: phalanx_proto::VERSION })
 }

@@ -4,12 +4,13 @@
 //!
 //! **Invariant:** a model in the table has a running engine; served names are unique.
 
-use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use phalanx_formats::GenerationDefaults;
 use phalanx_proto::TokenId;
 
+use super::admission::Admission;
 use crate::engine::Replicas;
 use crate::text::TextModel;
 
@@ -31,6 +32,12 @@ pub struct ServedModel {
     pub created: u64,
     /// The model's own sampling defaults.
     pub defaults: GenerationDefaults,
+    /// Longest wait of a request in the queue, where there is a limit.
+    pub queue_timeout: Option<Duration>,
+    /// Whether its throughput and queues are written into the log.
+    pub log_stats: bool,
+    /// Its door.
+    pub admission: Admission,
     /// Tokens that end an answer, from all the places where a model names them.
     pub end_token_ids: Vec<TokenId>,
 }
@@ -64,8 +71,6 @@ fn trimmed(path: &str) -> &str {
 #[derive(Clone, Default)]
 pub struct ServedModels {
     models: Arc<RwLock<Vec<Arc<ServedModel>>>>,
-    /// Names of deployments whose ranks are started, or found again, and do not answer yet.
-    expected: Arc<RwLock<BTreeSet<String>>>,
 }
 
 impl ServedModels {
@@ -76,19 +81,8 @@ impl ServedModels {
         models.push(Arc::new(model));
     }
 
-    /// Notes a name that will answer: until then requests are told to come back rather than that the model is unknown.
-    pub fn expect(&self, name: &str) {
-        self.expected.write().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
-    }
-
-    /// Whether a deployment of that name is on its way.
-    pub fn is_expected(&self, asked: &str) -> bool {
-        self.expected.read().unwrap_or_else(PoisonError::into_inner).contains(asked)
-    }
-
     /// Takes a model out; requests that run keep it until they end.
     pub fn remove(&self, name: &str) {
-        self.expected.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         self.models.write().unwrap_or_else(PoisonError::into_inner).retain(|model| model.name != name);
     }
 

@@ -6,7 +6,7 @@
 //! **Invariant:** a stream yields exactly one `Finished` or `Failed`, whatever becomes of the engine.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use phalanx_proto::{Epoch, SeqId};
@@ -201,13 +201,20 @@ impl EngineHandle {
         let id = SeqId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let capacity = (max_tokens.get() as usize).saturating_add(OTHER_EVENTS_MAX);
         let (stream, events) = mpsc::channel(capacity);
-        submission.send(Command::Submit { sequence: Box::new(Sequence::new(id, request, max_tokens)), stream });
-        Ok(TokenStream { id, events, cancellation: Some(cancellation), shared: Arc::clone(&self.shared) })
+        let sequence = Box::new(Sequence::new(id, request, max_tokens));
+        let started = sequence.started();
+        submission.send(Command::Submit { sequence, stream });
+        Ok(TokenStream { id, events, cancellation: Some(cancellation), started, shared: Arc::clone(&self.shared) })
     }
 
     /// The engine now.
     pub fn snapshot(&self) -> EngineSnapshot {
         *self.shared.snapshot.borrow()
+    }
+
+    /// Requests that it has accepted and that have not ended.
+    pub fn num_accepted(&self) -> u32 {
+        self.shared.num_accepted.load(Ordering::Acquire)
     }
 
     /// What it accepts.
@@ -297,6 +304,7 @@ pub struct TokenStream {
     events: mpsc::Receiver<TokenEvent>,
     /// The place of the cancellation; none once the last event was read.
     cancellation: Option<mpsc::OwnedPermit<Command>>,
+    started: Arc<AtomicBool>,
     shared: Arc<Shared>,
 }
 
@@ -310,6 +318,11 @@ impl TokenStream {
     /// The engine's name for the sequence, for logs.
     pub fn seq_id(&self) -> SeqId {
         self.id
+    }
+
+    /// True once the sequence has left the queue.
+    pub fn has_started(&self) -> bool {
+        self.started.load(Ordering::Acquire)
     }
 
     /// The next event; none after the last one.

@@ -85,6 +85,17 @@ impl Replicas {
         sum
     }
 
+    /// How many there are.
+    #[expect(clippy::len_without_is_empty, reason = "there is always one")]
+    pub fn len(&self) -> u32 {
+        self.others.len() as u32 + 1
+    }
+
+    /// Requests that they have accepted and that have not ended.
+    pub fn num_accepted(&self) -> u32 {
+        self.engines().map(EngineHandle::num_accepted).sum()
+    }
+
     /// What each accepts.
     pub fn limits(&self) -> &EngineLimits {
         self.first.limits()

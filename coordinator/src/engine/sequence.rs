@@ -6,6 +6,8 @@
 //! **Invariant:** `num_planned` never passes the known tokens plus those in flight.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use phalanx_proto::{PlanRow, PromptLogprobs, SamplingParams, SeqId, SeqSlot, StepId, TokenId, TokenLogprobs};
 
@@ -69,6 +71,8 @@ pub struct Sequence {
     num_breaks: u32,
     /// It has its steps for itself until it has so many tokens.
     alone_until: usize,
+    /// True once it has been in the batch; the stream's side reads it.
+    started: Arc<AtomicBool>,
 }
 
 impl Sequence {
@@ -89,7 +93,13 @@ impl Sequence {
             hashes: Vec::new(),
             num_breaks: 0,
             alone_until: 0,
+            started: Arc::default(),
         }
+    }
+
+    /// True once it has been in the batch, for whoever waits for it.
+    pub fn started(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.started)
     }
 
     /// Its epoch has ended: what it held and what was in flight is gone. Where it was in the batch, gives how many epochs have
@@ -178,6 +188,7 @@ impl Sequence {
 
     /// Enters the batch. The first positions of the table that come from the cache are computed already.
     pub fn start(&mut self, slot: SeqSlot, blocks: BlockTable, block_size: u32) {
+        self.started.store(true, Ordering::Release);
         let num_cached = blocks.num_cached() as u32 * block_size;
         self.num_cached_tokens.get_or_insert(num_cached.min(self.num_prompt_tokens));
         self.phase = Phase::Running(Residence {

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::warn;
 
-use crate::api::{ServedModel, ServedModels};
+use crate::api::{Admission, ServedModel, ServedModels};
 use crate::cluster::{CheckedSpec, ServingChange};
 use crate::engine::{EngineHandle, Replicas};
 use crate::text::{TextError, TextModel};
@@ -34,7 +34,6 @@ pub(super) async fn keep_table(models: ServedModels, mut changes: mpsc::Receiver
         match change {
             ServingChange::Starting(checked) => {
                 let name = checked.spec.name.clone();
-                models.expect(&name.0);
                 loading.insert(name, tokio::task::spawn_blocking(move || load(&checked)));
             }
             ServingChange::Ready { checked, engines, done } => {
@@ -98,6 +97,9 @@ fn insert(
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         defaults: side.defaults,
         end_token_ids: side.end_token_ids,
+        queue_timeout: spec.queue_timeout,
+        admission: Admission::default(),
+        log_stats: !spec.disable_log_stats,
     });
     Ok(())
 }

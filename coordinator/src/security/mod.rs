@@ -1,7 +1,10 @@
-//! Secrets of one life of the head: launch tokens for ranks and keys for groups.
+//! Secrets: of one life of the head, launch tokens for ranks and keys for groups; of the store, API keys.
 //!
 //! **Invariant:** a secret comes from the operating system's random numbers, is never logged and never leaves the
 //! process except to the agent or rank that it is for.
+
+pub mod key_file;
+pub mod keys;
 
 use std::fmt;
 
