@@ -7,11 +7,15 @@
 
 mod client;
 mod cluster;
+mod company;
 mod convert;
 mod golden;
+mod lasting;
 mod network;
 
 pub use client::{Completion, Http, Stream, StreamEnd};
 pub use cluster::{Cluster, Finished, Node, Processes, wait_for};
+pub use company::{Company, Random, Work};
 pub use golden::{Golden, GoldenPrompt, golden, goldens, smollm2, smollm2_bf16};
+pub use lasting::Lasting;
 pub use network::TwoHosts;
