@@ -27,11 +27,12 @@ pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
 
 use crate::api::{self, ApiState, ServedModels};
 use crate::cluster::membership::ClusterServer;
-use crate::cluster::{self, ClusterHandle, ClusterSettings, StatusBoard};
+use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, StatusBoard};
 use crate::config::{Home, defaults};
+use crate::dashboard;
 use crate::security::key_file::{KeyFile, KeyFileError};
 use crate::security::keys::KeyRing;
-use crate::{dashboard, store};
+use crate::store::{Store, StoreError, StoreWriter};
 
 /// Time between two writings of what keys have used.
 const USAGE_INTERVAL: Duration = Duration::from_secs(10);
@@ -69,15 +70,9 @@ pub enum HeadError {
     /// The API keys cannot be read: nobody is let in on a guess.
     #[error(transparent)]
     Keys(#[from] KeyFileError),
-    /// The store cannot be written.
-    #[error("cannot use {path}: {source}")]
-    Store {
-        /// Its folder.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A socket that is bound cannot be served.
     #[error("cannot serve {purpose}: {source}")]
     Socket {
@@ -186,8 +181,9 @@ impl BoundHead {
     /// The store or a socket cannot be used.
     pub fn start(self) -> Result<RunningHead, HeadError> {
         let Self { options, lock, cluster, http, dashboard, status, local_address } = self;
-        let store_dir = options.home.store_dir();
-        let term = store::next_term(&store_dir).map_err(|source| HeadError::Store { path: store_dir, source })?;
+        let store = Store::open(&options.home.store_dir())?;
+        let term = store.next_term()?;
+        let restored = restored(&store)?;
         let unix = unix_socket(&options.home);
         let socket = unix.as_ref().map(|(path, _)| path.clone());
         let record = HeadRecord {
@@ -201,10 +197,12 @@ impl BoundHead {
         };
         let head_socket =
             socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
-        let settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
+        let mut settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
+        let writer = StoreWriter::spawn(store);
+        settings.store = Some(writer.map_err(|source| HeadError::Socket { purpose: "the store", source })?);
         let models = ServedModels::default();
         let (serving, changes) = mpsc::channel(defaults::PEER_QUEUE);
-        let (handle, board) = cluster::start(settings, serving);
+        let (handle, board) = cluster::start(settings, restored, serving);
         tokio::spawn(serving::keep_table(models.clone(), changes));
         let (end, ended) = watch::channel(false);
         let mut servers = cluster_servers(&handle, &board, cluster, unix.map(|(_, listener)| listener), &ended)?;
@@ -264,6 +262,18 @@ async fn keep_usage(keys: Arc<KeyRing>, mut ended: watch::Receiver<bool>) {
             return;
         }
     }
+}
+
+/// What an earlier head has left. A record that cannot be read is named and passed over: the others come back.
+fn restored(store: &Store) -> Result<Vec<DeploymentRecord>, StoreError> {
+    let mut restored = Vec::new();
+    for (name, bytes) in store.deployments()? {
+        match DeploymentRecord::from_bytes(&bytes) {
+            Ok(record) => restored.push(record),
+            Err(error) => error!(group_id = name, %error, "deployment does not come back: its record cannot be read"),
+        }
+    }
+    Ok(restored)
 }
 
 fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>) -> axum::Router {

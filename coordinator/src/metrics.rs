@@ -20,7 +20,7 @@ pub const REQUESTS_FINISHED: &str = "phalanx_requests_finished_total";
 pub const PROMPT_TOKENS: &str = "phalanx_prompt_tokens_total";
 /// Tokens generated.
 pub const GENERATION_TOKENS: &str = "phalanx_generation_tokens_total";
-/// Prompt tokens that were looked up in the prefix cache, in this epoch.
+/// Prompt tokens that were looked up in the prefix cache.
 pub const PREFIX_CACHE_QUERIES: &str = "phalanx_prefix_cache_queries_total";
 /// Of these, tokens whose KV blocks were there.
 pub const PREFIX_CACHE_HITS: &str = "phalanx_prefix_cache_hits_total";
@@ -56,10 +56,16 @@ pub const KV_BLOCKS: &str = "phalanx_kv_blocks";
 pub const KV_BLOCKS_FREE: &str = "phalanx_kv_blocks_free";
 /// Share of KV blocks in use, 0 to 1.
 pub const KV_CACHE_USAGE: &str = "phalanx_kv_cache_usage_ratio";
-/// Steps done in this epoch.
+/// Steps done, in all epochs.
 pub const STEPS: &str = "phalanx_steps_total";
-/// Sequences that gave their KV blocks back and started again, in this epoch.
+/// Sequences that gave their KV blocks back and started again, in all epochs.
 pub const PREEMPTIONS: &str = "phalanx_preemptions_total";
+/// Sequences that went on in a new epoch after their group broke.
+pub const REPLAYS: &str = "phalanx_replays_total";
+/// The epoch: grows with each group that was started again.
+pub const EPOCH: &str = "phalanx_epoch";
+/// Steps that a rank has answered, by `deployment`, `replica` and `rank`.
+pub const RANK_STEPS: &str = "phalanx_rank_steps_total";
 
 /// Names of another server that boards and autoscalers know, and ours that they stand for.
 pub const ALIASES: &[(&str, &str)] = &[

@@ -63,8 +63,6 @@ pub struct ApiLimits {
     pub body: BodyLimits,
     /// A comment is sent on a stream that is silent for so long; proxies cut idle streams.
     pub sse_keep_alive: Option<Duration>,
-    /// An engine that has work and makes no step for so long is not healthy.
-    pub stall_max: Duration,
 }
 
 impl Default for ApiLimits {
@@ -72,7 +70,6 @@ impl Default for ApiLimits {
         Self {
             body: BodyLimits { bytes_max: 32 << 20, time_max: Duration::from_secs(60) },
             sse_keep_alive: Some(Duration::from_secs(15)),
-            stall_max: Duration::from_secs(60),
         }
     }
 }
@@ -88,13 +85,12 @@ pub struct ApiState {
     pub keys: Arc<KeyRing>,
     /// Limits.
     pub limits: ApiLimits,
-    progress: Arc<health::ProgressWatch>,
 }
 
 impl ApiState {
     /// A state with default limits and no keys.
     pub fn new(models: ServedModels, status: Arc<dyn Fn() -> StatusSnapshot + Send + Sync>) -> Self {
-        Self { models, status, keys: Arc::default(), limits: ApiLimits::default(), progress: Arc::default() }
+        Self { models, status, keys: Arc::default(), limits: ApiLimits::default() }
     }
 }
 

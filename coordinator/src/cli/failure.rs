@@ -108,7 +108,7 @@ impl From<HeadError> for CliError {
                 .with_hint("coordinator stop ends it; another PHALANX_HOME is another cluster"),
             HeadError::Port(PortError::Taken { .. }) => Self::failed("port_taken", message),
             HeadError::Port(PortError::Host { .. }) => Self::failed("host", message),
-            HeadError::Home(_) | HeadError::Store { .. } | HeadError::Socket { .. } | HeadError::Keys(_) => {
+            HeadError::Home(_) | HeadError::Store(_) | HeadError::Socket { .. } | HeadError::Keys(_) => {
                 Self::failed("io", message)
             }
         }

@@ -20,6 +20,11 @@ impl LaunchToken {
         Self(format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple()))
     }
 
+    /// One that was given to a rank earlier.
+    pub fn known(text: String) -> Self {
+        Self(text)
+    }
+
     /// The text for the agent.
     pub fn reveal(&self) -> &str {
         &self.0

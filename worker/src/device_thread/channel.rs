@@ -1,7 +1,7 @@
 //! The device thread's two channels: what the head says, and what it is told.
 
 use std::cell::Cell;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use phalanx_proto::{HeadMessage, LoadModel, Phase, RankEvent};
@@ -104,6 +104,15 @@ impl Head {
         self.inbox.recv().map_err(|_| self.gone())
     }
 
+    /// What the head has sent already.
+    pub(super) fn try_next(&mut self) -> Result<Option<HeadMessage>, WorkerError> {
+        match self.inbox.try_recv() {
+            Ok(message) => Ok(Some(message)),
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Err(self.gone()),
+        }
+    }
+
     fn wait(&mut self, expected: &'static str, deadline: Duration) -> Result<HeadMessage, WorkerError> {
         match self.inbox.recv_timeout(deadline) {
             Ok(HeadMessage::Shutdown(reason)) => Err(WorkerError::ShutDown { reason }),
@@ -128,6 +137,7 @@ pub(super) fn out_of_order(expected: &'static str, found: &HeadMessage) -> Worke
         HeadMessage::InitKvCache { .. } => "the number of KV blocks",
         HeadMessage::Stage { .. } => "a staged part",
         HeadMessage::Plan(_) => "a plan",
+        HeadMessage::BeginEpoch { .. } => "the beginning of an epoch",
         HeadMessage::Shutdown(_) => "shutdown",
     };
     WorkerError::OutOfOrder { expected, found }
