@@ -10,6 +10,7 @@ mod bench;
 mod chat;
 mod completions;
 mod connection;
+mod doctor;
 mod failure;
 mod generate;
 mod head_process;
@@ -68,6 +69,7 @@ enum Command {
     Generate(Box<generate::GenerateFlags>),
     Chat(Box<chat::ChatFlags>),
     Bench(bench::BenchFlags),
+    Doctor(doctor::DoctorFlags),
     Completions(completions::CompletionsFlags),
     #[command(hide = true)]
     HeadProcess(head_process::HeadProcessFlags),
@@ -101,6 +103,7 @@ pub fn main() -> ExitCode {
         Command::Generate(flags) => (false, generate::run(&surroundings, &flags)),
         Command::Chat(flags) => (false, chat::run(&surroundings, &flags)),
         Command::Bench(flags) => (false, bench::run(&surroundings, &flags)),
+        Command::Doctor(flags) => (flags.json, doctor::run(&surroundings, &flags)),
         Command::Completions(flags) => (false, completions::run(&flags)),
         Command::HeadProcess(flags) => (true, head_process::run(&surroundings, &flags)),
     };
@@ -148,6 +151,8 @@ mod tests {
             "chat ./m --temperature 0.7 --stop a --stop b --max-tokens 128",
             "bench latency ./m --input-len 512 --output-len 128 --batch-size 1 --num-iters 3 --load-format dummy",
             "bench throughput ./m --num-prompts 200 --lengths l.json --json",
+            "bench allreduce --world 4 --json --output r.json --device cuda",
+            "doctor --json",
             "bench serve --base-url h:8000 --request-rate 2.5 --max-concurrency 8 --output r.json",
         ] {
             let words = std::iter::once("coordinator").chain(line.split(' '));
@@ -166,6 +171,7 @@ mod tests {
             "frobnicate",
             "chat",
             "bench serve m --request-rate 0",
+            "bench allreduce --world 1",
         ] {
             let words = std::iter::once("coordinator").chain(line.split(' '));
             let error = Cli::try_parse_from(words).expect_err(line);
