@@ -17,6 +17,9 @@ pub fn run() -> anyhow::Result<()> {
     check(cargo().args(["fmt", "--all", "--check"]))?;
     step("lints");
     check(cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    // Tests that need a GPU are no part of `--all-targets`; that they compile can be seen anywhere.
+    let gpu_tests = ["clippy", "--workspace", "--test", "cuda", "--test", "gpu", "--quiet", "--", "-D", "warnings"];
+    check(cargo().args(gpu_tests))?;
     step("licences, bans, sources");
     deny()?;
     step("what tests need");
