@@ -1,4 +1,4 @@
-//! The commands of this repository: `cargo xtask demo | test | fetch | gpu-test | bench`.
+//! The commands of this repository: `cargo xtask demo | test | soak | fetch | gpu-test | bench`.
 //!
 //! Knows how to build, obtain what tests need, and drive the two binaries as a user does. Holds no product code.
 //!
@@ -35,6 +35,15 @@ enum Command {
     },
     /// Format, clippy and every test, those with real processes included.
     Test,
+    /// A cluster under load whose processes are killed and frozen at random; every answer is compared.
+    Soak {
+        /// How long.
+        #[arg(long, default_value_t = 60.0)]
+        minutes: f64,
+        /// Repeats a run: which process is hit when.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// Obtains the model and the tokenizers that tests use, with their checksums.
     Fetch,
     /// Builds what needs a GPU and runs it, or packs it for a machine without Rust.
@@ -72,6 +81,7 @@ fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Demo { keep, question } => demo::run(keep, &question),
         Command::Test => test::run(),
+        Command::Soak { minutes, seed } => test::soak(minutes, seed),
         Command::Fetch => fetch::model().and(fetch::tokenizers()).map(|_| ()),
         Command::GpuTest { pack, profile, what } => gpu::run(pack.as_deref(), &profile, &what),
         Command::Bench { pack: Some(folder), profile, .. } => gpu::run(Some(&folder), &profile, &[]),

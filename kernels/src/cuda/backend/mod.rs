@@ -23,6 +23,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 pub use buffers::{CudaBuffer, CudaKvLayer, CudaMatrix, CudaRope, CudaVector, Dtype};
+pub use group::{ReduceBench, ReduceTiming, ReduceWay};
 pub use inputs::CudaInputs;
 
 use crate::cuda::{
