@@ -176,21 +176,32 @@ fn measure(
     results.add(&model, "ready, cold", started.elapsed().as_secs_f64(), "s");
     for batch in &flags.batches {
         let what = format!("decode, batch {batch}");
-        let arguments = latency(LENGTH, LENGTH, *batch, flags.iterations);
-        if let Some(result) = results.attempt(&model, &what, head.bench(&arguments)) {
-            results.add(&model, &format!("{what}, per token"), number(&result, "/summary/tpot_ms/mean"), "ms");
-            results.add(&model, &what, number(&result, "/summary/output_tokens_per_s"), "tok/s");
+        let time = |output| {
+            let result = head.bench(&latency(LENGTH, output, *batch, flags.iterations));
+            result.map(|result| number(&result, "/batch_ms/p50"))
+        };
+        // As offline engines are measured: what the tokens behind the first take, answers asked for whole.
+        let times = time(1).and_then(|first| Ok(json!({"first_ms": first, "all_ms": time(LENGTH)?})));
+        if let Some(times) = results.attempt(&model, &what, times) {
+            let (first, all) = (number(&times, "/first_ms"), number(&times, "/all_ms"));
+            let step = (all - first) / f64::from(LENGTH - 1);
+            results.add(&model, &format!("{what}, a step"), step, "ms");
+            results.add(&model, &what, f64::from(*batch) * 1e3 / step, "tok/s");
+            if *batch == 1 {
+                results.add(&model, "first token, batch 1", first, "ms");
+            }
         }
     }
     let (prompts, tokens) = PREFILL;
     let what = format!("prefill, {prompts} x {tokens}");
     if let Some(result) = results.attempt(&model, &what, head.bench(&latency(tokens, 1, prompts, 3))) {
-        let seconds = number(&result, "/batch_ms/mean") / 1e3;
+        let seconds = number(&result, "/batch_ms/p50") / 1e3;
         results.add(&model, &what, f64::from(prompts * tokens) / seconds, "tok/s");
     }
     if let Some(lengths) = &flags.lengths {
-        let arguments = ["throughput", "--lengths", &lengths.to_string_lossy()].map(str::to_owned);
+        let arguments = ["throughput", "--no-stream", "--lengths", &lengths.to_string_lossy()].map(str::to_owned);
         if let Some(result) = results.attempt(&model, "mixed job", head.bench(&arguments)) {
+            results.add(&model, "mixed job", number(&result, "/summary/duration_s"), "s");
             results.add(&model, "mixed job, all tokens", number(&result, "/summary/total_tokens_per_s"), "tok/s");
             results.add(&model, "mixed job, answers", number(&result, "/summary/output_tokens_per_s"), "tok/s");
         }
@@ -201,9 +212,11 @@ fn measure(
 /// One batch at a time, after one that is not counted.
 fn latency(input: u32, output: u32, batch: u32, iterations: u32) -> Vec<String> {
     let flags = [("input-len", input), ("output-len", output), ("batch-size", batch), ("num-iters", iterations)];
-    let flags = flags.into_iter().chain([("num-iters-warmup", 1)]);
+    // Other prompts in each call: nothing of them is in the prefix cache.
+    let seed = input.wrapping_mul(31).wrapping_add(output).wrapping_mul(1009).wrapping_add(batch);
+    let flags = flags.into_iter().chain([("num-iters-warmup", 1), ("prompt-seed", seed)]);
     let words = flags.flat_map(|(name, value)| [format!("--{name}"), value.to_string()]);
-    std::iter::once("latency".to_owned()).chain(words).collect()
+    ["latency", "--no-stream"].map(str::to_owned).into_iter().chain(words).collect()
 }
 
 fn number(result: &Value, at: &str) -> f64 {

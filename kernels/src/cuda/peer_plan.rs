@@ -88,12 +88,12 @@ pub struct PeerPlan {
 }
 
 impl PeerPlan {
-    /// What is taken where nothing was measured; from figures of GPUs joined by NVLink.
+    /// What is taken where nothing was measured; from figures of two H200 joined by NVLink; those of more ranks are estimates.
     ///
     /// A push sends `world_size - 1` copies, so it ends the sooner the more ranks there are.
     pub fn unmeasured(world_size: u32) -> Self {
         let (push, pull) = match world_size {
-            0..=2 => (1 << 20, 256 << 10),
+            0..=2 => (1 << 20, 1 << 20),
             3..=4 => (256 << 10, 256 << 10),
             _ => (64 << 10, 128 << 10),
         };
@@ -104,7 +104,7 @@ impl PeerPlan {
                 rule(u64::MAX, Algorithm::Apart, BLOCKS_MAX),
             ],
             all_reduce: vec![
-                rule(pull / 4, Algorithm::Pull, 16),
+                rule(pull / 8, Algorithm::Pull, 16),
                 rule(pull, Algorithm::Pull, 64),
                 rule(4 << 20, Algorithm::TwoShot, 64),
                 rule(u64::MAX, Algorithm::TwoShot, 128),

@@ -57,6 +57,9 @@ pub(super) struct CommonFlags {
     /// 0 always takes the likeliest token
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     temperature: f64,
+    /// Ask for whole answers: nothing is known of single tokens, and nothing is spent on telling them
+    #[arg(long)]
+    no_stream: bool,
     /// Also write the result as JSON
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -100,6 +103,7 @@ impl LengthFlags {
 #[derive(Debug, Clone)]
 struct BenchRequest {
     lengths: Lengths,
+    is_streamed: bool,
     body: Value,
 }
 
@@ -126,13 +130,14 @@ impl CommonFlags {
         }
         let request = |lengths: &Lengths| BenchRequest {
             lengths: *lengths,
+            is_streamed: !self.no_stream,
             body: json!({
                 "model": target.model,
                 "prompt": random.prompt(lengths.input, vocab_size),
                 "max_tokens": lengths.output,
                 "temperature": self.temperature,
                 "ignore_eos": true,
-                "stream": true,
+                "stream": !self.no_stream,
                 "return_token_ids": true,
             }),
         };

@@ -1,4 +1,4 @@
-//! One streamed request with the times of its tokens, and many of them as one result.
+//! One request with the times of its tokens, and many of them as one result.
 
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,14 @@ use super::stats::Distribution;
 use super::table::Table;
 use crate::cli::CliError;
 use crate::cli::api_client::ApiClient;
+
+/// Longest wait for a whole answer.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(600);
+
+/// Tokens of an answer, or of a piece of it.
+fn num_tokens(answer: &Value) -> usize {
+    answer.pointer("/choices/0/token_ids").and_then(Value::as_array).map_or(0, Vec::len)
+}
 
 /// What was seen of one request.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -36,11 +44,15 @@ impl Trace {
     pub async fn record(client: &ApiClient, request: &BenchRequest) -> Result<Self, CliError> {
         let started = Instant::now();
         let mut trace = Self { input_tokens: request.lengths.input, ..Self::default() };
+        if !request.is_streamed {
+            let answer = client.post("/v1/completions", &request.body, ANSWER_DEADLINE).await?;
+            trace.output_tokens = num_tokens(&answer) as u32;
+            return trace.end(started, request);
+        }
         let mut last = Duration::ZERO;
         let mut stream = client.stream("/v1/completions", &request.body).await?;
         while let Some(chunk) = stream.next().await? {
-            let tokens = chunk.pointer("/choices/0/token_ids").and_then(Value::as_array).map_or(0, Vec::len);
-            for _ in 0..tokens {
+            for _ in 0..num_tokens(&chunk) {
                 let now = started.elapsed();
                 match trace.output_tokens {
                     0 => trace.first_token = now,
@@ -50,17 +62,21 @@ impl Trace {
                 trace.output_tokens += 1;
             }
         }
-        trace.total = started.elapsed();
-        if trace.output_tokens == request.lengths.output {
-            return Ok(trace);
+        trace.end(started, request)
+    }
+
+    fn end(mut self, started: Instant, request: &BenchRequest) -> Result<Self, CliError> {
+        self.total = started.elapsed();
+        if self.output_tokens == request.lengths.output {
+            return Ok(self);
         }
-        let message = format!("an answer has {} tokens in place of {}", trace.output_tokens, request.lengths.output);
+        let message = format!("an answer has {} tokens in place of {}", self.output_tokens, request.lengths.output);
         Err(CliError::failed("length", message))
     }
 
     /// Mean time of a token behind the first.
     fn time_per_token(&self) -> Option<Duration> {
-        (self.output_tokens > 1).then(|| self.gaps.iter().sum::<Duration>() / (self.output_tokens - 1))
+        (!self.gaps.is_empty()).then(|| self.gaps.iter().sum::<Duration>() / (self.output_tokens - 1))
     }
 }
 
@@ -94,7 +110,9 @@ impl Summary {
             requests_per_s: traces.len() as f64 / seconds,
             output_tokens_per_s: output_tokens as f64 / seconds,
             total_tokens_per_s: (input_tokens + output_tokens) as f64 / seconds,
-            ttft_ms: Distribution::of_ms(traces.iter().map(|trace| trace.first_token)),
+            ttft_ms: Distribution::of_ms(
+                traces.iter().filter(|trace| !trace.first_token.is_zero()).map(|t| t.first_token),
+            ),
             tpot_ms: Distribution::of_ms(traces.iter().filter_map(Trace::time_per_token)),
             itl_ms: Distribution::of_ms(traces.iter().flat_map(|trace| trace.gaps.iter().copied())),
             e2e_ms: Distribution::of_ms(traces.iter().map(|trace| trace.total)),

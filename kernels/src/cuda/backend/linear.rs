@@ -10,7 +10,7 @@ use crate::cuda::{DeviceMemory, LaunchConfig, MatmulOperands, MatmulShape, Scala
 use crate::kernel_args;
 
 /// Most rows that go through the streaming kernels: above, the library is as fast (H200, shapes of 0.5B and 8B models).
-pub(super) const STREAMED_ROWS_MAX: usize = 16;
+pub(super) const STREAMED_ROWS_MAX: usize = 8;
 
 /// A product `y = x W^T`.
 pub(super) struct Product<'a> {
