@@ -1,10 +1,11 @@
-//! The commands of this repository: `cargo xtask demo | test | fetch | bench`.
+//! The commands of this repository: `cargo xtask demo | test | device-code | fetch`.
 //!
 //! Knows how to build, obtain what tests need, and drive the two binaries as a user does. Holds no product code.
 //!
 //! **Invariant:** whatever `test` needs and a machine with Rust, a C compiler and Python 3 lacks, `fetch` obtains.
 
 mod demo;
+mod device_code;
 mod fetch;
 mod process;
 mod test;
@@ -31,6 +32,8 @@ enum Command {
     },
     /// Format, clippy and every test, those with real processes included.
     Test,
+    /// Compiles all device code for every architecture, and fails on register spills that are not declared.
+    DeviceCode,
     /// Obtains the model and the tokenizers that tests use, with their checksums.
     Fetch,
 }
@@ -39,6 +42,7 @@ fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Demo { keep, question } => demo::run(keep, &question),
         Command::Test => test::run(),
+        Command::DeviceCode => device_code::run(),
         Command::Fetch => fetch::model().and(fetch::tokenizers()).map(|_| ()),
     }
 }
