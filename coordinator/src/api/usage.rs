@@ -1,11 +1,12 @@
 //! Tokens of a request, as answers and streams tell them.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::choice::{Delta, Output};
 
 /// The `usage` object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Usage {
     prompt_tokens: u64,
     total_tokens: u64,
@@ -14,7 +15,7 @@ pub struct Usage {
     prompt_tokens_details: Option<PromptDetails>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 struct PromptDetails {
     cached_tokens: u64,
 }
@@ -38,6 +39,21 @@ impl Usage {
     pub fn add_delta(&mut self, delta: &Delta) {
         self.add_tokens(delta.tokens.len());
         self.add_cached(delta.end.as_ref().and_then(|end| end.cached_tokens));
+    }
+
+    /// Tokens of the prompts.
+    pub fn prompt_tokens(&self) -> u64 {
+        self.prompt_tokens
+    }
+
+    /// Tokens of the outputs.
+    pub fn completion_tokens(&self) -> u64 {
+        self.completion_tokens
+    }
+
+    /// Prompt tokens that the prefix cache had, as far as the engine told.
+    pub fn cached_tokens(&self) -> u64 {
+        self.prompt_tokens_details.map_or(0, |details| details.cached_tokens)
     }
 
     fn add_tokens(&mut self, count: usize) {

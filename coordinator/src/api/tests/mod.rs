@@ -1,8 +1,11 @@
 //! The routes against an engine whose answers are written beforehand.
 
+mod admission;
 mod chat;
 mod completions;
 mod errors;
+mod openapi;
+mod responses;
 mod surroundings;
 
 use std::path::Path;
@@ -16,9 +19,10 @@ use phalanx_formats::{GenerationDefaults, ModelFiles};
 use phalanx_proto::{SamplingParams, StatusSnapshot, TokenId, TokenLogprobs};
 use tower::ServiceExt;
 
-use super::{ApiState, ServedModel, ServedModels, router};
+use super::{Admission, ApiState, ServedModel, ServedModels, router};
 use crate::engine::scripted::{self, Cancelled, Submitted};
-use crate::engine::{EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
+use crate::engine::{EngineError, EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
+use crate::security::keys::KeyRing;
 use crate::text::TextModel;
 
 /// The end token of the tiny tokenizer.
@@ -43,6 +47,7 @@ fn limits() -> EngineLimits {
         enable_prefix_caching: true,
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
+        recovery: crate::engine::RecoveryLimits::default(),
     }
 }
 
@@ -120,6 +125,9 @@ struct Setup {
     snapshot: EngineSnapshot,
     defaults: GenerationDefaults,
     api_keys: Vec<String>,
+    queue_timeout: Option<Duration>,
+    keys: Option<KeyRing>,
+    status: StatusSnapshot,
 }
 
 impl Default for Setup {
@@ -130,6 +138,9 @@ impl Default for Setup {
             snapshot: EngineSnapshot { num_blocks: 64, num_blocks_free: 48, running: 2, ..EngineSnapshot::default() },
             defaults: GenerationDefaults::default(),
             api_keys: Vec::new(),
+            queue_timeout: None,
+            keys: None,
+            status: StatusSnapshot::default(),
         }
     }
 }
@@ -160,9 +171,13 @@ impl Server {
             created: 7,
             defaults: setup.defaults,
             end_token_ids: vec![END],
+            queue_timeout: setup.queue_timeout,
+            admission: Admission::default(),
+            log_stats: false,
         });
-        let mut state = ApiState::new(models.clone(), Arc::new(StatusSnapshot::default));
-        state.api_keys = setup.api_keys.into();
+        let status = setup.status;
+        let mut state = ApiState::new(models.clone(), Arc::new(move || status.clone()));
+        state.keys = Arc::new(setup.keys.unwrap_or_else(|| KeyRing::new(&setup.api_keys, None).unwrap()));
         Self { router: router(state), models, cancelled, submitted }
     }
 
@@ -222,4 +237,15 @@ fn without_times(body: &str) -> String {
         out.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
     }
     out
+}
+
+/// Waits for what another task does.
+async fn settled(done: impl Fn() -> bool) {
+    for _ in 0..200 {
+        if done() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("it did not come about within a second");
 }

@@ -68,7 +68,8 @@ pub struct CudaOps {
     scratch: Scratch,
     uploader: Uploader,
     group: Group,
-    collective: Box<dyn Collective>,
+    /// The host's group: its connections live as long as the device's.
+    _collective: Box<dyn Collective>,
     blas: Option<BlasLt>,
     kernels: Kernels,
     stream: Rc<Stream>,
@@ -105,7 +106,7 @@ impl CudaOps {
             scratch: Scratch::default(),
             uploader: Uploader::new(&context)?,
             group,
-            collective,
+            _collective: collective,
             blas,
             kernels,
             stream,
