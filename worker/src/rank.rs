@@ -9,6 +9,7 @@ use std::time::Duration;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::getppid;
+use phalanx_kernels::cuda::ModuleSettings;
 use phalanx_proto::{DeviceKind, RankHello, VERSION};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
@@ -91,6 +92,10 @@ pub fn run(launch: RankLaunch) -> Result<(), RankError> {
         device: device_of(launch.device),
         num_threads: launch.num_threads as usize,
     };
+    backend::cuda::prepare(
+        ModuleSettings::new(launch.kernel_cache_dir.clone(), launch.cuda_home.as_deref()),
+        launch.cuda_home.as_deref(),
+    );
     let head = HeadTarget { address: launch.head.clone(), socket: launch.head_socket.clone().map(Into::into) };
     let device = device_thread::spawn(setup)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

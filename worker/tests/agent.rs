@@ -437,10 +437,34 @@ fn wrong_usage_refusals_and_missing_devices_have_their_exit_codes() {
     check(&["jion"], 2, "jion");
     check(&["leave"], 1, "no worker");
     check(&["rank"], 1, "never by hand");
+    check(&["reduce-bench-rank"], 1, "never by hand");
+    check(&["reduce-bench", "--device", "cpu", "--world", "1"], 1, "groups of 2 to 8");
     if phalanx_worker::backend::presence::count(phalanx_proto::DeviceKind::Cuda, SOON).is_err() {
         check(&["join", "--address", "127.0.0.1:1", "--device", "cuda", "--json"], 1, "\"error\"");
     }
     let head = Head::start(0, Some("install the same version"));
     check(&["join", "--address", &head.address, "--block"], 1, "install the same version");
     check(&["join", "--address", &head.address], 1, "install the same version");
+}
+
+/// The report ends with its count whatever the machine has, and a machine without a GPU is measured between two processes.
+#[test]
+fn a_doctor_reports_on_any_machine() {
+    let home = tempfile::tempdir().unwrap();
+    let output = run(home.path(), &["doctor", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let failed = report["num_failed"].as_u64().unwrap();
+    assert_eq!(output.status.code(), Some(i32::from(failed > 0)), "{report}");
+    let named = |name: &str| report["checks"].as_array().unwrap().iter().find(|check| check["name"] == name).cloned();
+    for name in ["processor", "/dev/shm", "open files", "home", "clock", "NVIDIA devices"] {
+        assert!(named(name).is_some(), "{name}: {report}");
+    }
+    if phalanx_worker::backend::presence::count(phalanx_proto::DeviceKind::Cuda, SOON).is_err() {
+        let pair = named("two processes").expect("a measured pair");
+        assert_eq!(
+            (&pair["state"], pair["data"]["timings"].as_array().map(Vec::len)),
+            (&"ok".into(), Some(4)),
+            "{pair}"
+        );
+    }
 }

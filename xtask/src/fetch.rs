@@ -32,6 +32,15 @@ pub fn tokenizers() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// NVIDIA's compiler, for machines without one.
+pub fn nvcc() -> anyhow::Result<PathBuf> {
+    let folder = cache().join("nvcc");
+    if obtain("nvcc", &folder)? {
+        return Ok(folder.join("nvidia/cu13/bin/nvcc"));
+    }
+    bail!("there is no nvcc here, and no registry answered: device code cannot be checked (PHALANX_NVCC names one)")
+}
+
 /// True where it is there now.
 fn obtain(what: &str, folder: &PathBuf) -> anyhow::Result<bool> {
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;

@@ -1,4 +1,4 @@
-//! The commands of this repository: `cargo xtask demo | test | soak | fetch | gpu-test | bench`.
+//! The commands of this repository: `cargo xtask demo | test | device-code | soak | fetch | gpu-test | bench`.
 //!
 //! Knows how to build, obtain what tests need, and drive the two binaries as a user does. Holds no product code.
 //!
@@ -6,6 +6,7 @@
 
 mod bench;
 mod demo;
+mod device_code;
 mod fetch;
 mod gpu;
 mod process;
@@ -35,6 +36,8 @@ enum Command {
     },
     /// Format, clippy and every test, those with real processes included.
     Test,
+    /// Compiles all device code for every architecture, and fails on register spills that are not declared.
+    DeviceCode,
     /// A cluster under load whose processes are killed and frozen at random; every answer is compared.
     Soak {
         /// How long.
@@ -81,6 +84,7 @@ fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Demo { keep, question } => demo::run(keep, &question),
         Command::Test => test::run(),
+        Command::DeviceCode => device_code::run(),
         Command::Soak { minutes, seed } => test::soak(minutes, seed),
         Command::Fetch => fetch::model().and(fetch::tokenizers()).map(|_| ()),
         Command::GpuTest { pack, profile, what } => gpu::run(pack.as_deref(), &profile, &what),

@@ -3,13 +3,14 @@
 use std::process::Command;
 use std::time::Instant;
 
+use crate::device_code;
 use crate::fetch;
 use crate::process::{build_binaries, cache, cargo, check, root};
 
 /// Checks licences, bans and sources.
 const CARGO_DENY: &str = "0.20.2";
 
-/// Format, lints, what tests need, every test.
+/// Format, lints, licences, device code, what tests need, every test.
 pub fn run() -> anyhow::Result<()> {
     let started = Instant::now();
     let step = |name: &str| eprintln!("\n== {name} ({:.0} s)", started.elapsed().as_secs_f64());
@@ -22,6 +23,8 @@ pub fn run() -> anyhow::Result<()> {
     check(cargo().args(gpu_tests))?;
     step("licences, bans, sources");
     deny()?;
+    step("device code");
+    device_code::run()?;
     step("what tests need");
     fetch::model()?;
     fetch::tokenizers()?;

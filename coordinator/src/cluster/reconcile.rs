@@ -208,7 +208,7 @@ impl Reconciler {
                         device_slot: record.place.slot,
                         num_threads: None,
                         launch_token: record.token.reveal().to_owned(),
-                        env: deployment.checked.spec.env.clone(),
+                        env: deployment.checked.spec.rank_env(),
                     });
                 }
             }

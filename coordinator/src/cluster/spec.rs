@@ -4,6 +4,7 @@
 //! that fit each other; nothing behind it checks again.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -123,6 +124,20 @@ impl DeploymentSpec {
         }
     }
 
+    /// The environment of each rank: what was asked for, and NCCL's interface.
+    ///
+    /// NCCL wants a name, and an equals sign in front of a whole one; an address is turned into a name where it is one, by the node's agent.
+    pub fn rank_env(&self) -> BTreeMap<String, String> {
+        let mut env = self.env.clone();
+        let interface = &self.collective_interface;
+        if !interface.is_empty() {
+            let is_address = interface.parse::<IpAddr>().is_ok();
+            let value = if is_address { interface.clone() } else { format!("={interface}") };
+            env.entry("NCCL_SOCKET_IFNAME".to_owned()).or_insert(value);
+        }
+        env
+    }
+
     /// Refuses values that contradict each other or the model.
     ///
     /// # Errors
@@ -219,6 +234,20 @@ mod tests {
         change(&mut spec);
         let error = spec.check(&geometry()).err().unwrap_or_default();
         assert!(error.contains(expected) && error.is_empty() == expected.is_empty(), "{error:?} lacks {expected:?}");
+    }
+
+    #[test]
+    fn the_interface_of_collectives_is_nccls_too() {
+        let named = |interface: &str, env: &[(&str, &str)]| {
+            let mut spec = DeploymentSpec::new("m", "m");
+            spec.collective_interface = interface.to_owned();
+            spec.env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            spec.rank_env().remove("NCCL_SOCKET_IFNAME")
+        };
+        assert_eq!(named("", &[]), None);
+        assert_eq!(named("eth0", &[]).as_deref(), Some("=eth0"));
+        assert_eq!(named("10.0.0.5", &[]).as_deref(), Some("10.0.0.5"));
+        assert_eq!(named("eth0", &[("NCCL_SOCKET_IFNAME", "ib")]).as_deref(), Some("ib"));
     }
 
     #[test]

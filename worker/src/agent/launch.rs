@@ -2,6 +2,7 @@
 //!
 //! **Invariant:** a secret never stands in arguments or environment. When the pipe ends, so does the rank.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use phalanx_proto::{DeviceKind, NodeId, RankKey};
@@ -29,6 +30,10 @@ pub struct RankLaunch {
     pub device_name: String,
     /// Threads that compute.
     pub num_threads: u32,
+    /// Folder that keeps device code which was compiled here.
+    pub kernel_cache_dir: PathBuf,
+    /// The toolkit that the user has named.
+    pub cuda_home: Option<PathBuf>,
     /// How long the rank outlives a lost head, milliseconds.
     pub head_grace_ms: u64,
 }

@@ -3,9 +3,10 @@
 //! **Invariant:** a rank dies with its agent. It holds the reading end of a pipe whose writing end only the agent holds, and it
 //! asks the kernel to kill it when the thread that started it ends, which is why one thread starts them all.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::io::{self, BufRead, BufReader, PipeReader, Write};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -20,9 +21,12 @@ use tracing::warn;
 use super::devices::DeviceSlot;
 use super::launch::RankLaunch;
 use super::supervisor::Order;
+use crate::collective;
 use crate::config::defaults;
 use crate::logging::BoundedLog;
 
+/// Where NCCL looks for the interface of its sockets.
+const NCCL_INTERFACE: &str = "NCCL_SOCKET_IFNAME";
 /// Longest wait for the end of a dead rank's log.
 const LOG_END_DEADLINE: Duration = Duration::from_millis(200);
 
@@ -45,6 +49,12 @@ pub struct Launcher {
     pub slots: Vec<DeviceSlot>,
     /// Threads of a rank where the head says nothing.
     pub num_threads: u32,
+    /// Variables of every rank, unless the head says otherwise.
+    pub env: Vec<(&'static str, String)>,
+    /// Folder that keeps device code which was compiled here.
+    pub kernel_cache_dir: PathBuf,
+    /// The toolkit that the user has named.
+    pub cuda_home: Option<PathBuf>,
 }
 
 /// What the head said about itself, for the ranks.
@@ -87,7 +97,8 @@ impl Launcher {
         let mut child = Command::new(&self.program)
             .args(&self.args)
             .arg(format!("{}.{}.{}", key.deployment, key.replica, key.rank))
-            .envs(&rank.env)
+            .envs(self.env.iter().map(|(name, value)| (*name, value)))
+            .envs(for_this_machine(&rank.env))
             .envs(slot.env.iter().map(|(name, value)| (*name, value)))
             .stdin(Stdio::piped())
             .stdout(writer.try_clone()?)
@@ -116,9 +127,27 @@ impl Launcher {
             device: self.device,
             device_name: slot.name.clone(),
             num_threads: rank.num_threads.unwrap_or(self.num_threads),
+            kernel_cache_dir: self.kernel_cache_dir.clone(),
+            cuda_home: self.cuda_home.clone(),
             head_grace_ms: head.grace.as_millis() as u64,
         }
     }
+}
+
+/// NCCL knows interfaces by their names only: an address becomes the name of the interface that has it here.
+fn for_this_machine(env: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let mut env = env.clone();
+    if let Some(ip) = env.get(NCCL_INTERFACE).and_then(|value| value.parse::<IpAddr>().ok()) {
+        match collective::name_of(ip) {
+            // Without the sign, every name that begins like it would do.
+            Some(name) => env.insert(NCCL_INTERFACE.into(), format!("={name}")),
+            None => {
+                warn!(%ip, "no interface of this machine has this address; NCCL chooses one");
+                env.remove(NCCL_INTERFACE)
+            }
+        };
+    }
+    env
 }
 
 /// Waits for a process to end without taking its exit status: its id stays ours until `RankChild::reap`.
@@ -258,5 +287,23 @@ fn forget_old_logs(dir: &Path, num_max: usize) {
     for (_, path) in &logs[..num_old] {
         // One that cannot be removed now is tried again with the next rank.
         let _ = fs::remove_file(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_becomes_the_name_of_its_interface() {
+        let named = |value: &str| {
+            let env = BTreeMap::from([(NCCL_INTERFACE.to_owned(), value.to_owned()), ("A".into(), "127.0.0.1".into())]);
+            let env = for_this_machine(&env);
+            assert_eq!(env["A"], "127.0.0.1");
+            env.get(NCCL_INTERFACE).cloned()
+        };
+        assert_eq!(named("127.0.0.1").as_deref(), Some("=lo"));
+        assert_eq!(named("=eth7").as_deref(), Some("=eth7"));
+        assert_eq!(named("192.0.2.1"), None);
     }
 }

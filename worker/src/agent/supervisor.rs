@@ -204,6 +204,9 @@ mod tests {
             device: DeviceKind::Cpu,
             slots: vec![DeviceSlot { name: "cpu".into(), env: None }; 2],
             num_threads: 1,
+            env: Vec::new(),
+            kernel_cache_dir: dir.join("kernels"),
+            cuda_home: None,
         }
     }
 

@@ -1,8 +1,11 @@
 //! NVIDIA devices.
 
+use std::path::Path;
+use std::sync::OnceLock;
+
 use phalanx_formats::{Geometry, ShardPlan, StoredType};
 use phalanx_kernels::Collective;
-use phalanx_kernels::cuda::{CudaOps, CudaSettings, Dtype, ModuleSettings, devices};
+use phalanx_kernels::cuda::{CudaOps, CudaSettings, Dtype, ModuleSettings, devices, search_also, toolkit_folders};
 use phalanx_proto::LoadModel;
 use tracing::warn;
 
@@ -10,6 +13,19 @@ use crate::error::WorkerError;
 
 /// The device of a rank: its agent lets it see only this one.
 const ORDINAL: u32 = 0;
+
+/// How this process compiles device code, where it must.
+static MODULES: OnceLock<ModuleSettings> = OnceLock::new();
+
+/// Says how this process compiles device code, and which toolkit's libraries it looks at first. Only the first call counts: the process
+/// is one rank, which opens one device.
+pub fn prepare(modules: ModuleSettings, cuda_home: Option<&Path>) {
+    if let Some(home) = cuda_home {
+        search_also(toolkit_folders(home));
+    }
+    // What was said first holds: something may have been compiled by it.
+    let _ = MODULES.set(modules);
+}
 
 /// Opens the device for a model. Collective: the devices of a group meet.
 ///
@@ -33,7 +49,7 @@ pub fn open(
         head_dim: geometry.head_dim,
         group: plan.group,
         enforce_eager: load.enforce_eager,
-        modules: ModuleSettings::default(),
+        modules: MODULES.get().cloned().unwrap_or_default(),
     };
     Ok(CudaOps::open(&settings, group)?)
 }

@@ -141,7 +141,11 @@ mod tests {
         };
         let run = |rank| {
             let mut lines = Vec::new();
-            measure(&launch(rank), &mut |line: &BenchLine| Ok(lines.push(line.clone()))).map(|()| lines)
+            let mut keep = |line: &BenchLine| {
+                lines.push(line.clone());
+                Ok(())
+            };
+            measure(&launch(rank), &mut keep).map(|()| lines)
         };
         let (first, second) = std::thread::scope(|scope| {
             let other = scope.spawn(|| run(1));

@@ -41,7 +41,7 @@ fn what_cannot_start_is_named() {
     use HeadMessage::{Connect, InitKvCache, Load};
     let cpu = DeviceKind::Cpu;
     let connect = || Connect(vec![String::new()]);
-    check(DeviceKind::Cuda, &[Load(tiny())], Phase::Device, "device", "--device cpu");
+    check(DeviceKind::Rocm, &[Load(tiny())], Phase::Device, "device", "--device cpu");
     check(cpu, &[Connect(Vec::new())], Phase::Connect, "divergence", "where load comes next");
     let absent = LoadModel { model_path: "/nowhere".into(), ..tiny() };
     check(cpu, &[Load(absent), connect()], Phase::Weights, "model", "/nowhere");
