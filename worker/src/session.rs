@@ -1,6 +1,6 @@
 //! A rank's stream to the head: plans down, results up, nothing else.
 //!
-//! Owns the connection, and the parts of long prompts that came ahead of their plan. Knows no model and no device.
+//! Owns the connection, and what came ahead of its plan: token masks, and parts of long prompts. Knows no model and no device.
 //!
 //! **Invariant:** the device thread sees messages in the order of the head, each whole and checked. Nothing is taken before the
 //! hello, and nothing waits without a bound: a full queue ends the session.
@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::TrySendError;
 
 use phalanx_proto::pb::rank_sessions_client::RankSessionsClient;
-use phalanx_proto::{HeadMessage, LoadModel, RankEvent, RankHello, SeqId, WireError, pb};
+use phalanx_proto::{HeadMessage, LoadModel, MaskStaging, RankEvent, RankHello, SeqId, WireError, pb};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
@@ -230,10 +230,11 @@ fn own_ip(head: &str) -> Option<IpAddr> {
     (!ip.is_loopback()).then_some(ip)
 }
 
-/// Prompt parts that wait for their plan.
+/// Prompt parts and masks that wait for their plan.
 #[derive(Debug, Default)]
 struct Staging {
     parts: HashMap<SeqId, Vec<u32>>,
+    masks: MaskStaging,
     num_tokens: usize,
     num_tokens_max: usize,
 }
@@ -257,7 +258,13 @@ impl Staging {
                 for new in &mut plan.new_sequences {
                     self.complete(new);
                 }
-                HeadMessage::Plan(plan.try_into()?)
+                let mut plan = plan.try_into()?;
+                self.masks.complete(&mut plan)?;
+                HeadMessage::Plan(plan)
+            }
+            M::SampleInputs(inputs) => {
+                self.masks.keep(inputs)?;
+                return Ok(None);
             }
             M::Load(load) => HeadMessage::Load(load.try_into()?),
             M::Connect(connect) => HeadMessage::Connect(connect.addresses),

@@ -189,6 +189,7 @@ impl Choice {
         let reason = match (stopped, reason) {
             (Some(stop), _) => EndReason::Stop(StopCause::Text(stop)),
             (None, FinishReason::Stop(token)) => EndReason::Stop(self.stop_tokens.cause(token)),
+            (None, FinishReason::Complete) => EndReason::Stop(StopCause::EndOfText),
             (None, FinishReason::Length) => EndReason::Length,
             (None, FinishReason::Aborted) => EndReason::Abort,
         };

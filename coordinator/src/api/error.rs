@@ -237,6 +237,7 @@ impl ApiError {
                 EngineError::QueueFull { .. } => Some("queue_full"),
                 EngineError::PromptTooLong { .. } | EngineError::TooFewBlocks { .. } => Some("context_length_exceeded"),
                 EngineError::EmptyPrompt | EngineError::UnknownToken { .. } => None,
+                EngineError::Constraint { .. } => Some("grammar_failed"),
                 EngineError::GroupFailed { .. } => Some("group_failed"),
                 EngineError::Stopping => Some("stopping"),
             },
@@ -258,6 +259,7 @@ fn engine_status(error: &EngineError) -> StatusCode {
         EngineError::EmptyPrompt
         | EngineError::PromptTooLong { .. }
         | EngineError::UnknownToken { .. }
+        | EngineError::Constraint { .. }
         | EngineError::TooFewBlocks { .. } => StatusCode::BAD_REQUEST,
         EngineError::QueueFull { .. } | EngineError::GroupFailed { .. } | EngineError::Stopping => {
             StatusCode::SERVICE_UNAVAILABLE

@@ -190,6 +190,7 @@ impl Submission<'_> {
             sampling,
             max_tokens: self.max_tokens.unwrap_or(room).min(room),
             stop_token_ids: stop_tokens.all(),
+            constraint: None,
         })
     }
 

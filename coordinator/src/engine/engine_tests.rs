@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use super::fake_rank::{BLOCK_SIZE, Fault, start};
 use super::group::GroupError;
 use super::request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent};
-use super::scheduler_tests::{oracle, prompt, request};
+use super::scheduler_tests::{constraint, oracle, prompt, request};
 use super::start::StartDeadlines;
 use super::{EngineHandle, TokenStream, spawn};
 
@@ -77,6 +77,7 @@ async fn streams_get_the_text_of_the_oracle_and_all_blocks_are_free_afterwards()
     let requests: Vec<GenerateRequest> = (0..24)
         .map(|at| GenerateRequest {
             stop_token_ids: vec![TokenId(at)],
+            constraint: (at % 3 == 0).then(|| constraint(1 + 2 * at)),
             ..request(prompt(at % 5, 1 + 5 * at % 60), 1 + 3 * at)
         })
         .collect();

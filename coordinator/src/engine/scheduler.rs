@@ -5,16 +5,17 @@
 //!
 //! **Invariant:** every sequence that was enqueued ends in exactly one `Finished` or `Failed` event, and each output index is emitted once.
 //! **Invariant:** `running` is in order of start; a sequence that gives way has no row in the plan that is being made.
-//! **Invariant:** if a sequence waits and no step is in flight, [`Scheduler::plan`] gives a plan.
+//! **Invariant:** if a sequence waits and no step is in flight, [`Scheduler::plan`] gives a plan, unless constraints are away.
 
 use std::collections::{HashMap, VecDeque};
 
 use phalanx_proto::{
     NewSequence, PLAN_BYTES_MAX, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SeqId, SeqSlot, StepId,
-    StepOutput, StepPlan,
+    StepOutput, StepPlan, TokenMask,
 };
 
 use super::block_manager::{BlockManager, BlockTable};
+use super::constraint::{ConstraintAnswer, ConstraintWork, NextTokens};
 use super::policy::Policy;
 use super::request::{EngineError, EngineLimits, FinishReason, TokenEvent};
 use super::sequence::{Phase, Sequence};
@@ -77,6 +78,7 @@ pub struct Scheduler {
     last_step: StepId,
     step_time: StepTime,
     events: Vec<SeqEvent>,
+    constraint_work: Vec<ConstraintWork>,
     counters: Counters,
 }
 
@@ -86,6 +88,7 @@ struct Draft {
     rows: Vec<PlanRow>,
     sequences: Vec<SeqId>,
     new_sequences: Vec<NewSequence>,
+    masks: Vec<TokenMask>,
     sampler: SamplerVariant,
     num_decode: u32,
     tokens_left: u32,
@@ -103,6 +106,9 @@ impl Draft {
         self.bytes_left = self.bytes_left.saturating_sub(ROW_BYTES_MAX + row.new_blocks.len() * BLOCK_BYTES_MAX);
         if row.samples && sequence.sampling.variant() as u32 > self.sampler as u32 {
             self.sampler = sequence.sampling.variant();
+        }
+        if row.samples {
+            self.masks.extend(sequence.take_mask());
         }
         self.rows.push(row);
         self.sequences.push(sequence.id);
@@ -129,6 +135,7 @@ impl Scheduler {
             last_step: StepId(0),
             step_time: StepTime::default(),
             events: Vec::new(),
+            constraint_work: Vec::new(),
             counters: Counters::default(),
         }
     }
@@ -242,6 +249,7 @@ impl Scheduler {
             rows: Vec::with_capacity(self.running.len()),
             sequences: Vec::with_capacity(self.running.len()),
             new_sequences: Vec::new(),
+            masks: Vec::new(),
             sampler: SamplerVariant::Greedy,
             num_decode: 0,
             tokens_left: self.limits.max_num_batched_tokens,
@@ -305,7 +313,10 @@ impl Scheduler {
                 return;
             }
             let Some(sequence) = self.sequences.get_mut(&id) else { return };
-            if sequence.num_in_flight() > 0 || draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX) == 0 {
+            if sequence.num_in_flight() > 0
+                || !sequence.may_sample()
+                || draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX) == 0
+            {
                 return;
             }
             let reserve = if self.running.is_empty() { 0 } else { blocks.num_blocks().div_ceil(RESERVE_SHARE) };
@@ -356,6 +367,7 @@ impl Scheduler {
             released_slots: std::mem::take(&mut self.released_slots),
             new_sequences: draft.new_sequences,
             rows: draft.rows,
+            masks: draft.masks,
             ..StepPlan::default()
         };
         Some(PlannedStep { plan, sequences: draft.sequences, num_decode: draft.num_decode })
@@ -369,7 +381,31 @@ impl Scheduler {
         let reason = sequence.commit(sampled.token, sampled.logprobs, |event| events.push((id, event)));
         match reason {
             Some(reason) => self.finish(id, reason, blocks),
-            None => register(sequence, blocks),
+            None => {
+                register(sequence, blocks);
+                self.constraint_work.extend(sequence.take_constraint_work());
+            }
+        }
+    }
+
+    /// What constraints have to do now: each is answered by [`Scheduler::resume`].
+    pub(super) fn take_constraint_work(&mut self) -> Vec<ConstraintWork> {
+        std::mem::take(&mut self.constraint_work)
+    }
+
+    /// A constraint is back. Its sequence goes on, or ends where its text is complete or cannot be continued.
+    pub(super) fn resume(&mut self, answer: ConstraintAnswer, blocks: &mut BlockManager) {
+        let ConstraintAnswer { id, result } = answer;
+        // Gone: it was cancelled meanwhile.
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        match result {
+            Ok(constraint) if *constraint.next() == NextTokens::Done => self.finish(id, FinishReason::Complete, blocks),
+            Ok(constraint) => sequence.resume(constraint),
+            Err(error) => {
+                self.remove(id, blocks);
+                let error = EngineError::Constraint { reason: error.reason };
+                self.events.push((id, TokenEvent::Failed(error)));
+            }
         }
     }
 
