@@ -90,7 +90,10 @@ impl Constraint {
     }
 
     /// Takes a token in and computes the next mask.
-    pub(super) fn commit(mut self, token: TokenId) -> Result<Self, ConstraintError> {
+    ///
+    /// # Errors
+    /// The token is not allowed, or no other can follow it.
+    pub fn commit(mut self, token: TokenId) -> Result<Self, ConstraintError> {
         self.rules.commit(token)?;
         self.next = checked(self.rules.mask()?)?;
         Ok(self)

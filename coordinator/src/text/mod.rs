@@ -10,6 +10,7 @@ mod error;
 mod gguf_vocab;
 mod python_json;
 mod stop;
+mod token_bytes;
 mod tokenizer;
 
 use std::sync::Arc;
@@ -21,6 +22,7 @@ pub use chat_template::{ChatPrompt, ChatTemplate};
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
 pub use stop::{StopMatcher, StopStep};
+pub use token_bytes::TokenBytes;
 pub use tokenizer::Tokenizer;
 
 /// Everything of a model that concerns text.
@@ -90,6 +92,16 @@ impl TextModel {
     /// Text of one token, special tokens included; for log-probabilities.
     pub fn token_text(&self, token: TokenId) -> String {
         self.tokenizer.decode(&[token], false)
+    }
+
+    /// The bytes of each token, by id, for ids below `num_tokens`; takes a while for a large vocabulary.
+    pub fn token_bytes(&self, num_tokens: u32) -> Vec<TokenBytes> {
+        self.tokenizer.token_bytes(num_tokens)
+    }
+
+    /// The id of a token by its whole text.
+    pub fn token_id(&self, text: &str) -> Option<TokenId> {
+        self.tokenizer.token_id(text)
     }
 
     /// Tokens that end an answer.
