@@ -12,6 +12,7 @@ mod python_json;
 mod stop;
 mod token_bytes;
 mod tokenizer;
+pub mod tools;
 
 use std::sync::Arc;
 
