@@ -82,7 +82,13 @@ fn attention(num_threads: usize, dtype: StoredType) -> Result<(), KernelError> {
     let mut kv = ops.kv_layer(KvShape { num_blocks, block_size: BLOCK, num_kv_heads: 3, head_dim: 64, dtype })?;
     let table = vec![0.5; POSITIONS * 32];
     let rope = ops.rope_table(RopeTable { cos: table.clone(), sin: table, head_dim: 64 })?;
-    let limits = InputLimits { tokens_max: 512, seqs_max: 64, table_entries_max: num_blocks, logit_rows_max: 1 };
+    let limits = InputLimits {
+        tokens_max: 512,
+        seqs_max: 64,
+        table_entries_max: num_blocks,
+        logit_rows_max: 1,
+        ..InputLimits::default()
+    };
     let mut inputs = ops.inputs(limits)?;
     let (mut qkv, mut out) = (ops.buffer(512, 15 * 64)?, ops.buffer(512, 9 * 64)?);
     let cases = [

@@ -1,5 +1,7 @@
 //! The contract between models and devices.
 
+use std::ops::Range;
+
 use phalanx_formats::StoredType;
 
 use crate::{CollectiveError, KernelError};
@@ -30,7 +32,7 @@ pub struct KvShape {
     pub num_kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// F32 or F16.
+    /// F32, F16 or BF16, as the backend has it.
     pub dtype: StoredType,
 }
 
@@ -77,10 +79,122 @@ pub struct SeqInputs {
     pub table_start: u32,
 }
 
+/// In [`StepInputs::token_ids`]: no id, but the slot (in the other bits) whose last sampled token stands here.
+pub const LAST_TOKEN: u32 = 1 << 31;
+
+/// How the sampled rows of a step are drawn; the same on every rank, since it changes the sequence of collectives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum SamplerKind {
+    /// Every row takes the highest logit.
+    #[default]
+    Greedy,
+    /// Rows draw from the whole distribution.
+    NoCut,
+    /// Some row has top-k, top-p or min-p.
+    Cut,
+}
+
+/// A row whose next token is wanted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SampleRow {
+    /// Where the token is kept for later steps.
+    pub slot: u32,
+    /// Index of the output token that is drawn.
+    pub output_index: u32,
+    /// Keys the counter-based random numbers.
+    pub seed: u64,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 is off.
+    pub top_k: u32,
+    /// In (0, 1]; 1 is off.
+    pub top_p: f32,
+    /// In [0, 1]; 0 is off.
+    pub min_p: f32,
+}
+
+/// A token whose log-probability is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScoreRow {
+    /// Row of the logits buffer.
+    pub row: u32,
+    /// The token; `None` for the one that is sampled for the row in this step.
+    pub token: Option<u32>,
+    /// Alternatives to report, at most [`SCORED_TOP_MAX`].
+    pub num_top: u32,
+}
+
+/// Most alternatives that are reported beside a token.
+pub const SCORED_TOP_MAX: u32 = 20;
+
+/// A scored token: log-probabilities are natural and of the raw logits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scored {
+    /// The token.
+    pub token: u32,
+    /// Its log-probability.
+    pub logprob: f32,
+    /// Its place among all tokens, 1 for the best.
+    pub rank: u32,
+    /// The best tokens, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What a step sampled and scored.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct StepResult {
+    /// One entry a sampled row; `None` where it has no finite logit at all.
+    pub tokens: Vec<Option<u32>>,
+    /// One entry a scored row.
+    pub scores: Vec<Scored>,
+}
+
+/// This rank's part of the vocabulary in a row of the logits buffer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VocabSlice {
+    /// Columns of the tokens that the rank owns.
+    pub columns: Range<usize>,
+    /// Id of the token in the first of them.
+    pub first_id: u32,
+}
+
+/// A part of a step that a device may record and replay; see [`Ops::run`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StepPart {
+    /// From tokens to hidden states.
+    Forward,
+    /// From hidden states to tokens.
+    Sample(SamplerKind),
+    /// From hidden states to log-probabilities.
+    Score,
+}
+
+/// A step that is run before the first real one, so that nothing is recorded or tuned later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WarmUpStep {
+    /// Sequences that decode one token.
+    pub num_decodes: usize,
+    /// Tokens that each of them sees, 0 for its own only.
+    pub context: usize,
+    /// Tokens of one more sequence's prompt.
+    pub num_prompt_tokens: usize,
+    /// How rows are drawn.
+    pub sampler: SamplerKind,
+}
+
+/// Memory of the device, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemoryInfo {
+    /// All of it.
+    pub total: u64,
+    /// What nobody holds.
+    pub free: u64,
+}
+
 /// What a step computes, on the host. `T` rows: the tokens of all sequences, one after the other.
 #[derive(Debug, Clone, Default)]
 pub struct StepInputs {
-    /// `[T]` token ids.
+    /// `[T]` token ids, or [`LAST_TOKEN`] and a slot.
     pub token_ids: Vec<u32>,
     /// `[T]` positions.
     pub positions: Vec<u32>,
@@ -92,10 +206,14 @@ pub struct StepInputs {
     pub block_tables: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,
+    /// How the first of the logit rows are drawn.
+    pub samples: Vec<SampleRow>,
+    /// What is scored.
+    pub scores: Vec<ScoreRow>,
 }
 
 /// Largest step that a backend must hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct InputLimits {
     /// Rows.
     pub tokens_max: usize,
@@ -105,6 +223,29 @@ pub struct InputLimits {
     pub table_entries_max: usize,
     /// Rows with logits.
     pub logit_rows_max: usize,
+    /// Slots that keep a last token.
+    pub slots_max: usize,
+    /// Positions of the longest sequence.
+    pub positions_max: usize,
+    /// Steps that may be submitted and not yet taken.
+    pub steps_max: usize,
+    /// What attention is planned for.
+    pub attention: AttentionLimits,
+}
+
+/// What all attention layers of a model have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AttentionLimits {
+    /// KV heads on this rank, padding included.
+    pub num_kv_heads: usize,
+    /// Query heads of one KV head, padding included.
+    pub group: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Slots in a block.
+    pub block_size: usize,
+    /// A query sees this many positions back, itself included.
+    pub window: Option<usize>,
 }
 
 /// A rank's term of a sum over ranks: only a collective op makes a value of it.
@@ -155,11 +296,18 @@ pub trait Ops {
 
     // ---- planning: before the first step ----
 
-    /// Plans a zeroed buffer.
+    /// Plans a zeroed buffer of the device's activation type.
     ///
     /// # Errors
     /// No memory.
     fn buffer(&mut self, rows_max: usize, width: usize) -> Result<Self::Buffer, KernelError>;
+    /// Plans a zeroed buffer in f32, whatever the activation type: the residual stream and logits.
+    ///
+    /// # Errors
+    /// No memory.
+    fn wide_buffer(&mut self, rows_max: usize, width: usize) -> Result<Self::Buffer, KernelError> {
+        self.buffer(rows_max, width)
+    }
     /// Takes a matrix in, parts one below the other.
     ///
     /// # Errors
@@ -193,20 +341,78 @@ pub trait Ops {
     /// No memory.
     fn inputs(&mut self, limits: InputLimits) -> Result<Self::Inputs, KernelError>;
 
+    /// Memory of the device; `None` where it is the host's.
+    ///
+    /// # Errors
+    /// The device does not say.
+    fn memory(&self) -> Result<Option<DeviceMemoryInfo>, KernelError> {
+        Ok(None)
+    }
+    /// Element type that a cache has where nothing else is asked for.
+    fn kv_dtype(&self) -> StoredType {
+        StoredType::F32
+    }
+    /// Steps to run before the first real one, the same on all ranks. They may write into block 0.
+    fn warm_up_steps(&self, _limits: &InputLimits) -> Vec<WarmUpStep> {
+        vec![WarmUpStep { num_prompt_tokens: 4, ..WarmUpStep::default() }]
+    }
+
     // ---- around a forward ----
 
-    /// Puts a step's inputs on the device.
+    /// Begins a step: puts its inputs on the device.
     ///
     /// # Errors
     /// More than the planned limits.
     fn load_inputs(&mut self, step: &StepInputs, inputs: &mut Self::Inputs) -> Result<(), KernelError>;
+    /// Runs a part of the step. A device may record what `work` asks for, and later replay it where shapes are the same.
+    ///
+    /// # Errors
+    /// What `work` returns, or a device fault.
+    fn run(
+        &mut self,
+        inputs: &Self::Inputs,
+        part: StepPart,
+        work: &mut dyn FnMut(&mut Self) -> Result<(), KernelError>,
+    ) -> Result<(), KernelError> {
+        let _ = (inputs, part);
+        work(self)
+    }
+    /// Draws a token for each of the step's sampled rows: kept in the row's slot for later steps, and reported. Collective.
+    ///
+    /// # Errors
+    /// A device fault or a broken group.
+    fn sample(
+        &mut self,
+        inputs: &Self::Inputs,
+        logits: &Self::Buffer,
+        vocab: &VocabSlice,
+        kind: SamplerKind,
+    ) -> Result<(), KernelError>;
+    /// Scores the step's scored rows. Collective.
+    ///
+    /// # Errors
+    /// A device fault or a broken group.
+    fn score(&mut self, inputs: &Self::Inputs, logits: &Self::Buffer, vocab: &VocabSlice) -> Result<(), KernelError>;
+    /// Ends the step: what it sampled and scored can be taken when the device has done it.
+    ///
+    /// # Errors
+    /// More steps than were planned, or a device fault.
+    fn submit(&mut self, inputs: &Self::Inputs) -> Result<(), KernelError>;
+    /// Whether [`Ops::take`] would not wait.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn is_done(&mut self) -> Result<bool, KernelError>;
+    /// Waits for the oldest submitted step and gives its results.
+    ///
+    /// # Errors
+    /// None was submitted, a device fault, a broken group or a passed deadline.
+    fn take(&mut self) -> Result<StepResult, KernelError>;
     /// Waits for the device and shows the first `rows` of a buffer, `[rows, width]`.
     ///
     /// # Errors
     /// A device fault or a passed deadline.
     fn read<'a>(&'a mut self, buffer: &'a Self::Buffer, rows: usize) -> Result<&'a [f32], KernelError>;
-    /// The host collective of the group, for sampling.
-    fn collective(&mut self) -> &mut dyn Collective;
 
     // ---- fine ops ----
 

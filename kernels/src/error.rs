@@ -1,5 +1,7 @@
 //! What can go wrong in an op or a collective.
 
+use crate::cuda::CudaError;
+
 /// An op that cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
@@ -29,6 +31,9 @@ pub enum KernelError {
         /// How much was asked for.
         bytes: u64,
     },
+    /// A device, its driver or one of its libraries failed.
+    #[error(transparent)]
+    Device(CudaError),
     /// A thread could not be started.
     #[error("compute thread {index} could not be started")]
     Thread {
@@ -44,6 +49,15 @@ pub enum KernelError {
     /// The reference library refused.
     #[error("reference: {0}")]
     Reference(#[from] candle_core::Error),
+}
+
+impl From<CudaError> for KernelError {
+    fn from(error: CudaError) -> Self {
+        match error {
+            CudaError::OutOfMemory { bytes, .. } => Self::OutOfMemory { device: "GPU", bytes },
+            other => Self::Device(other),
+        }
+    }
 }
 
 /// A collective that did not complete.

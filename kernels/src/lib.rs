@@ -8,11 +8,14 @@
 
 mod contract;
 pub mod cpu;
+pub mod cuda;
 mod error;
 pub mod ops;
 pub mod reference;
 
 pub use contract::{
-    AttentionShape, Collective, HostMatrix, InputLimits, KvShape, Ops, Partial, RopeTable, SeqInputs, StepInputs,
+    AttentionLimits, AttentionShape, Collective, DeviceMemoryInfo, HostMatrix, InputLimits, KvShape, LAST_TOKEN, Ops,
+    Partial, RopeTable, SCORED_TOP_MAX, SampleRow, SamplerKind, ScoreRow, Scored, SeqInputs, StepInputs, StepPart,
+    StepResult, VocabSlice, WarmUpStep,
 };
 pub use error::{CollectiveError, KernelError};

@@ -62,10 +62,10 @@ impl EpochRecord {
         Ok(())
     }
 
-    /// Takes in what the admitted step sampled.
-    pub fn commit(&mut self, tokens: &[(SeqSlot, TokenId)]) {
-        let hash = StepOutput::chain(self.token_hash(), self.step, tokens.iter().copied());
-        self.token_hashes.push_back((self.step, hash));
+    /// Takes in what an admitted step sampled; steps commit in order.
+    pub fn commit(&mut self, step: StepId, tokens: &[(SeqSlot, TokenId)]) {
+        let hash = StepOutput::chain(self.token_hash(), step, tokens.iter().copied());
+        self.token_hashes.push_back((step, hash));
         if self.token_hashes.len() > self.hashes_max {
             self.token_hashes.pop_front();
         }
@@ -76,7 +76,7 @@ impl EpochRecord {
         self.plan_hash
     }
 
-    /// The token chain through the last step.
+    /// The token chain through the last step that was committed.
     pub fn token_hash(&self) -> u64 {
         self.token_hashes.back().map_or(0, |(_, hash)| *hash)
     }
@@ -130,7 +130,7 @@ mod tests {
         for change in changes {
             let mut record = record();
             record.admit(&next(&record)).expect("the next plan");
-            record.commit(&[(SeqSlot(1), TokenId(5))]);
+            record.commit(record.step, &[(SeqSlot(1), TokenId(5))]);
             let mut plan = next(&record);
             change(&mut plan);
             record.admit(&plan).expect_err("not the next plan");
@@ -146,7 +146,7 @@ mod tests {
             (plan.committed_step, plan.token_hash) =
                 *record.token_hashes.iter().rev().nth(2.min(step as usize - 1)).expect("kept");
             record.admit(&plan).expect("two steps behind is fine");
-            record.commit(&[]);
+            record.commit(record.step, &[]);
         }
         let mut plan = next(&record);
         plan.committed_step = StepId(1);

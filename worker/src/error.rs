@@ -190,16 +190,23 @@ pub enum WorkerError {
     },
     /// Memory is too small for a single sequence.
     #[error(
-        "{free_bytes} bytes are left for the KV cache; one sequence of {max_model_len} tokens needs {needed_bytes}. \
-         Lower --max-model-len, raise --gpu-memory-utilization or use more ranks"
+        "weights hold {weight_bytes} bytes, and {free_bytes} are left for the KV cache; one sequence of {max_model_len} tokens \
+         needs {needed_bytes} ({token_bytes} a token, so {fitting_len} tokens fit). Lower --max-model-len, raise \
+         --gpu-memory-utilization or use more ranks"
     )]
     KvMemory {
         /// What is left.
         free_bytes: u64,
         /// What one sequence needs.
         needed_bytes: u64,
+        /// What the weights hold.
+        weight_bytes: u64,
+        /// What one token needs.
+        token_bytes: u64,
         /// Longest sequence.
         max_model_len: u32,
+        /// Tokens that fit.
+        fitting_len: u64,
     },
     /// The head did not send what comes next.
     #[error("no {expected} from the head within {waited_ms} ms")]

@@ -3,16 +3,18 @@
 //! Owns one slot per running sequence: tokens, block table, how far it is computed. Plans are deltas against it. Knows no
 //! device and no model.
 //!
+//! A token that a step in flight samples is not known here yet: it holds its place in the sequence, and the device finds it
+//! by the sequence's slot.
+//!
 //! **Invariant:** a plan that does not fit the batch is refused before anything is computed; the inputs that leave here name
-//! blocks, positions and tokens that exist.
+//! blocks, positions and tokens that exist, or will when the step before has run.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
-use phalanx_kernels::{SeqInputs, StepInputs};
+use phalanx_kernels::{LAST_TOKEN, SCORED_TOP_MAX, SampleRow, ScoreRow, SeqInputs, StepInputs};
 use phalanx_proto::{NewSequence, PlanRow, SamplingParams, SeqSlot, StepId, StepPlan, TokenId};
 
 use crate::error::Divergence;
-use crate::layers::{LOGPROBS_MAX, SampleRow};
 
 /// What was agreed when the group started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +34,7 @@ pub struct BatchLimits {
 }
 
 /// Slots for each sequence of a step: some sequences wait in the batch for a later step.
-const SLOTS_PER_SEQUENCE_MAX: usize = 4;
+pub const SLOTS_PER_SEQUENCE_MAX: usize = 4;
 
 /// A sequence as this rank knows it.
 #[derive(Debug)]
@@ -43,8 +45,10 @@ struct Sequence {
     sampling: SamplingParams,
     /// Positions whose K and V are stored; `None` until its first row says where it begins.
     num_computed: Option<u32>,
-    /// The step that sampled the last token.
+    /// The step that sampled the last token, or will.
     sampled_in: Option<StepId>,
+    /// Steps in flight that sample for it, oldest first: its last tokens are theirs.
+    pending: VecDeque<StepId>,
 }
 
 /// Prompt tokens that a step's chunk predicts, and whose log-probabilities are wanted.
@@ -74,20 +78,20 @@ impl PromptChunk {
 pub struct StepWork {
     /// Inputs of the forward; their logit rows are those that sample.
     pub inputs: StepInputs,
-    /// Rows that sample, in plan order.
-    pub samples: Vec<SampleRow>,
     /// Prompt chunks to score, in plan order.
     pub prompts: Vec<PromptChunk>,
 }
 
 impl StepWork {
     fn clear(&mut self) {
-        let StepInputs { token_ids, positions, kv_slots, seqs, block_tables, logit_rows } = &mut self.inputs;
+        let StepInputs { token_ids, positions, kv_slots, seqs, block_tables, logit_rows, samples, scores } =
+            &mut self.inputs;
         for list in [token_ids, positions, kv_slots, block_tables, logit_rows] {
             list.clear();
         }
         seqs.clear();
-        self.samples.clear();
+        samples.clear();
+        scores.clear();
         self.prompts.clear();
     }
 }
@@ -133,6 +137,9 @@ impl Batch {
             let sequence = self.sequences.get_mut(&row.slot).ok_or(Divergence::UnknownSlot(row.slot))?;
             sequence.advance(row, &self.limits)?;
             sequence.write(row, self.limits.block_size as u32, work);
+            if row.samples {
+                sequence.expect_token(plan.step);
+            }
             if row.samples && sequence.sampling.variant() as u32 > plan.sampler as u32 {
                 return Err(Divergence::Sampler(row.slot));
             }
@@ -140,19 +147,23 @@ impl Batch {
         Ok(())
     }
 
-    /// Appends the tokens that a step sampled.
+    /// Takes in the tokens that a step sampled; those of sequences that have left meanwhile are dropped.
     pub fn commit(&mut self, step: StepId, tokens: &[(SeqSlot, TokenId)]) {
         for (slot, token) in tokens {
             if let Some(sequence) = self.sequences.get_mut(slot) {
-                sequence.tokens.push(*token);
-                sequence.sampled_in = Some(step);
+                sequence.commit(step, *token);
             }
         }
     }
 
+    /// Slots that a device must keep a last token for.
+    pub fn slots_max(max_num_seqs: usize) -> usize {
+        max_num_seqs.saturating_mul(SLOTS_PER_SEQUENCE_MAX)
+    }
+
     fn admit(&mut self, new: &NewSequence) -> Result<(), Divergence> {
         let slot = new.slot;
-        at_most("slots", self.sequences.len() + 1, self.limits.max_num_seqs.saturating_mul(SLOTS_PER_SEQUENCE_MAX))?;
+        at_most("slots", slot.0 as usize + 1, Self::slots_max(self.limits.max_num_seqs))?;
         at_most("tokens in a sequence", new.tokens.len(), self.limits.max_model_len)?;
         if let Some(token) = new.tokens.iter().find(|token| token.0 as usize >= self.limits.vocab_size) {
             return Err(Divergence::Token { slot, token: *token, vocab_size: self.limits.vocab_size });
@@ -167,6 +178,7 @@ impl Batch {
             sampling: new.sampling.clone(),
             num_computed: None,
             sampled_in: None,
+            pending: VecDeque::new(),
         };
         sequence.extend_table(slot, new.blocks.iter().map(|block| block.0), &self.limits)?;
         self.sequences.insert(slot, sequence);
@@ -232,6 +244,12 @@ impl Sequence {
         let (query_start, end) = (inputs.token_ids.len() as u32, row.start + row.num_tokens);
         let tokens = &self.tokens[row.start as usize..end as usize];
         inputs.token_ids.extend(tokens.iter().map(|token| token.0));
+        if !self.pending.is_empty() && end as usize == self.tokens.len() {
+            // Only the last token can be pending here: a sequence is never ahead of itself by two.
+            if let Some(last) = inputs.token_ids.last_mut() {
+                *last = LAST_TOKEN | row.slot.0;
+            }
+        }
         inputs.positions.extend(row.start..end);
         inputs.kv_slots.extend(
             (row.start..end)
@@ -242,10 +260,36 @@ impl Sequence {
         inputs.block_tables.extend_from_slice(&self.blocks[..end.div_ceil(block_size) as usize]);
         if row.samples {
             inputs.logit_rows.push(query_start + row.num_tokens - 1);
-            let output_index = (self.tokens.len() as u32).saturating_sub(self.num_prompt_tokens);
-            work.samples.push(SampleRow { slot: row.slot, sampling: self.sampling.clone(), output_index });
+            if let Some(num_top) = self.sampling.logprobs {
+                let row = inputs.samples.len() as u32;
+                inputs.scores.push(ScoreRow { row, token: None, num_top: num_top.min(SCORED_TOP_MAX) });
+            }
+            inputs.samples.push(self.sample_row(row.slot));
         }
         self.write_prompt(row, query_start, work);
+    }
+
+    /// How the sequence's next token is drawn.
+    fn sample_row(&self, slot: SeqSlot) -> SampleRow {
+        let SamplingParams { temperature, top_k, top_p, min_p, seed, .. } = self.sampling;
+        let output_index = (self.tokens.len() as u32).saturating_sub(self.num_prompt_tokens);
+        SampleRow { slot: slot.0, output_index, seed, temperature, top_k, top_p, min_p }
+    }
+
+    /// Holds the place of the token that `step` samples.
+    fn expect_token(&mut self, step: StepId) {
+        self.tokens.push(TokenId(0));
+        self.pending.push_back(step);
+        self.sampled_in = Some(step);
+    }
+
+    /// Puts a step's token in its place, unless another sequence took the slot since.
+    fn commit(&mut self, step: StepId, token: TokenId) {
+        if self.pending.front() == Some(&step) {
+            let place = self.tokens.len() - self.pending.len();
+            self.tokens[place] = token;
+            self.pending.pop_front();
+        }
     }
 
     /// Position `p` predicts the prompt's token at `p + 1`, which may lie beyond the chunk.
@@ -253,7 +297,7 @@ impl Sequence {
         let Some(num_top) = self.sampling.prompt_logprobs else { return };
         let (start, end) = (row.start + 1, (row.start + row.num_tokens + 1).min(self.num_prompt_tokens));
         if let Some(tokens) = self.tokens.get(start as usize..end as usize).filter(|tokens| !tokens.is_empty()) {
-            let (tokens, num_top) = (tokens.to_vec(), num_top.min(LOGPROBS_MAX));
+            let (tokens, num_top) = (tokens.to_vec(), num_top.min(SCORED_TOP_MAX));
             work.prompts.push(PromptChunk { slot: row.slot, start, first_row, tokens, num_top });
         }
     }
@@ -308,16 +352,36 @@ mod tests {
         batch.apply(&plan(Some(sequence(20, &[5])), &[row(14, 3, &[2], false)]), &mut work).expect("fits");
         assert_eq!(work.inputs.kv_slots, [5 * 16 + 14, 5 * 16 + 15, 2 * 16]);
         assert_eq!(work.inputs.block_tables, [5, 2]);
-        assert_eq!((work.inputs.positions.as_slice(), work.samples.len()), ([14, 15, 16].as_slice(), 0));
+        assert_eq!((work.inputs.positions.as_slice(), work.inputs.samples.len()), ([14, 15, 16].as_slice(), 0));
         assert_eq!((work.prompts[0].start, work.prompts[0].tokens.as_slice()), (15, &[15, 16, 17].map(TokenId)[..]));
-        batch.apply(&plan(None, &[row(17, 3, &[], true)]), &mut work).expect("fits");
-        assert_eq!((work.inputs.logit_rows.as_slice(), work.samples[0].output_index), ([2].as_slice(), 0));
+        let last_chunk = StepPlan { step: StepId(7), ..plan(None, &[row(17, 3, &[], true)]) };
+        batch.apply(&last_chunk, &mut work).expect("fits");
+        assert_eq!((work.inputs.logit_rows.as_slice(), work.inputs.samples[0].output_index), ([2].as_slice(), 0));
         assert_eq!(work.prompts[0].tokens, [18, 19].map(TokenId), "nothing is predicted beyond the prompt");
-        batch.commit(StepId(7), &[(SLOT, TokenId(42))]);
-        let decode = PlanRow { consumes: Some(StepId(7)), ..row(20, 1, &[], true) };
-        batch.apply(&plan(None, &[decode]), &mut work).expect("fits");
-        assert_eq!((work.inputs.token_ids.as_slice(), work.samples[0].output_index), ([42].as_slice(), 1));
+        let decode = |start, step| {
+            let row = PlanRow { consumes: Some(StepId(step - 1)), ..row(start, 1, &[], true) };
+            StepPlan { step: StepId(step), ..plan(None, &[row]) }
+        };
+        batch.apply(&decode(20, 8), &mut work).expect("fits");
+        assert_eq!(work.inputs.token_ids, [LAST_TOKEN | SLOT.0], "the device knows what step 7 samples");
+        assert_eq!(work.inputs.samples[0].output_index, 1);
         assert!(work.prompts.is_empty());
+        batch.commit(StepId(7), &[(SLOT, TokenId(42))]);
+        batch.commit(StepId(8), &[(SLOT, TokenId(43))]);
+        batch.apply(&decode(21, 9), &mut work).expect("fits");
+        assert_eq!((work.inputs.token_ids.as_slice(), work.inputs.samples[0].output_index), ([43].as_slice(), 2));
+    }
+
+    #[test]
+    fn tokens_of_a_sequence_that_left_do_not_reach_the_next_in_its_slot() {
+        let (mut batch, mut work) = (batch(), StepWork::default());
+        let first = StepPlan { step: StepId(1), ..plan(Some(sequence(3, &[])), &[row(0, 3, &[1], true)]) };
+        batch.apply(&first, &mut work).expect("fits");
+        let second = StepPlan { released_slots: vec![SLOT], step: StepId(2), ..plan(Some(sequence(2, &[])), &[]) };
+        batch.apply(&second, &mut work).expect("fits");
+        batch.commit(StepId(1), &[(SLOT, TokenId(42))]);
+        batch.apply(&plan(None, &[row(0, 2, &[2], true)]), &mut work).expect("fits");
+        assert_eq!(work.inputs.token_ids, [0, 1]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! **Invariant:** `num_blocks` never exceeds what the step limits can use, and without an override never what memory allows.
 
 use phalanx_formats::{Geometry, ShardPlan, StoredType, kv_block_bytes};
-use phalanx_kernels::{KernelError, KvShape, Ops};
+use phalanx_kernels::{DeviceMemoryInfo, KernelError, KvShape, Ops};
 use phalanx_proto::{LoadModel, NodeId, RankCapacity};
 
 use crate::backend::ranks_here;
@@ -11,6 +11,9 @@ use crate::error::WorkerError;
 
 /// Most bytes that a CPU rank takes for KV blocks by itself; `--num-gpu-blocks-override` goes beyond.
 pub const HOST_CACHE_BYTES_MAX: u64 = 4 << 30;
+
+/// Bytes of a device that are left for recorded steps and what the driver takes for them.
+pub const DEVICE_RESERVE_BYTES: u64 = 512 << 20;
 
 /// K and V of all layers on this rank.
 pub struct KvCache<B: Ops> {
@@ -43,18 +46,20 @@ fn check_slots(shape: &KvShape) -> Result<(), KernelError> {
     Err(KernelError::Shape { op: "kv_layer", reason })
 }
 
-/// Element type of the cache: as asked for, or F32 for exact runs and F16 for all others.
+/// Element type of the cache: as asked for, or what the backend stores by itself.
 ///
 /// # Errors
-/// A type that no CPU kernel stores.
-pub fn kv_dtype(load: &LoadModel) -> Result<StoredType, WorkerError> {
-    match (load.kv_cache_dtype.as_str(), load.dtype.as_str()) {
-        ("float32" | "fp32", _) | ("auto" | "", "float32") => Ok(StoredType::F32),
-        ("float16" | "fp16", _) | ("auto" | "", _) => Ok(StoredType::F16),
-        (other, _) => Err(WorkerError::Setting {
+/// No type that a cache can have.
+pub fn kv_dtype(load: &LoadModel, by_itself: StoredType) -> Result<StoredType, WorkerError> {
+    match load.kv_cache_dtype.as_str() {
+        "auto" | "" => Ok(by_itself),
+        "float32" | "fp32" => Ok(StoredType::F32),
+        "float16" | "fp16" => Ok(StoredType::F16),
+        "bfloat16" | "bf16" => Ok(StoredType::BF16),
+        other => Err(WorkerError::Setting {
             setting: "kv-cache-dtype",
             found: other.into(),
-            expected: "auto, float16 or float32",
+            expected: "auto, float16, bfloat16 or float32",
         }),
     }
 }
@@ -74,33 +79,50 @@ pub struct KvBudget<'a> {
     pub weight_bytes: u64,
     /// Bytes that the machine can still give.
     pub free_bytes: u64,
+    /// Memory of the device, where it is not the machine's.
+    pub device: Option<DeviceMemoryInfo>,
 }
 
 impl KvBudget<'_> {
-    /// How many blocks fit on a CPU rank.
+    /// How many blocks fit.
     ///
     /// # Errors
     /// Memory is too small for one sequence of the longest length.
     pub fn capacity(&self, load: &LoadModel) -> Result<RankCapacity, WorkerError> {
         let block_bytes = kv_block_bytes(self.geometry, self.plan, load.block_size as usize, self.dtype).max(1);
-        let ranks_here = ranks_here(self.node_id, load) as u64;
         let blocks_of_one = u64::from(load.max_model_len.div_ceil(load.block_size));
         let num_blocks = match load.num_blocks_override {
             Some(num_blocks) => u64::from(num_blocks),
             None => {
-                let share = (self.free_bytes as f64 * load.memory_utilization) as u64 / ranks_here;
-                let fitting = share.min(HOST_CACHE_BYTES_MAX) / block_bytes;
+                let share = self.share(load);
+                let fitting = share / block_bytes;
                 if fitting < blocks_of_one {
                     return Err(WorkerError::KvMemory {
-                        free_bytes: share.min(HOST_CACHE_BYTES_MAX),
+                        free_bytes: share,
                         needed_bytes: blocks_of_one * block_bytes,
+                        weight_bytes: self.weight_bytes,
+                        token_bytes: block_bytes / u64::from(load.block_size),
                         max_model_len: load.max_model_len,
+                        fitting_len: fitting * u64::from(load.block_size),
                     });
                 }
-                fitting.min(blocks_of_one * u64::from(load.max_num_seqs))
+                // A host keeps what sequences cannot use; a device has no other use for it than cached prefixes.
+                if self.device.is_some() { fitting } else { fitting.min(blocks_of_one * u64::from(load.max_num_seqs)) }
             }
         };
-        Ok(RankCapacity { num_blocks, weight_bytes: self.weight_bytes, block_bytes, free_bytes: self.free_bytes })
+        let free_bytes = self.device.map_or(self.free_bytes, |device| device.free);
+        Ok(RankCapacity { num_blocks, weight_bytes: self.weight_bytes, block_bytes, free_bytes })
+    }
+
+    /// Bytes that the cache may take.
+    fn share(&self, load: &LoadModel) -> u64 {
+        if let Some(DeviceMemoryInfo { total, free }) = self.device {
+            let allowed = (total as f64 * load.memory_utilization) as u64;
+            return allowed.saturating_sub(total - free.min(total)).saturating_sub(DEVICE_RESERVE_BYTES);
+        }
+        let ranks_here = ranks_here(self.node_id, load) as u64;
+        let share = (self.free_bytes as f64 * load.memory_utilization) as u64 / ranks_here;
+        share.min(HOST_CACHE_BYTES_MAX)
     }
 }
 
@@ -180,8 +202,9 @@ mod tests {
         change(&mut load);
         let plan = ShardPlan::new(&geometry, 2, 0, 1, 1);
         let node_id = &NodeId("a".into());
-        let dtype = kv_dtype(&load).expect("a type");
-        let budget = KvBudget { geometry: &geometry, plan: &plan, dtype, node_id, weight_bytes: 0, free_bytes };
+        let dtype = kv_dtype(&load, StoredType::F16).expect("a type");
+        let budget =
+            KvBudget { geometry: &geometry, plan: &plan, dtype, node_id, weight_bytes: 0, free_bytes, device: None };
         assert_eq!(budget.capacity(&load).ok().map(|capacity| capacity.num_blocks), expected);
     }
 
@@ -203,7 +226,7 @@ mod tests {
         check(4 * 62 * block_bytes, |_| {}, None);
         check(64 * GIB, |_| {}, Some(4 * 63));
         check(4 * 200 * block_bytes, |load| load.rank_nodes[1] = NodeId("b".into()), Some(4 * 63));
-        check(4 * 100 * block_bytes, |load| load.dtype = "float32".into(), None);
+        check(4 * 100 * block_bytes, |load| load.kv_cache_dtype = "float32".into(), None);
         check(4 * 140 * block_bytes, |load| load.kv_cache_dtype = "float32".into(), Some(70));
         check(0, |load| load.num_blocks_override = Some(7), Some(7));
         check(
@@ -211,6 +234,26 @@ mod tests {
             |load| (load.max_num_seqs, load.max_model_len) = (1 << 20, 4096),
             Some(HOST_CACHE_BYTES_MAX / block_bytes),
         );
+    }
+
+    #[test]
+    fn a_device_gives_what_is_allowed_and_not_taken() {
+        let (geometry, load) = (geometry(), load());
+        let plan = ShardPlan::new(&geometry, 2, 0, 1, 1);
+        let budget = |total, free| KvBudget {
+            geometry: &geometry,
+            plan: &plan,
+            dtype: StoredType::F16,
+            node_id: &load.rank_nodes[0],
+            weight_bytes: 0,
+            free_bytes: 0,
+            device: Some(DeviceMemoryInfo { total, free }),
+        };
+        let num_blocks = |total, free| budget(total, free).capacity(&load).ok().map(|capacity| capacity.num_blocks);
+        let block_bytes = 4 * 2 * 16 * 16 * 2;
+        // Half of 8 GiB is allowed, 1 GiB is taken, half a GiB is kept back.
+        assert_eq!(num_blocks(8 * GIB, 7 * GIB), Some(5 * GIB / 2 / block_bytes));
+        assert_eq!(num_blocks(8 * GIB, 4 * GIB), None);
     }
 
     #[test]

@@ -18,4 +18,5 @@ pub mod rank;
 pub mod runner;
 pub mod session;
 pub mod shard;
+pub mod warm_up;
 pub mod weights;

@@ -3,19 +3,29 @@
 //! Owns the backend, the model, the KV cache and the batch. Knows no stream and no start-up: it is given a loaded model and
 //! answers plans. Generic over the backend, so that nothing here asks which device it is.
 //!
+//! A step is launched, and finished when the device has done it; the next one may be launched in between, since what it
+//! consumes of the one before stays on the device.
+//!
 //! **Invariant:** all ranks execute the same plans with the same collectives in the same order, and sample the same tokens.
 
-use std::time::{Duration, Instant};
+use std::collections::VecDeque;
+use std::time::Instant;
 
-use phalanx_kernels::{InputLimits, Ops};
-use phalanx_proto::{PromptLogprobs, Rank, SampledRow, SeqSlot, StepOutput, StepPlan, TokenId, TokenLogprobs};
+use phalanx_kernels::{
+    InputLimits, KernelError, Ops, SamplerKind, ScoreRow, Scored, StepInputs, StepPart, StepResult, VocabSlice,
+    WarmUpStep,
+};
+use phalanx_proto::{
+    Epoch, PromptLogprobs, Rank, SampledRow, SamplerVariant, SeqSlot, StepId, StepOutput, StepPlan, TokenId,
+    TokenLogprobs,
+};
 
 use crate::epoch::EpochRecord;
 use crate::error::WorkerError;
 use crate::inputs::{Batch, PromptChunk, StepWork};
 use crate::kv_cache::KvCache;
-use crate::layers::{SampleRow, Sampler, ScoreRow};
 use crate::models::Model;
+use crate::warm_up;
 
 /// Executes plans.
 pub struct Runner<B: Ops> {
@@ -24,11 +34,28 @@ pub struct Runner<B: Ops> {
     model: Box<dyn Model<B>>,
     kv: KvCache<B>,
     inputs: B::Inputs,
-    logit_rows_max: usize,
+    limits: InputLimits,
+    vocab: VocabSlice,
     batch: Batch,
     work: StepWork,
-    sampler: Sampler,
     record: EpochRecord,
+    in_flight: VecDeque<Launched>,
+    /// Results of the oldest of them that had to be taken early.
+    taken: VecDeque<StepResult>,
+    last_finish: Instant,
+}
+
+/// A step that the device works on.
+struct Launched {
+    epoch: Epoch,
+    step: StepId,
+    plan_hash: u64,
+    started: Instant,
+    /// The rows that sample.
+    slots: Vec<SeqSlot>,
+    /// Which of them are scored.
+    scored: Vec<u32>,
+    prompt_logprobs: Vec<PromptLogprobs>,
 }
 
 /// What a runner is made of.
@@ -41,133 +68,254 @@ pub struct RunnerParts<B: Ops> {
     pub model: Box<dyn Model<B>>,
     /// Its cache.
     pub kv: KvCache<B>,
+    /// The step's inputs.
+    pub inputs: B::Inputs,
     /// Largest step.
     pub limits: InputLimits,
     /// An empty batch.
     pub batch: Batch,
-    /// The sampler of this rank's vocabulary.
-    pub sampler: Sampler,
+    /// This rank's part of the vocabulary.
+    pub vocab: VocabSlice,
     /// The beginning of an epoch.
     pub record: EpochRecord,
 }
 
 impl<B: Ops> Runner<B> {
-    /// Plans the inputs; everything else is there.
+    /// Joins the parts.
+    pub fn new(parts: RunnerParts<B>) -> Self {
+        let RunnerParts { rank, ops, model, kv, inputs, limits, batch, vocab, record } = parts;
+        Self {
+            rank,
+            ops,
+            model,
+            kv,
+            inputs,
+            limits,
+            vocab,
+            batch,
+            work: StepWork::default(),
+            record,
+            in_flight: VecDeque::new(),
+            taken: VecDeque::new(),
+            last_finish: Instant::now(),
+        }
+    }
+
+    /// Waits for what is in flight, forgets all sequences and begins an epoch.
     ///
     /// # Errors
-    /// No memory.
-    pub fn new(parts: RunnerParts<B>) -> Result<Self, WorkerError> {
-        let RunnerParts { rank, mut ops, model, kv, limits, batch, sampler, record } = parts;
-        let (inputs, logit_rows_max) = (ops.inputs(limits)?, limits.logit_rows_max);
-        Ok(Self { rank, ops, model, kv, inputs, logit_rows_max, batch, work: StepWork::default(), sampler, record })
-    }
-
-    /// Forgets all sequences and begins an epoch.
-    pub fn begin(&mut self, record: EpochRecord) {
+    /// The device does not come to rest.
+    pub fn begin(&mut self, record: EpochRecord) -> Result<(), WorkerError> {
+        while self.in_flight.pop_front().is_some() {
+            self.take()?;
+        }
         self.batch.clear();
         self.record = record;
+        Ok(())
     }
 
-    /// Executes one plan: checks it, runs the model over its rows, samples, scores. Collective.
+    /// Runs what the backend wants to have run before the first plan. Collective. `progress` hears fractions from 0 to 1.
+    ///
+    /// # Errors
+    /// A device fault or a broken group.
+    pub fn warm_up(&mut self, mut progress: impl FnMut(f32)) -> Result<(), WorkerError> {
+        let steps: Vec<WarmUpStep> = self.ops.warm_up_steps(&self.limits);
+        for (index, step) in steps.iter().enumerate() {
+            warm_up::write(step, &self.limits, &mut self.work.inputs);
+            self.forward()?;
+            self.sample(step.sampler)?;
+            self.ops.submit(&self.inputs)?;
+            self.ops.take()?;
+            progress((index + 1) as f32 / steps.len() as f32);
+        }
+        Ok(())
+    }
+
+    /// Whether a plan follows commits that this rank has not finished yet: finish first.
+    pub fn lags(&self, plan: &StepPlan) -> bool {
+        self.in_flight.front().is_some_and(|oldest| oldest.step <= plan.committed_step)
+    }
+
+    /// Steps that were launched and not finished.
+    pub fn num_in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Starts one plan: checks it, sets the model to work on its rows, samples, scores. Collective.
     ///
     /// # Errors
     /// Head and rank have parted, the device failed or the group is broken; in each case the rank is done.
-    pub fn step(&mut self, plan: &StepPlan) -> Result<StepOutput, WorkerError> {
+    pub fn launch(&mut self, plan: &StepPlan) -> Result<(), WorkerError> {
         let started = Instant::now();
         let parted = |reason| WorkerError::Divergence { step: plan.step, reason };
         self.record.admit(plan).map_err(parted)?;
         self.batch.apply(plan, &mut self.work).map_err(parted)?;
+        let mut launched = Launched::new(plan, started, self.record.plan_hash(), &self.work.inputs);
         self.forward()?;
-        let tokens = self.sample(plan)?;
-        let logprobs = self.score_samples(&tokens)?;
-        let prompt_logprobs = self.score_prompts()?;
-        self.batch.commit(plan.step, &tokens);
-        self.record.commit(&tokens);
-        Ok(self.output(plan, started.elapsed(), &tokens, logprobs, prompt_logprobs))
+        self.sample(kind(plan.sampler))?;
+        self.ops.submit(&self.inputs)?;
+        if !self.work.prompts.is_empty() {
+            launched.prompt_logprobs = self.score_prompts()?;
+        }
+        self.in_flight.push_back(launched);
+        Ok(())
+    }
+
+    /// Whether [`Self::finish`] would not wait.
+    ///
+    /// # Errors
+    /// A device fault.
+    pub fn is_done(&mut self) -> Result<bool, WorkerError> {
+        Ok(!self.taken.is_empty() || self.ops.is_done()?)
+    }
+
+    /// Waits for the oldest step and answers its plan.
+    ///
+    /// # Errors
+    /// A device fault, a broken group, or a row without any finite logit.
+    pub fn finish(&mut self) -> Result<StepOutput, WorkerError> {
+        let Some(launched) = self.in_flight.pop_front() else { return Ok(StepOutput::default()) };
+        let result = self.take()?;
+        let tokens = launched.tokens(&result)?;
+        self.batch.commit(launched.step, &tokens);
+        self.record.commit(launched.step, &tokens);
+        let started = launched.started.max(self.last_finish);
+        self.last_finish = Instant::now();
+        let elapsed_us = self.last_finish.duration_since(started).as_micros() as u64;
+        let token_hash = self.record.token_hash();
+        Ok(launched.output(self.rank, elapsed_us, token_hash, &tokens, result.scores))
+    }
+
+    fn take(&mut self) -> Result<StepResult, KernelError> {
+        self.taken.pop_front().map_or_else(|| self.ops.take(), Ok)
     }
 
     fn forward(&mut self) -> Result<(), WorkerError> {
-        if self.work.inputs.seqs.is_empty() {
+        let Self { ops, model, kv, inputs, work, .. } = self;
+        ops.load_inputs(&work.inputs, inputs)?;
+        if work.inputs.seqs.is_empty() {
             return Ok(());
         }
-        self.ops.load_inputs(&self.work.inputs, &mut self.inputs)?;
-        Ok(self.model.forward(&mut self.ops, &self.inputs, self.kv.layers_mut())?)
+        Ok(ops.run(inputs, StepPart::Forward, &mut |ops| model.forward(ops, inputs, kv.layers_mut()))?)
     }
 
-    fn sample(&mut self, plan: &StepPlan) -> Result<Vec<(SeqSlot, TokenId)>, WorkerError> {
-        let rows = &self.work.samples;
-        if rows.is_empty() {
-            return Ok(Vec::new());
+    fn sample(&mut self, kind: SamplerKind) -> Result<(), WorkerError> {
+        let Self { ops, model, inputs, work, vocab, .. } = self;
+        if work.inputs.samples.is_empty() {
+            return Ok(());
         }
-        self.model.project(&mut self.ops, &self.inputs)?;
-        let tokens = self.sampler.sample(&mut self.ops, self.model.logits(), plan.sampler, rows)?;
-        let found = |(row, token): (&SampleRow, Option<TokenId>)| match token {
-            Some(token) => Ok((row.slot, token)),
-            None => Err(WorkerError::NoToken { step: plan.step, slot: row.slot }),
-        };
-        rows.iter().zip(tokens).map(found).collect()
-    }
-
-    /// Log-probabilities of the sampled tokens whose sequences want them, in plan order; the logits are those of `sample`.
-    fn score_samples(&mut self, tokens: &[(SeqSlot, TokenId)]) -> Result<Vec<TokenLogprobs>, WorkerError> {
-        let mut rows = Vec::new();
-        for (row, (sample, (_, token))) in self.work.samples.iter().zip(tokens).enumerate() {
-            if let Some(num_top) = sample.sampling.logprobs {
-                rows.push(ScoreRow { row, token: *token, num_top });
-            }
+        ops.run(inputs, StepPart::Sample(kind), &mut |ops| {
+            model.project(ops, inputs)?;
+            ops.sample(inputs, model.logits(), vocab, kind)
+        })?;
+        if work.inputs.scores.is_empty() {
+            return Ok(());
         }
-        Ok(self.sampler.score(&mut self.ops, self.model.logits(), &rows)?)
+        Ok(ops.score(inputs, model.logits(), vocab)?)
     }
 
     /// Log-probabilities of the prompt tokens that the step's chunks predict, in passes of as many rows as logits have room.
-    fn score_prompts(&mut self) -> Result<Vec<TokenLogprobs>, WorkerError> {
+    ///
+    /// Waits for the device, as the hidden states are those of this step: prompts that want this are rare.
+    fn score_prompts(&mut self) -> Result<Vec<PromptLogprobs>, WorkerError> {
         let wanted: Vec<(u32, TokenId, u32)> = self.work.prompts.iter().flat_map(PromptChunk::rows).collect();
-        let mut scored = Vec::with_capacity(wanted.len());
-        for pass in wanted.chunks(self.logit_rows_max.max(1)) {
-            self.work.inputs.logit_rows.clear();
-            self.work.inputs.logit_rows.extend(pass.iter().map(|(row, ..)| *row));
-            self.ops.load_inputs(&self.work.inputs, &mut self.inputs)?;
-            self.model.project(&mut self.ops, &self.inputs)?;
-            let row = |(row, (_, token, num_top)): (usize, &(u32, TokenId, u32))| ScoreRow {
+        let mut scored: Vec<Scored> = Vec::with_capacity(wanted.len());
+        let Self { ops, model, inputs, work, vocab, limits, in_flight, taken, .. } = self;
+        while taken.len() <= in_flight.len() {
+            taken.push_back(ops.take()?);
+        }
+        for pass in wanted.chunks(limits.logit_rows_max.max(1)) {
+            let step = &mut work.inputs;
+            step.samples.clear();
+            step.logit_rows.clear();
+            step.logit_rows.extend(pass.iter().map(|(row, ..)| *row));
+            step.scores.clear();
+            let score = |(row, (_, token, num_top)): (u32, &(u32, TokenId, u32))| ScoreRow {
                 row,
-                token: *token,
+                token: Some(token.0),
                 num_top: *num_top,
             };
-            let rows: Vec<ScoreRow> = pass.iter().enumerate().map(row).collect();
-            scored.extend(self.sampler.score(&mut self.ops, self.model.logits(), &rows)?);
+            step.scores.extend((0..).zip(pass).map(score));
+            ops.load_inputs(step, inputs)?;
+            ops.run(inputs, StepPart::Score, &mut |ops| model.project(ops, inputs))?;
+            ops.score(inputs, model.logits(), vocab)?;
+            ops.submit(inputs)?;
+            scored.extend(ops.take()?.scores);
         }
-        Ok(scored)
+        let mut scored = scored.into_iter().map(token_logprobs);
+        let chunk = |chunk: &PromptChunk| PromptLogprobs {
+            slot: chunk.slot,
+            start: chunk.start,
+            tokens: scored.by_ref().take(chunk.tokens.len()).collect(),
+        };
+        Ok(self.work.prompts.iter().map(chunk).collect())
+    }
+}
+
+impl Launched {
+    fn new(plan: &StepPlan, started: Instant, plan_hash: u64, inputs: &StepInputs) -> Self {
+        Self {
+            epoch: plan.epoch,
+            step: plan.step,
+            plan_hash,
+            started,
+            slots: inputs.samples.iter().map(|sample| SeqSlot(sample.slot)).collect(),
+            scored: inputs.scores.iter().map(|score| score.row).collect(),
+            prompt_logprobs: Vec::new(),
+        }
+    }
+
+    /// What was sampled, in plan order.
+    fn tokens(&self, result: &StepResult) -> Result<Vec<(SeqSlot, TokenId)>, WorkerError> {
+        let found = |(slot, token): (&SeqSlot, &Option<u32>)| match token {
+            Some(token) => Ok((*slot, TokenId(*token))),
+            None => Err(WorkerError::NoToken { step: self.step, slot: *slot }),
+        };
+        self.slots.iter().zip(&result.tokens).map(found).collect()
     }
 
     /// The answer to the plan; tokens and log-probabilities from rank 0 only.
     fn output(
-        &self,
-        plan: &StepPlan,
-        elapsed: Duration,
+        self,
+        rank: Rank,
+        elapsed_us: u64,
+        token_hash: u64,
         tokens: &[(SeqSlot, TokenId)],
-        logprobs: Vec<TokenLogprobs>,
-        prompts: Vec<TokenLogprobs>,
+        scores: Vec<Scored>,
     ) -> StepOutput {
-        let mut output = StepOutput {
-            epoch: plan.epoch,
-            step: plan.step,
-            elapsed_us: elapsed.as_micros() as u64,
-            plan_hash: self.record.plan_hash(),
-            token_hash: self.record.token_hash(),
-            ..StepOutput::default()
-        };
-        if self.rank != Rank(0) {
+        let Self { epoch, step, plan_hash, scored, prompt_logprobs, .. } = self;
+        let mut output = StepOutput { epoch, step, elapsed_us, plan_hash, token_hash, ..StepOutput::default() };
+        if rank != Rank(0) {
             return output;
         }
-        let (mut logprobs, mut prompts) = (logprobs.into_iter(), prompts.into_iter());
-        for (sample, (slot, token)) in self.work.samples.iter().zip(tokens) {
-            let logprobs = if sample.sampling.logprobs.is_some() { logprobs.next() } else { None };
-            output.rows.push(SampledRow { slot: *slot, token: *token, logprobs });
+        output.rows.extend(tokens.iter().map(|(slot, token)| SampledRow {
+            slot: *slot,
+            token: *token,
+            logprobs: None,
+        }));
+        for (row, score) in scored.into_iter().zip(scores) {
+            if let Some(sampled) = output.rows.get_mut(row as usize) {
+                sampled.logprobs = Some(token_logprobs(score));
+            }
         }
-        for chunk in &self.work.prompts {
-            let tokens = prompts.by_ref().take(chunk.tokens.len()).collect();
-            output.prompt_logprobs.push(PromptLogprobs { slot: chunk.slot, start: chunk.start, tokens });
-        }
+        output.prompt_logprobs = prompt_logprobs;
         output
+    }
+}
+
+fn token_logprobs(scored: Scored) -> TokenLogprobs {
+    TokenLogprobs {
+        token: TokenId(scored.token),
+        logprob: scored.logprob,
+        rank: scored.rank,
+        top: scored.top.into_iter().map(|(token, logprob)| (TokenId(token), logprob)).collect(),
+    }
+}
+
+fn kind(variant: SamplerVariant) -> SamplerKind {
+    match variant {
+        SamplerVariant::Greedy => SamplerKind::Greedy,
+        SamplerVariant::NoCut => SamplerKind::NoCut,
+        SamplerVariant::Cut => SamplerKind::Cut,
     }
 }

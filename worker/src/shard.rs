@@ -7,14 +7,14 @@
 use std::path::Path;
 
 use phalanx_formats::{FileKind, Geometry, ModelFiles, ShardPlan, StoredType};
-use phalanx_kernels::{InputLimits, KvShape, Ops};
+use phalanx_kernels::{AttentionLimits, InputLimits, KvShape, Ops, VocabSlice};
 use phalanx_proto::{Incarnation, LoadModel, NodeId, Rank, RankCapacity};
 
 use crate::epoch::EpochRecord;
 use crate::error::WorkerError;
 use crate::inputs::{Batch, BatchLimits};
 use crate::kv_cache::{KvBudget, KvCache, kv_dtype};
-use crate::layers::{Build, Sampler};
+use crate::layers::Build;
 use crate::models::{self, Model};
 use crate::runner::{Runner, RunnerParts};
 use crate::weights::ShardLoader;
@@ -27,6 +27,8 @@ pub struct Shard<B: Ops> {
     rank: Rank,
     ops: B,
     model: Box<dyn Model<B>>,
+    inputs: B::Inputs,
+    limits: InputLimits,
     geometry: Geometry,
     plan: ShardPlan,
     kv_dtype: StoredType,
@@ -39,11 +41,12 @@ impl<B: Ops + 'static> Shard<B> {
     /// # Errors
     /// The model or a setting cannot be used; no memory.
     pub fn load(mut ops: B, rank: Rank, load: &LoadModel, progress: impl Fn(f32)) -> Result<Self, WorkerError> {
-        let kv_dtype = kv_dtype(load)?;
+        let kv_dtype = kv_dtype(load, ops.kv_dtype())?;
         let files = open(load)?;
         let geometry = files.geometry().clone();
         check_limits(load, &geometry)?;
         let plan = files.shard_plan(load.world_size as usize, rank.0 as usize);
+        let limits = input_limits(load, &geometry, &plan);
         let (model, weight_bytes) = {
             let weights = match load.load_format.as_str() {
                 "dummy" => ShardLoader::dummy(&files, &plan, load.seed),
@@ -54,13 +57,15 @@ impl<B: Ops + 'static> Shard<B> {
                 weights: &weights.on_progress(progress),
                 geometry: &geometry,
                 plan: &plan,
-                limits: input_limits(load),
+                limits,
                 max_model_len: load.max_model_len as usize,
                 weight_bytes: 0,
             };
             (models::load(&mut build)?, build.weight_bytes)
         };
-        Ok(Self { rank, ops, model, geometry, plan, kv_dtype, weight_bytes })
+        // Planned before memory is counted for the cache.
+        let inputs = ops.inputs(limits)?;
+        Ok(Self { rank, ops, model, inputs, limits, geometry, plan, kv_dtype, weight_bytes })
     }
 
     /// What fits beside the weights, where the machine can still give `free_bytes`.
@@ -75,6 +80,7 @@ impl<B: Ops + 'static> Shard<B> {
             node_id,
             weight_bytes: self.weight_bytes,
             free_bytes,
+            device: self.ops.memory()?,
         };
         budget.capacity(load)
     }
@@ -105,16 +111,19 @@ impl<B: Ops + 'static> Shard<B> {
             max_num_batched_tokens: load.max_num_batched_tokens as usize,
             vocab_size: self.geometry.vocab_size,
         });
-        Runner::new(RunnerParts {
+        let vocab = &self.plan.vocab;
+        let columns = vocab.lead..vocab.lead + vocab.owned.len();
+        Ok(Runner::new(RunnerParts {
             rank: self.rank,
             ops: self.ops,
             model: self.model,
             kv,
-            limits: input_limits(load),
+            inputs: self.inputs,
+            limits: self.limits,
             batch,
-            sampler: Sampler::new(&self.plan),
+            vocab: VocabSlice { columns, first_id: vocab.owned.start as u32 },
             record: first_epoch(load, incarnation),
-        })
+        }))
     }
 }
 
@@ -157,12 +166,22 @@ fn check_limits(load: &LoadModel, geometry: &Geometry) -> Result<(), WorkerError
 }
 
 /// The largest step that the head may plan.
-fn input_limits(load: &LoadModel) -> InputLimits {
+fn input_limits(load: &LoadModel, geometry: &Geometry, plan: &ShardPlan) -> InputLimits {
     let blocks_of_one = load.max_model_len.div_ceil(load.block_size) as usize;
     InputLimits {
         tokens_max: load.max_num_batched_tokens as usize,
         seqs_max: load.max_num_seqs as usize,
         table_entries_max: load.max_num_seqs as usize * blocks_of_one,
         logit_rows_max: load.max_num_seqs.max(LOGIT_ROWS_MIN.min(load.max_num_batched_tokens)) as usize,
+        slots_max: Batch::slots_max(load.max_num_seqs as usize),
+        positions_max: load.max_model_len as usize,
+        steps_max: load.steps_in_flight_max as usize + 1,
+        attention: AttentionLimits {
+            num_kv_heads: plan.local_kv_heads,
+            group: plan.group,
+            head_dim: geometry.head_dim,
+            block_size: load.block_size as usize,
+            window: geometry.sliding_window,
+        },
     }
 }

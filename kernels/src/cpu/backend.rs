@@ -4,10 +4,16 @@
 //!
 //! **Invariant:** scratch memory is planned from the buffers and matrices that were planned, before the first op.
 
+use phalanx_formats::StoredType;
+
 use super::{Activations, CpuBuffer, CpuInputs, CpuKvLayer, CpuMatrix, Pool, Scratch, lanes::Simd, memory::AlignedVec};
 use crate::{
-    AttentionShape, Collective, HostMatrix, InputLimits, KernelError, KvShape, Ops, Partial, RopeTable, StepInputs,
-    ops::{add, attend, embed, gate_up_act, linear as linear_op, logits, reduce, rms_norm, rope_store},
+    AttentionShape, Collective, HostMatrix, InputLimits, KernelError, KvShape, Ops, Partial, RopeTable, SamplerKind,
+    StepInputs, StepResult, VocabSlice,
+    ops::{
+        add, attend, embed, gate_up_act, host_sampler::HostSampler, linear as linear_op, logits, reduce, rms_norm,
+        rope_store,
+    },
 };
 
 /// The CPU backend.
@@ -19,6 +25,7 @@ pub struct CpuOps {
     attend: attend::AttendScratch,
     gathered: AlignedVec<f32>,
     logit_rows_max: usize,
+    sampler: HostSampler,
 }
 
 /// Scratch memory of matrix products, made at the first one for the largest buffer and the widest matrix.
@@ -60,6 +67,7 @@ impl CpuOps {
             attend: attend::AttendScratch::new()?,
             gathered: AlignedVec::zeroed(0)?,
             logit_rows_max: 0,
+            sampler: HostSampler::default(),
         })
     }
 
@@ -110,19 +118,52 @@ impl Ops for CpuOps {
 
     fn inputs(&mut self, limits: InputLimits) -> Result<CpuInputs, KernelError> {
         self.logit_rows_max = self.logit_rows_max.max(limits.logit_rows_max);
+        self.sampler.plan(&limits);
         Ok(CpuInputs::new(limits))
     }
 
     fn load_inputs(&mut self, step: &StepInputs, inputs: &mut CpuInputs) -> Result<(), KernelError> {
-        inputs.load(step)
+        inputs.load(step)?;
+        self.sampler.resolve(&mut inputs.step.token_ids)
+    }
+
+    fn kv_dtype(&self) -> StoredType {
+        match self.products.activations {
+            Activations::Float32 => StoredType::F32,
+            Activations::Int8 => StoredType::F16,
+        }
+    }
+
+    fn sample(
+        &mut self,
+        inputs: &CpuInputs,
+        logits: &CpuBuffer,
+        vocab: &VocabSlice,
+        kind: SamplerKind,
+    ) -> Result<(), KernelError> {
+        let logits = logits.rows("sample", inputs.step.logit_rows.len())?;
+        self.sampler.sample(&mut *self.collective, logits, vocab, kind, &inputs.step)
+    }
+
+    fn score(&mut self, inputs: &CpuInputs, logits: &CpuBuffer, vocab: &VocabSlice) -> Result<(), KernelError> {
+        let logits = logits.rows("score", inputs.step.logit_rows.len())?;
+        self.sampler.score(&mut *self.collective, logits, vocab, &inputs.step)
+    }
+
+    fn submit(&mut self, _: &CpuInputs) -> Result<(), KernelError> {
+        self.sampler.submit()
+    }
+
+    fn is_done(&mut self) -> Result<bool, KernelError> {
+        Ok(self.sampler.is_done())
+    }
+
+    fn take(&mut self) -> Result<StepResult, KernelError> {
+        self.sampler.take()
     }
 
     fn read<'a>(&'a mut self, buffer: &'a CpuBuffer, rows: usize) -> Result<&'a [f32], KernelError> {
         buffer.rows("read", rows)
-    }
-
-    fn collective(&mut self) -> &mut dyn Collective {
-        &mut *self.collective
     }
 
     fn embed(

@@ -50,6 +50,8 @@ impl CpuInputs {
             seqs: Vec::with_capacity(limits.seqs_max),
             block_tables: Vec::with_capacity(limits.table_entries_max),
             logit_rows: Vec::with_capacity(limits.logit_rows_max),
+            samples: Vec::with_capacity(limits.logit_rows_max),
+            scores: Vec::with_capacity(limits.logit_rows_max),
         };
         Self { limits, step }
     }
@@ -72,6 +74,8 @@ impl CpuInputs {
         copy(&mut own.seqs, &step.seqs);
         copy(&mut own.block_tables, &step.block_tables);
         copy(&mut own.logit_rows, &step.logit_rows);
+        copy(&mut own.samples, &step.samples);
+        copy(&mut own.scores, &step.scores);
         Ok(())
     }
 }
@@ -100,6 +104,13 @@ pub(crate) fn check(step: &StepInputs, limits: &InputLimits) -> Result<(), Kerne
     }
     if step.logit_rows.iter().any(|&row| row as usize >= rows) {
         return Err(bad(format!("logits of a row past {rows}")));
+    }
+    let num_logits = step.logit_rows.len();
+    if step.samples.len() > num_logits || step.scores.iter().any(|score| score.row as usize >= num_logits) {
+        return Err(bad(format!("a sample or a score of a row past {num_logits} rows with logits")));
+    }
+    if let Some(sample) = step.samples.iter().find(|sample| sample.slot as usize >= limits.slots_max) {
+        return Err(bad(format!("slot {}, {} planned", sample.slot, limits.slots_max)));
     }
     let mut next = 0;
     for seq in &step.seqs {

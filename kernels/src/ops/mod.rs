@@ -6,6 +6,7 @@ pub(crate) mod add;
 pub(crate) mod attend;
 pub(crate) mod embed;
 pub(crate) mod gate_up_act;
+pub(crate) mod host_sampler;
 pub(crate) mod linear;
 pub(crate) mod logits;
 pub(crate) mod reduce;

@@ -12,19 +12,22 @@ use candle_core::{D, Device, Tensor};
 use dequantize::dequantize;
 
 use crate::{
-    AttentionShape, Collective, HostMatrix, InputLimits, KernelError, KvShape, Ops, Partial, RopeTable, StepInputs,
-    cpu::inputs::check, ops::fit,
+    AttentionShape, Collective, HostMatrix, InputLimits, KernelError, KvShape, Ops, Partial, RopeTable, SamplerKind,
+    StepInputs, StepResult, VocabSlice,
+    cpu::inputs::check,
+    ops::{fit, host_sampler::HostSampler},
 };
 
 /// The reference backend.
 pub struct ReferenceOps {
     collective: Box<dyn Collective>,
+    sampler: HostSampler,
 }
 
 impl ReferenceOps {
     /// A rank of the group that `collective` joins.
     pub fn new(collective: Box<dyn Collective>) -> Self {
-        Self { collective }
+        Self { collective, sampler: HostSampler::default() }
     }
 }
 
@@ -38,8 +41,13 @@ pub struct ReferenceBuffer {
 impl ReferenceBuffer {
     /// The first `rows` rows.
     fn tensor(&self, rows: usize) -> Result<Tensor, KernelError> {
+        Ok(Tensor::from_slice(self.rows(rows)?, (rows, self.width), &Device::Cpu)?)
+    }
+
+    /// The first `rows` rows.
+    fn rows(&self, rows: usize) -> Result<&[f32], KernelError> {
         self.fits(rows)?;
-        Ok(Tensor::from_slice(&self.data[..rows * self.width], (rows, self.width), &Device::Cpu)?)
+        Ok(&self.data[..rows * self.width])
     }
 
     /// Replaces the first rows.
@@ -126,22 +134,51 @@ impl Ops for ReferenceOps {
     }
 
     fn inputs(&mut self, limits: InputLimits) -> Result<ReferenceInputs, KernelError> {
+        self.sampler.plan(&limits);
         Ok(ReferenceInputs { limits, step: StepInputs::default() })
     }
 
     fn load_inputs(&mut self, step: &StepInputs, inputs: &mut ReferenceInputs) -> Result<(), KernelError> {
         check(step, &inputs.limits)?;
         inputs.step = step.clone();
-        Ok(())
+        self.sampler.resolve(&mut inputs.step.token_ids)
+    }
+
+    fn sample(
+        &mut self,
+        inputs: &ReferenceInputs,
+        logits: &ReferenceBuffer,
+        vocab: &VocabSlice,
+        kind: SamplerKind,
+    ) -> Result<(), KernelError> {
+        let logits = logits.rows(inputs.step.logit_rows.len())?;
+        self.sampler.sample(&mut *self.collective, logits, vocab, kind, &inputs.step)
+    }
+
+    fn score(
+        &mut self,
+        inputs: &ReferenceInputs,
+        logits: &ReferenceBuffer,
+        vocab: &VocabSlice,
+    ) -> Result<(), KernelError> {
+        let logits = logits.rows(inputs.step.logit_rows.len())?;
+        self.sampler.score(&mut *self.collective, logits, vocab, &inputs.step)
+    }
+
+    fn submit(&mut self, _: &ReferenceInputs) -> Result<(), KernelError> {
+        self.sampler.submit()
+    }
+
+    fn is_done(&mut self) -> Result<bool, KernelError> {
+        Ok(self.sampler.is_done())
+    }
+
+    fn take(&mut self) -> Result<StepResult, KernelError> {
+        self.sampler.take()
     }
 
     fn read<'a>(&'a mut self, buffer: &'a ReferenceBuffer, rows: usize) -> Result<&'a [f32], KernelError> {
-        buffer.fits(rows)?;
-        Ok(&buffer.data[..rows * buffer.width])
-    }
-
-    fn collective(&mut self) -> &mut dyn Collective {
-        &mut *self.collective
+        buffer.rows(rows)
     }
 
     fn embed(

@@ -1,7 +1,7 @@
 //! The device thread's two channels: what the head says, and what it is told.
 
 use std::cell::Cell;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use phalanx_proto::{HeadMessage, LoadModel, Phase, RankEvent};
@@ -102,6 +102,15 @@ impl Head {
     /// Waits for what comes next while the rank is ready; an idle group waits here until its session ends.
     pub(super) fn next(&mut self) -> Result<HeadMessage, WorkerError> {
         self.inbox.recv().map_err(|_| self.gone())
+    }
+
+    /// What the head has sent already.
+    pub(super) fn try_next(&mut self) -> Result<Option<HeadMessage>, WorkerError> {
+        match self.inbox.try_recv() {
+            Ok(message) => Ok(Some(message)),
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Err(self.gone()),
+        }
     }
 
     fn wait(&mut self, expected: &'static str, deadline: Duration) -> Result<HeadMessage, WorkerError> {

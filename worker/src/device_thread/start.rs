@@ -1,12 +1,9 @@
 //! A rank's start-up, phase by phase, and its life after it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use phalanx_kernels::Ops;
-use phalanx_proto::{
-    BlockId, HeadMessage, LoadModel, NewSequence, Phase, PlanRow, RankEvent, SamplingParams, SeqId, SeqSlot, StepId,
-    StepPlan, TokenId,
-};
+use phalanx_proto::{HeadMessage, LoadModel, Phase, RankEvent};
 use tracing::trace_span;
 
 use super::RankSetup;
@@ -15,12 +12,15 @@ use crate::backend::{self, DeviceKind};
 use crate::collective;
 use crate::error::WorkerError;
 use crate::kv_cache::host_bytes_available;
-use crate::shard::{Shard, first_epoch};
+use crate::runner::Runner;
+use crate::shard::Shard;
 
 /// Longest wait for the other ranks to meet.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(60);
-/// Most tokens of the first step.
-const WARM_UP_TOKENS: u32 = 4;
+/// How long the thread looks for a message or a finished step without giving its processor up.
+const SPIN: Duration = Duration::from_micros(50);
+/// How long it sleeps between two looks after that.
+const POLL: Duration = Duration::from_micros(20);
 
 /// From the head's first message to its last.
 pub(super) fn serve(setup: &RankSetup, head: &mut Head) -> Result<(), WorkerError> {
@@ -50,45 +50,39 @@ fn serve_on<B: Ops + 'static>(ops: B, setup: &RankSetup, load: &LoadModel, head:
     head.enter(Phase::KvCache, format!("{num_blocks} blocks"))?;
     let mut runner = shard.into_runner(load, setup.incarnation, num_blocks)?;
     head.enter(Phase::WarmUp, "")?;
-    runner.step(&warm_up_plan(setup, load))?;
-    runner.begin(first_epoch(load, setup.incarnation));
+    runner.warm_up(|fraction| head.fraction(fraction))?;
     head.enter(Phase::Ready, "")?;
     head.send(RankEvent::Ready { num_blocks })?;
-    loop {
-        match head.next()? {
+    while let Some(message) = next(&mut runner, head)? {
+        match message {
             HeadMessage::Plan(plan) => {
                 let span = trace_span!("rank_step", rank = setup.rank.0, epoch = plan.epoch.0, step = plan.step.0);
-                let output = span.in_scope(|| runner.step(&plan))?;
-                head.send(RankEvent::Output(output))?;
+                let _entered = span.enter();
+                while runner.lags(&plan) {
+                    head.send(RankEvent::Output(runner.finish()?))?;
+                }
+                runner.launch(&plan)?;
             }
-            HeadMessage::Shutdown(_) => return Ok(()),
             other => return Err(out_of_order("a plan", &other)),
         }
     }
+    Ok(())
 }
 
-/// A small first step: the same on all ranks, in the block that every cache has.
-fn warm_up_plan(setup: &RankSetup, load: &LoadModel) -> StepPlan {
-    let num_tokens = WARM_UP_TOKENS.min(load.max_num_batched_tokens).min(load.max_model_len);
-    let slot = SeqSlot(0);
-    let sequence = NewSequence {
-        slot,
-        seq_id: SeqId(0),
-        tokens: vec![TokenId(0); num_tokens as usize],
-        num_prompt_tokens: num_tokens,
-        blocks: Vec::new(),
-        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-    };
-    let row = PlanRow { slot, start: 0, num_tokens, new_blocks: vec![BlockId(0)], samples: true, consumes: None };
-    let mut plan = StepPlan {
-        term: load.term,
-        incarnation: setup.incarnation,
-        epoch: load.epoch,
-        step: StepId(1),
-        new_sequences: vec![sequence],
-        rows: vec![row],
-        ..StepPlan::default()
-    };
-    plan.plan_hash = plan.chain(0);
-    plan
+/// The head's next message, `None` where it is the last. Steps that finish meanwhile are answered.
+fn next<B: Ops>(runner: &mut Runner<B>, head: &mut Head) -> Result<Option<HeadMessage>, WorkerError> {
+    let mut idle_since = Instant::now();
+    loop {
+        let message = if runner.num_in_flight() == 0 { Some(head.next()?) } else { head.try_next()? };
+        match message {
+            Some(HeadMessage::Shutdown(_)) => return Ok(None),
+            Some(message) => return Ok(Some(message)),
+            None if runner.is_done()? => {
+                head.send(RankEvent::Output(runner.finish()?))?;
+                idle_since = Instant::now();
+            }
+            None if idle_since.elapsed() < SPIN => std::hint::spin_loop(),
+            None => std::thread::sleep(POLL),
+        }
+    }
 }

@@ -13,7 +13,6 @@ mod linear;
 mod mlp;
 mod norm;
 mod rotary;
-mod sampler;
 
 pub use attention::{Attention, AttentionNames};
 pub use decoder::{DecoderLayer, DecoderNames};
@@ -22,7 +21,6 @@ pub use linear::{GateUpLinear, QkvLinear, RowParallelLinear};
 pub use mlp::{Mlp, MlpNames};
 pub use norm::RmsNorm;
 pub use rotary::rope_table;
-pub use sampler::{LOGPROBS_MAX, SampleRow, Sampler, ScoreRow};
 
 use phalanx_formats::{Geometry, ModelError, ShardPlan};
 use phalanx_kernels::{HostMatrix, InputLimits, KernelError, Ops, Partial};
@@ -107,13 +105,13 @@ impl<B: Ops> Activations<B> {
         let (plan, hidden, rows) = (build.plan, build.geometry.hidden_size, build.limits.tokens_max);
         let qkv_width = plan.local_kv_heads * (plan.group + 2) * build.geometry.head_dim;
         Ok(Self {
-            residual: build.ops.buffer(rows, hidden)?,
+            residual: build.ops.wide_buffer(rows, hidden)?,
             normed: build.ops.buffer(rows, hidden)?,
             qkv: build.ops.buffer(rows, qkv_width)?,
             heads: build.ops.buffer(rows, plan.attention.padded)?,
             inner: build.ops.buffer(rows, plan.inner.padded)?,
             term: Partial::new(build.ops.buffer(rows, hidden)?),
-            logits: build.ops.buffer(build.limits.logit_rows_max, plan.vocab.padded)?,
+            logits: build.ops.wide_buffer(build.limits.logit_rows_max, plan.vocab.padded)?,
         })
     }
 }

@@ -1,0 +1,35 @@
+//! CUDA, opened at run time: libraries, devices, memory, streams, graphs, kernels and matrix products.
+//!
+//! Owns every call into the driver, NVRTC and cuBLASLt. Knows no op and no model. It is compiled on every machine, and says
+//! what is missing where there is no GPU. The tables of functions are our own: a binding would have to be kept from its
+//! panics on missing libraries and from its enums, which a newer library's codes do not fit.
+//!
+//! **Invariant:** no panic and no wait without a deadline; all that belongs to a device stays on the thread that opened it.
+//!
+//! Order of dropping, first to last: graphs, then what their kernels use (memory, communicators, modules), then streams,
+//! then the context. Each keeps its context alive, so only graphs need care.
+
+mod blaslt;
+mod cache;
+mod context;
+mod device;
+mod driver;
+mod error;
+mod graph;
+mod launch;
+mod library;
+mod memory;
+mod module;
+mod nvrtc;
+mod stream;
+
+pub use blaslt::{BlasLt, MatmulOperands, MatmulPlan, MatmulShape, Scalar, WORKSPACE_BYTES};
+pub use context::{Context, DeviceBytes};
+pub use device::{Device, PeerAccess, devices, driver_version, peer_matrix};
+pub use error::CudaError;
+pub use graph::GraphExec;
+pub use launch::{ARGS_MAX, KernelArg, LaunchConfig};
+pub use library::{FoundLibrary, LibraryReport, libraries, search_also};
+pub use memory::{DeviceMemory, IpcHandle, PeerMemory, PinnedMemory, Plain, Span};
+pub use module::{Kernel, KernelAttributes, Module, ModuleSet, ModuleSettings, Origin, build_line};
+pub use stream::{Event, PinnedRing, Priority, ReadBack, RingEntry, Rows, Stream};

@@ -1,0 +1,516 @@
+//! Streams and events: the order of work on a device, and waiting for it.
+//!
+//! Owns copies, fills and waits. Launches are in `launch`, recording in `graph`.
+//!
+//! **Invariant:** nothing here waits for the device without a deadline. A copy that takes a Rust slice has ended when it
+//! returns; copies that go on by themselves own or guard their host memory (`PinnedRing`, `ReadBack`).
+
+use std::ffi::c_int;
+use std::ops::Range;
+use std::ptr::null_mut;
+use std::time::{Duration, Instant};
+
+use super::context::Context;
+use super::driver::{
+    Copy2d, Driver, EVENT_DISABLE_TIMING, Handle, MEMORY_DEVICE, NOT_READY, STREAM_NON_BLOCKING, SUCCESS,
+};
+use super::error::CudaError;
+use super::memory::{PinnedMemory, Span};
+
+/// How long a wait looks without pause before it begins to sleep: longer than most steps.
+const SPIN: Duration = Duration::from_millis(5);
+/// Pause between two looks after that.
+const PAUSE: Duration = Duration::from_micros(50);
+
+/// Work that runs in order. Streams of one device run beside each other; none waits for the default stream.
+#[derive(Debug)]
+pub struct Stream {
+    context: Context,
+    handle: Handle,
+}
+
+/// Which of two streams the device serves first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Priority {
+    /// As other streams.
+    #[default]
+    Normal,
+    /// Before others: for work that peers wait for.
+    High,
+}
+
+impl Stream {
+    /// Opens a stream.
+    ///
+    /// # Errors
+    /// A device that is lost.
+    pub fn new(context: &Context, priority: Priority) -> Result<Self, CudaError> {
+        let (mut lowest, mut highest) = (0, 0);
+        context.call("cuCtxGetStreamPriorityRange", |driver| {
+            // SAFETY: writes two ints.
+            unsafe { (driver.stream_priorities)(&raw mut lowest, &raw mut highest) }
+        })?;
+        let number = if priority == Priority::High { highest } else { lowest };
+        let mut handle = null_mut();
+        context.call("cuStreamCreateWithPriority", |driver| {
+            // SAFETY: writes one handle.
+            unsafe { (driver.stream_create)(&raw mut handle, STREAM_NON_BLOCKING, number) }
+        })?;
+        Ok(Self { context: context.clone(), handle })
+    }
+
+    /// The device.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// The driver's handle, for libraries that take a `cudaStream_t`: valid while this value lives.
+    pub fn as_raw(&self) -> *mut std::ffi::c_void {
+        self.handle
+    }
+
+    /// Waits until everything in the stream has ended.
+    ///
+    /// # Errors
+    /// `Deadline`, or a fault of something in the stream.
+    pub fn synchronize(&self, deadline: Duration, awaited: &'static str) -> Result<(), CudaError> {
+        poll(&self.context, "cuStreamQuery", deadline, awaited, |driver| {
+            // SAFETY: a live stream.
+            unsafe { (driver.stream_query)(self.handle) }
+        })
+    }
+
+    /// Whether everything in the stream has ended.
+    ///
+    /// # Errors
+    /// A fault of something in the stream.
+    pub fn is_idle(&self) -> Result<bool, CudaError> {
+        is_done(&self.context, "cuStreamQuery", |driver| {
+            // SAFETY: a live stream.
+            unsafe { (driver.stream_query)(self.handle) }
+        })
+    }
+
+    /// Lets what comes next in this stream wait for an event of another stream, of this or another device.
+    ///
+    /// # Errors
+    /// A device that is lost.
+    pub fn wait_event(&self, event: &Event) -> Result<(), CudaError> {
+        let event = event.handle;
+        // SAFETY: both are live; the flags must be 0.
+        self.call("cuStreamWaitEvent", |driver| unsafe { (driver.stream_wait_event)(self.handle, event, 0) })
+    }
+
+    /// Copies on the device, or between a device and memory that is mapped into it.
+    ///
+    /// # Errors
+    /// The two differ in length.
+    pub fn copy(&self, from: Span, to: Span) -> Result<(), CudaError> {
+        if from.len() != to.len() {
+            return Err(CudaError::refused("copy", format!("{} bytes into {}", from.len(), to.len())));
+        }
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: spans were checked when they were made.
+        self.call("cuMemcpyDtoDAsync", |driver| unsafe {
+            (driver.copy_on_device)(to.address(), from.address(), from.len(), self.handle)
+        })
+    }
+
+    /// Copies `height` rows of `width_bytes` on the device; rows begin `pitch` bytes after each other.
+    ///
+    /// # Errors
+    /// Rows that overlap or do not lie inside.
+    pub fn copy_rows(&self, from: Rows, to: Rows, width_bytes: usize, height: usize) -> Result<(), CudaError> {
+        if width_bytes == 0 || height == 0 {
+            return Ok(());
+        }
+        for rows in [from, to] {
+            let end = (height - 1).checked_mul(rows.pitch).and_then(|start| start.checked_add(width_bytes));
+            if rows.pitch < width_bytes || end.is_none_or(|end| end > rows.span.len()) {
+                let (pitch, len) = (rows.pitch, rows.span.len());
+                let reason = format!("{height} rows of {width_bytes} bytes, {pitch} apart, in memory with {len}");
+                return Err(CudaError::refused("copy_rows", reason));
+            }
+        }
+        let copy = Copy2d {
+            src_kind: MEMORY_DEVICE,
+            src_device: from.span.address(),
+            src_pitch: from.pitch,
+            dst_kind: MEMORY_DEVICE,
+            dst_device: to.span.address(),
+            dst_pitch: to.pitch,
+            width_bytes,
+            height,
+            ..Copy2d::default()
+        };
+        // SAFETY: the struct is that of the header; both ranges were checked.
+        self.call("cuMemcpy2DAsync", |driver| unsafe { (driver.copy_2d)(&raw const copy, self.handle) })
+    }
+
+    /// Sets every byte.
+    ///
+    /// # Errors
+    /// A device that is lost.
+    pub fn fill(&self, to: Span, byte: u8) -> Result<(), CudaError> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: spans were checked when they were made.
+        self.call("cuMemsetD8Async", |driver| unsafe { (driver.fill_u8)(to.address(), byte, to.len(), self.handle) })
+    }
+
+    /// Sets every 32-bit word.
+    ///
+    /// # Errors
+    /// A length that is no multiple of 4.
+    pub fn fill_words(&self, to: Span, word: u32) -> Result<(), CudaError> {
+        if to.len() % 4 != 0 {
+            return Err(CudaError::refused("fill_words", format!("{} bytes", to.len())));
+        }
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: as in `fill`.
+        self.call("cuMemsetD32Async", |driver| unsafe {
+            (driver.fill_u32)(to.address(), word, to.len() / 4, self.handle)
+        })
+    }
+
+    /// Copies host memory to the device, in the stream's order, and waits for it. For set-up; steps use a `PinnedRing`.
+    ///
+    /// # Errors
+    /// Lengths that differ, a passed deadline.
+    pub fn upload(&self, from: &[u8], to: Span, deadline: Duration) -> Result<(), CudaError> {
+        if from.len() != to.len() {
+            return Err(CudaError::refused("upload", format!("{} bytes into {}", from.len(), to.len())));
+        }
+        // A copy from memory that is not pinned may wait for what is before it, without a deadline of its own.
+        self.synchronize(deadline, "what is before an upload")?;
+        self.upload_raw(from.as_ptr(), to)?;
+        self.synchronize(deadline, "an upload")
+    }
+
+    /// Copies device memory to the host, in the stream's order, and waits for it. For set-up and tests.
+    ///
+    /// # Errors
+    /// Lengths that differ, a passed deadline.
+    pub fn download(&self, from: Span, to: &mut [u8], deadline: Duration) -> Result<(), CudaError> {
+        if from.len() != to.len() {
+            return Err(CudaError::refused("download", format!("{} bytes into {}", from.len(), to.len())));
+        }
+        self.synchronize(deadline, "what is before a download")?;
+        self.download_raw(from, to.as_mut_ptr())?;
+        self.synchronize(deadline, "a download")
+    }
+
+    /// Copies device memory into pinned memory while the host goes on; the memory comes back from `ReadBack::wait`.
+    ///
+    /// # Errors
+    /// More bytes than the pinned memory has.
+    pub fn read_back(&self, from: Span, into: PinnedMemory) -> Result<ReadBack, CudaError> {
+        if from.len() > into.len() {
+            return Err(CudaError::refused("read_back", format!("{} bytes into {}", from.len(), into.len())));
+        }
+        let event = Event::new(&self.context)?;
+        self.download_raw(from, into.host_address())?;
+        let pending = ReadBack { memory: Some(into), event };
+        pending.event.record(self)?;
+        Ok(pending)
+    }
+
+    /// Starts a copy whose source stays as it is until the copy has ended: the caller sees to that.
+    pub(super) fn upload_raw(&self, from: *const u8, to: Span) -> Result<(), CudaError> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the caller's source has `to.len()` bytes and outlives the copy.
+        self.call("cuMemcpyHtoDAsync", |driver| unsafe {
+            (driver.copy_to_device)(to.address(), from.cast(), to.len(), self.handle)
+        })
+    }
+
+    fn download_raw(&self, from: Span, to: *mut u8) -> Result<(), CudaError> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the caller's target has `from.len()` bytes and outlives the copy.
+        self.call("cuMemcpyDtoHAsync", |driver| unsafe {
+            (driver.copy_to_host)(to.cast(), from.address(), from.len(), self.handle)
+        })
+    }
+
+    pub(super) fn handle(&self) -> Handle {
+        self.handle
+    }
+
+    pub(super) fn call(
+        &self,
+        call: &'static str,
+        function: impl FnOnce(&'static Driver) -> c_int,
+    ) -> Result<(), CudaError> {
+        self.context.call(call, function)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`, destroyed once; work in it goes on to its end.
+        self.context.call_in_drop(|driver| unsafe { (driver.stream_destroy)(self.handle) });
+    }
+}
+
+/// Rows inside device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rows {
+    /// From the first row's first byte.
+    pub span: Span,
+    /// Bytes from one row's begin to the next one's.
+    pub pitch: usize,
+}
+
+/// A point in a stream.
+#[derive(Debug)]
+pub struct Event {
+    context: Context,
+    handle: Handle,
+}
+
+impl Event {
+    /// An event that orders and can be waited for.
+    ///
+    /// # Errors
+    /// A device that is lost.
+    pub fn new(context: &Context) -> Result<Self, CudaError> {
+        Self::with_flags(context, EVENT_DISABLE_TIMING)
+    }
+
+    /// An event that also takes the time.
+    ///
+    /// # Errors
+    /// A device that is lost.
+    pub fn timing(context: &Context) -> Result<Self, CudaError> {
+        Self::with_flags(context, 0)
+    }
+
+    fn with_flags(context: &Context, flags: u32) -> Result<Self, CudaError> {
+        let mut handle = null_mut();
+        // SAFETY: writes one handle.
+        context.call("cuEventCreate", |driver| unsafe { (driver.event_create)(&raw mut handle, flags) })?;
+        Ok(Self { context: context.clone(), handle })
+    }
+
+    /// Marks the stream's present end. An event that was never recorded counts as reached.
+    ///
+    /// # Errors
+    /// A device that is lost.
+    pub fn record(&self, stream: &Stream) -> Result<(), CudaError> {
+        // SAFETY: both are live.
+        self.context.call("cuEventRecord", |driver| unsafe { (driver.event_record)(self.handle, stream.handle) })
+    }
+
+    /// Whether the device has come by.
+    ///
+    /// # Errors
+    /// A fault of something before it.
+    pub fn is_reached(&self) -> Result<bool, CudaError> {
+        // SAFETY: a live event.
+        is_done(&self.context, "cuEventQuery", |driver| unsafe { (driver.event_query)(self.handle) })
+    }
+
+    /// Waits until the device has come by.
+    ///
+    /// # Errors
+    /// `Deadline`, or a fault of something before it.
+    pub fn wait(&self, deadline: Duration, awaited: &'static str) -> Result<(), CudaError> {
+        poll(&self.context, "cuEventQuery", deadline, awaited, |driver| {
+            // SAFETY: a live event.
+            unsafe { (driver.event_query)(self.handle) }
+        })
+    }
+
+    /// Time on the device since an earlier event; both were made by `timing` and have been reached.
+    ///
+    /// # Errors
+    /// One was not.
+    pub fn since(&self, earlier: &Self) -> Result<Duration, CudaError> {
+        let mut milliseconds = 0.0;
+        // SAFETY: writes one float; both are live.
+        self.context.call("cuEventElapsedTime", |driver| unsafe {
+            (driver.event_elapsed)(&raw mut milliseconds, earlier.handle, self.handle)
+        })?;
+        Ok(Duration::try_from_secs_f32(milliseconds / 1000.0).unwrap_or_default())
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created in `with_flags`, destroyed once; the driver keeps what it still needs of it.
+        self.context.call_in_drop(|driver| unsafe { (driver.event_destroy)(self.handle) });
+    }
+}
+
+/// Device memory on its way into pinned memory.
+#[derive(Debug)]
+pub struct ReadBack {
+    memory: Option<PinnedMemory>,
+    event: Event,
+}
+
+impl ReadBack {
+    /// Whether it has arrived.
+    ///
+    /// # Errors
+    /// A fault of something before it.
+    pub fn is_ready(&self) -> Result<bool, CudaError> {
+        self.event.is_reached()
+    }
+
+    /// Waits for it and gives the memory back.
+    ///
+    /// # Errors
+    /// `Deadline`, or a fault: the memory is lost then, as the device may still write it.
+    pub fn wait(mut self, deadline: Duration, awaited: &'static str) -> Result<PinnedMemory, CudaError> {
+        self.event.wait(deadline, awaited)?;
+        self.memory.take().ok_or_else(|| CudaError::refused("wait", "nothing was read"))
+    }
+}
+
+impl Drop for ReadBack {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take()
+            && !self.event.is_reached().unwrap_or(false)
+        {
+            // The device may still write it, and nobody may wait here: it stays allocated until the process ends.
+            std::mem::forget(memory);
+        }
+    }
+}
+
+/// Pinned buffers that are filled in turn and sent to the device while the host fills the next one.
+///
+/// An entry is lent only after the device has read what it held before.
+#[derive(Debug)]
+pub struct PinnedRing {
+    entries: Vec<(PinnedMemory, Event)>,
+    next: usize,
+}
+
+impl PinnedRing {
+    /// Allocates `num_entries` of `entry_bytes`.
+    ///
+    /// # Errors
+    /// The system does not lock that much memory.
+    pub fn new(context: &Context, num_entries: usize, entry_bytes: usize) -> Result<Self, CudaError> {
+        let entry = |_| Ok((PinnedMemory::alloc(context, entry_bytes)?, Event::new(context)?));
+        Ok(Self { entries: (0..num_entries.max(1)).map(entry).collect::<Result<_, CudaError>>()?, next: 0 })
+    }
+
+    /// The entry whose turn it is, once the device is through with it.
+    ///
+    /// # Errors
+    /// `Deadline`, or a fault.
+    pub fn entry(&mut self, deadline: Duration) -> Result<RingEntry<'_>, CudaError> {
+        let index = self.next;
+        self.next = (index + 1) % self.entries.len();
+        let (memory, event) = &mut self.entries[index];
+        event.wait(deadline, "an upload of an earlier step")?;
+        Ok(RingEntry { memory, event })
+    }
+}
+
+impl Drop for PinnedRing {
+    fn drop(&mut self) {
+        for (memory, event) in self.entries.drain(..) {
+            if !event.is_reached().unwrap_or(false) {
+                // As in `ReadBack`: the device may still read it.
+                std::mem::forget(memory);
+            }
+        }
+    }
+}
+
+/// An entry of a ring that the device does not look at.
+#[derive(Debug)]
+pub struct RingEntry<'a> {
+    memory: &'a mut PinnedMemory,
+    event: &'a Event,
+}
+
+impl RingEntry<'_> {
+    /// Its bytes, to be written; readers on other threads may fill parts of it.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.memory.slice_mut()
+    }
+
+    /// Its 32-bit words, to be written.
+    pub fn words_mut(&mut self) -> &mut [u32] {
+        self.memory.slice_mut()
+    }
+
+    /// Sends pieces of it to the device, in the stream's order.
+    ///
+    /// # Errors
+    /// A piece that does not lie inside, or a target of another length.
+    pub fn send(self, stream: &Stream, pieces: &[(Range<usize>, Span)]) -> Result<(), CudaError> {
+        let sent = pieces.iter().try_for_each(|(range, to)| {
+            let part = self.memory.span().part(range.clone())?;
+            if part.len() != to.len() {
+                return Err(CudaError::refused("send", format!("{} bytes into {}", part.len(), to.len())));
+            }
+            stream.upload_raw(self.memory.host_address().wrapping_add(range.start), *to)
+        });
+        // Recorded in any case: pieces before the one that failed are on their way.
+        self.event.record(stream)?;
+        sent
+    }
+
+    /// Lets kernels that `launch` puts into the stream read it in place.
+    ///
+    /// # Errors
+    /// Those of `launch`.
+    pub fn lend<E: From<CudaError>>(
+        self,
+        stream: &Stream,
+        launch: impl FnOnce(Span) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let launched = launch(self.memory.span());
+        self.event.record(stream)?;
+        launched
+    }
+}
+
+fn is_done(
+    context: &Context,
+    call: &'static str,
+    query: impl FnOnce(&'static Driver) -> c_int,
+) -> Result<bool, CudaError> {
+    context.bind()?;
+    match query(context.driver()) {
+        SUCCESS => Ok(true),
+        NOT_READY => Ok(false),
+        code => Err(context.error(call, code, None)),
+    }
+}
+
+fn poll(
+    context: &Context,
+    call: &'static str,
+    deadline: Duration,
+    awaited: &'static str,
+    query: impl Fn(&'static Driver) -> c_int,
+) -> Result<(), CudaError> {
+    let started = Instant::now();
+    loop {
+        if is_done(context, call, &query)? {
+            return Ok(());
+        }
+        let waited = started.elapsed();
+        if waited >= deadline {
+            let (device, kernel) = (context.ordinal(), context.last_launch());
+            return Err(CudaError::Deadline { device, awaited, waited, kernel });
+        }
+        if waited < SPIN { std::hint::spin_loop() } else { std::thread::sleep(PAUSE) }
+    }
+}
