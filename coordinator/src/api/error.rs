@@ -10,6 +10,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use crate::constraint::GrammarError;
 use crate::engine::EngineError;
 use crate::text::TextError;
 
@@ -131,6 +132,14 @@ pub enum ApiError {
         /// Why.
         source: TextError,
     },
+    /// A grammar or a schema cannot be used.
+    #[error("{param}: {source}")]
+    Grammar {
+        /// The field that holds it.
+        param: String,
+        /// Why.
+        source: GrammarError,
+    },
     /// A blocking thread ended early.
     #[error("the tokenizer's thread ended early")]
     TokenizerThread(#[source] tokio::task::JoinError),
@@ -192,6 +201,7 @@ impl ApiError {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::NothingServed | Self::Unhealthy { .. } | Self::EngineGone => StatusCode::SERVICE_UNAVAILABLE,
             Self::TokenizerThread(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Grammar { source: GrammarError::Busy, .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine(error) => engine_status(error),
             _ => StatusCode::BAD_REQUEST,
         }
@@ -214,6 +224,7 @@ impl ApiError {
             Self::Missing { param }
             | Self::WrongType { param, .. }
             | Self::OutOfRange { param, .. }
+            | Self::Grammar { param, .. }
             | Self::Unsupported { param, .. } => Some(param),
             Self::Conflict { param, .. }
             | Self::NoTokenizer { param, .. }
@@ -232,6 +243,7 @@ impl ApiError {
             Self::NothingServed => Some("no_model"),
             Self::ContextLength { .. } => Some("context_length_exceeded"),
             Self::Unsupported { .. } => Some("unsupported_parameter"),
+            Self::Grammar { .. } => Some("invalid_grammar"),
             Self::Unauthorized => Some("invalid_api_key"),
             Self::Engine(error) => match error {
                 EngineError::QueueFull { .. } => Some("queue_full"),
@@ -249,6 +261,7 @@ impl ApiError {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Engine(EngineError::QueueFull { retry_after, .. }) => Some(*retry_after),
+            Self::Grammar { source: GrammarError::Busy, .. } => Some(Duration::from_secs(1)),
             _ => None,
         }
     }

@@ -16,6 +16,7 @@ mod finish;
 mod guard;
 mod health;
 mod logprobs;
+mod message;
 mod messages;
 mod meter;
 mod metrics;
@@ -25,10 +26,12 @@ mod prompts;
 mod reply;
 mod served_models;
 mod sse;
+mod structured;
 mod submission;
 #[cfg(test)]
 mod tests;
 mod tokenize;
+mod tools;
 mod usage;
 
 use std::sync::Arc;

@@ -9,6 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use phalanx_formats::GenerationDefaults;
 use phalanx_proto::TokenId;
 
+use crate::constraint::GrammarCompiler;
 use crate::engine::Replicas;
 use crate::text::TextModel;
 
@@ -22,6 +23,8 @@ pub struct ServedModel {
     pub aliases: Vec<String>,
     /// Absent for a folder without a tokenizer: token ids only.
     pub text: Option<Arc<TextModel>>,
+    /// Holds outputs to grammars; absent where `text` is.
+    pub grammars: Option<GrammarCompiler>,
     /// Where its requests go.
     pub engine: Replicas,
     /// Longest sequence, prompt and output together.

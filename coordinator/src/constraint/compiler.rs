@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::grammar::Grammar;
 use super::limits::{CACHED_MAX, COMPILE_DEADLINE, COMPILE_STACK_BYTES, COMPILES_MAX, GrammarError};
-use super::matcher::{AfterThoughts, GrammarConstraint};
+use super::matcher::{AfterThoughts, GrammarConstraint, Thoughts};
 use super::vocabulary::Vocabulary;
 use crate::engine::{Constraint, TokenConstraint};
 use crate::text::TextModel;
@@ -70,22 +70,21 @@ impl GrammarCompiler {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Compiles a grammar, away from the runtime's threads. After `thoughts_end`, where given, the grammar begins with the
-    /// token behind it.
+    /// Compiles a grammar, away from the runtime's threads. Where the model thinks first, the grammar begins behind `thoughts`.
     ///
     /// # Errors
     /// The grammar is too large, does not compile, allows nothing or takes too long; or too many are being compiled.
-    pub async fn compile(&self, grammar: Grammar, thoughts_end: Option<TokenId>) -> Result<Constraint, GrammarError> {
+    pub async fn compile(&self, grammar: Grammar, thoughts: Option<Thoughts>) -> Result<Constraint, GrammarError> {
         let what = grammar.what();
         grammar.check()?;
-        let key = format!("{thoughts_end:?} {}", grammar.key());
+        let key = format!("{thoughts:?} {}", grammar.key());
         if let Some(constraint) = self.shared.cached(&key) {
             return Ok(constraint);
         }
         let deadline = Instant::now() + COMPILE_DEADLINE;
         let permit = timeout_at(deadline, Arc::clone(&self.shared.permits).acquire_owned()).await;
         let Ok(Ok(permit)) = permit else { return Err(GrammarError::Busy) };
-        let answer = self.start(grammar, thoughts_end, permit)?;
+        let answer = self.start(grammar, thoughts, permit)?;
         let compiled = timeout_at(deadline, answer).await.map_err(|_| GrammarError::TooSlow { what })?;
         let constraint = compiled.map_err(|_| GrammarError::invalid(what, "its compiler broke"))??;
         self.shared.keep(key, &constraint);
@@ -95,14 +94,14 @@ impl GrammarCompiler {
     fn start(
         &self,
         grammar: Grammar,
-        thoughts_end: Option<TokenId>,
+        thoughts: Option<Thoughts>,
         permit: OwnedSemaphorePermit,
     ) -> Result<oneshot::Receiver<Result<Constraint, GrammarError>>, GrammarError> {
         let (reply, answer) = oneshot::channel();
         let (shared, what) = (Arc::clone(&self.shared), grammar.what());
         let body = move || {
             let _permit = permit;
-            let compiled = catch_unwind(AssertUnwindSafe(|| shared.constraint(&grammar, thoughts_end)));
+            let compiled = catch_unwind(AssertUnwindSafe(|| shared.constraint(&grammar, thoughts)));
             let broke = |_| Err(GrammarError::invalid(what, "its compiler broke"));
             let _gone = reply.send(compiled.unwrap_or_else(broke));
         };
@@ -113,7 +112,7 @@ impl GrammarCompiler {
 }
 
 impl Shared {
-    fn constraint(&self, grammar: &Grammar, thoughts_end: Option<TokenId>) -> Result<Constraint, GrammarError> {
+    fn constraint(&self, grammar: &Grammar, thoughts: Option<Thoughts>) -> Result<Constraint, GrammarError> {
         let what = grammar.what();
         let library = self.library.get_or_init(|| self.library()).as_ref().map_err(Clone::clone)?;
         let parser = library.factory.create_parser(grammar.to_library());
@@ -125,9 +124,9 @@ impl Shared {
             Box::new(GrammarConstraint::new(matcher, Arc::clone(&library.vocabulary)));
         // What allows nothing is refused now, also where thoughts come first.
         let constraint = Constraint::new(rules.fork()).map_err(|error| GrammarError::invalid(what, error))?;
-        match thoughts_end {
+        match thoughts {
             None => Ok(constraint),
-            Some(end) => Constraint::new(Box::new(AfterThoughts::new(end, rules)))
+            Some(thoughts) => Constraint::new(Box::new(AfterThoughts::new(thoughts, rules)))
                 .map_err(|error| GrammarError::invalid(what, error)),
         }
     }

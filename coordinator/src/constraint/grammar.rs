@@ -58,13 +58,13 @@ impl Grammar {
     }
 
     /// A schema as part of a grammar in Lark's notation.
-    pub fn lark_json(schema: &Value) -> String {
+    pub(super) fn lark_json(schema: &Value) -> String {
         format!("%json {}", with_options(schema.clone()))
     }
 }
 
 /// A literal in Lark's notation. Its strings are those of JSON, but for characters that are written as code points.
-pub fn lark_string(text: &str) -> String {
+pub(super) fn lark_string(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 2);
     out.push('"');
     for c in text.chars() {

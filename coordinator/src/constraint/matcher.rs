@@ -61,33 +61,57 @@ impl TokenConstraint for GrammarConstraint {
     }
 }
 
-/// Free until a token ends the thoughts, then held to a grammar.
+/// The tokens around the thoughts of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Thoughts {
+    /// Opens them; none where the prompt has done so.
+    pub start: Option<TokenId>,
+    /// Closes them.
+    pub end: TokenId,
+}
+
+/// Free while the model thinks, held to a grammar from its answer on.
 #[derive(Debug)]
 pub(super) struct AfterThoughts {
-    end: TokenId,
+    thoughts: Thoughts,
     inner: Box<dyn TokenConstraint>,
-    /// Tokens so far, and how many of them are thoughts; none while thoughts go on.
+    /// Tokens so far.
     num_tokens: usize,
+    /// How many of them are thoughts with their marks; none while thoughts go on.
     num_thoughts: Option<usize>,
 }
 
 impl AfterThoughts {
-    pub(super) fn new(end: TokenId, inner: Box<dyn TokenConstraint>) -> Self {
-        Self { end, inner, num_tokens: 0, num_thoughts: None }
+    pub(super) fn new(thoughts: Thoughts, inner: Box<dyn TokenConstraint>) -> Self {
+        Self { thoughts, inner, num_tokens: 0, num_thoughts: None }
+    }
+
+    /// True where the first token says whether there are thoughts.
+    fn is_undecided(&self) -> bool {
+        self.num_tokens == 0 && self.thoughts.start.is_some()
     }
 }
 
 impl TokenConstraint for AfterThoughts {
     fn mask(&mut self) -> Result<NextTokens, ConstraintError> {
-        if self.num_thoughts.is_some() { self.inner.mask() } else { Ok(NextTokens::Any) }
+        if self.num_thoughts.is_some() {
+            return self.inner.mask();
+        }
+        match self.thoughts.start {
+            Some(start) if self.num_tokens == 0 => Ok(with_token(self.inner.mask()?, start)),
+            _ => Ok(NextTokens::Any),
+        }
     }
 
     fn commit(&mut self, token: TokenId) -> Result<(), ConstraintError> {
+        if self.is_undecided() && Some(token) != self.thoughts.start {
+            self.num_thoughts = Some(0);
+        }
         self.num_tokens += 1;
         if self.num_thoughts.is_some() {
             return self.inner.commit(token);
         }
-        if token == self.end {
+        if token == self.thoughts.end {
             self.num_thoughts = Some(self.num_tokens);
         }
         Ok(())
@@ -96,16 +120,25 @@ impl TokenConstraint for AfterThoughts {
     fn rollback(&mut self, num_tokens: usize) -> Result<(), ConstraintError> {
         let kept = self.num_tokens.checked_sub(num_tokens);
         let kept = kept.ok_or_else(|| ConstraintError { reason: "fewer tokens were taken in".into() })?;
-        let num_thoughts = self.num_thoughts.unwrap_or(self.num_tokens);
-        let in_grammar = self.num_tokens - num_thoughts;
-        self.inner.rollback(num_tokens.min(in_grammar))?;
+        let num_in_grammar = self.num_tokens - self.num_thoughts.unwrap_or(self.num_tokens);
+        self.inner.rollback(num_tokens.min(num_in_grammar))?;
         self.num_tokens = kept;
-        self.num_thoughts = self.num_thoughts.filter(|num_thoughts| *num_thoughts <= kept);
+        self.num_thoughts = self.num_thoughts.filter(|num_thoughts| *num_thoughts <= kept && kept > 0);
         Ok(())
     }
 
     fn fork(&self) -> Box<dyn TokenConstraint> {
-        let inner = self.inner.fork();
-        Box::new(Self { end: self.end, inner, num_tokens: self.num_tokens, num_thoughts: self.num_thoughts })
+        let (thoughts, inner) = (self.thoughts, self.inner.fork());
+        Box::new(Self { thoughts, inner, num_tokens: self.num_tokens, num_thoughts: self.num_thoughts })
     }
+}
+
+/// A mask that allows one token more.
+fn with_token(next: NextTokens, token: TokenId) -> NextTokens {
+    let NextTokens::Only(words) = next else { return next };
+    let mut words = words.to_vec();
+    if let Some(word) = words.get_mut((token.0 / u32::BITS) as usize) {
+        *word |= 1 << (token.0 % u32::BITS);
+    }
+    NextTokens::Only(words.into())
 }

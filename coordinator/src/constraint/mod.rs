@@ -7,12 +7,15 @@
 //! thread of its own with a large stack and a deadline, a few at a time.
 //! **Invariant:** a grammar that cannot be compiled hurts only the request that brought it.
 
+mod calls;
 mod compiler;
 mod grammar;
 mod limits;
 mod matcher;
 mod vocabulary;
 
+pub use calls::call_grammar;
 pub use compiler::GrammarCompiler;
-pub use grammar::{Grammar, lark_string};
+pub use grammar::Grammar;
 pub use limits::GrammarError;
+pub use matcher::Thoughts;

@@ -17,6 +17,7 @@ use tracing::warn;
 
 use crate::api::{ServedModel, ServedModels};
 use crate::cluster::{CheckedSpec, ServingChange};
+use crate::constraint::GrammarCompiler;
 use crate::engine::{EngineHandle, Replicas};
 use crate::text::{TextError, TextModel};
 
@@ -87,11 +88,16 @@ fn insert(
 ) -> Result<(), String> {
     let spec = &checked.spec;
     let engine = Replicas::new(engines).ok_or_else(|| "no replica serves".to_owned())?;
+    let grammars = side
+        .text
+        .as_ref()
+        .map(|text| GrammarCompiler::new(Arc::clone(text), engine.limits().vocab_size, side.end_token_ids.clone()));
     models.insert(ServedModel {
         name: spec.name.0.clone(),
         model_path: spec.model.clone(),
         aliases: spec.aliases.clone(),
         text: side.text,
+        grammars,
         engine,
         max_model_len: spec.max_model_len(&checked.geometry),
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),

@@ -93,6 +93,13 @@ impl Tokenizer {
         self.inner.token_to_id(token).map(TokenId)
     }
 
+    /// The id of a control token by its text.
+    pub(super) fn control_token(&self, text: &str) -> Option<TokenId> {
+        let id = self.inner.token_to_id(text)?;
+        let added = self.inner.get_added_tokens_decoder();
+        added.get(&id).is_some_and(|token| token.special).then_some(TokenId(id))
+    }
+
     /// Added tokens by id: their text, and whether they are control tokens.
     pub(super) fn added_tokens(&self) -> HashMap<u32, (String, bool)> {
         let added = self.inner.get_added_tokens_decoder();

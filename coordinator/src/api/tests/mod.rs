@@ -17,6 +17,7 @@ use phalanx_proto::{SamplingParams, StatusSnapshot, TokenId, TokenLogprobs};
 use tower::ServiceExt;
 
 use super::{ApiState, ServedModel, ServedModels, router};
+use crate::constraint::GrammarCompiler;
 use crate::engine::scripted::{self, Cancelled, Submitted};
 use crate::engine::{EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
 use crate::text::TextModel;
@@ -154,6 +155,7 @@ impl Server {
             name: "tiny".into(),
             model_path: "/models/tiny-llama/".into(),
             aliases: vec!["alias".into()],
+            grammars: setup.has_text.then(|| GrammarCompiler::new(Arc::clone(&text), 515, vec![END])),
             text: setup.has_text.then_some(text),
             engine: engine.into(),
             max_model_len,

@@ -202,13 +202,28 @@ async fn costly_grammars_end_in_time() {
 #[tokio::test]
 async fn a_grammar_may_begin_behind_the_thoughts() {
     let thoughts_end = TokenId(300);
-    let constraint = compiler().compile(Grammar::Choice(vec!["yes".into()]), Some(thoughts_end)).await.unwrap();
+    let constraint = compiler()
+        .compile(Grammar::Choice(vec!["yes".into()]), Some(Thoughts { start: None, end: thoughts_end }))
+        .await
+        .unwrap();
     assert_eq!(*constraint.next(), NextTokens::Any);
     let thinking = constraint.commit(TokenId(5)).unwrap();
     assert_eq!(*thinking.next(), NextTokens::Any);
     let answering = thinking.commit(thoughts_end).unwrap();
     let choices = allowed(answering.next());
     assert!(!choices.is_empty() && choices.iter().all(|token| "yes".starts_with(&text().token_text(TokenId(*token)))));
+}
+
+#[tokio::test]
+async fn the_first_token_may_say_whether_there_are_thoughts() {
+    let (start, end) = (TokenId(299), TokenId(300));
+    let thoughts = Some(Thoughts { start: Some(start), end });
+    let constraint = compiler().compile(Grammar::Choice(vec!["yes".into()]), thoughts).await.unwrap();
+    let choices = allowed(constraint.next());
+    assert!(choices.contains(&start.0) && choices.len() < 10, "{choices:?}");
+    assert_eq!(*constraint.clone().commit(start).unwrap().next(), NextTokens::Any);
+    let token = text().encode("yes", false).unwrap()[0];
+    assert!(!allowed(constraint.commit(token).unwrap().next()).contains(&start.0));
 }
 
 #[tokio::test]
@@ -224,7 +239,7 @@ async fn rolled_back_tokens_leave_no_trace() {
         let mut rules: Box<dyn TokenConstraint> =
             Box::new(GrammarConstraint::new(matcher, Arc::clone(&library.vocabulary)));
         if let Some(end) = end {
-            rules = Box::new(AfterThoughts::new(end, rules));
+            rules = Box::new(AfterThoughts::new(Thoughts { start: None, end }, rules));
             rules.commit(TokenId(7)).unwrap();
             rules.commit(end).unwrap();
         }
