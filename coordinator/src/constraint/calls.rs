@@ -187,3 +187,65 @@ fn with_definitions(schema: &Value, root: &Value) -> Value {
     }
     Value::Object(members)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::compiler::tests::{bounded_schema, check_bounded, compiler, text, walk};
+    use super::*;
+    use crate::text::tools::{ToolEvent, ToolParser};
+
+    fn tools() -> Vec<Tool> {
+        let tool = |name: &str, parameters| Tool { name: name.into(), description: None, parameters, strict: true };
+        let empty = json!({"type": "object", "properties": {}, "additionalProperties": false});
+        vec![tool("forecast", bounded_schema()), tool("now", empty)]
+    }
+
+    /// Draws answers at random within the grammar; what is complete must read as calls whose arguments meet the schema.
+    async fn check(format: &str, is_parallel: bool) {
+        let (mut text, compiler, tools) = (text(), compiler(), tools());
+        text.set_tool_format(ToolFormat::named(format).unwrap());
+        let listed: Vec<&Tool> = tools.iter().collect();
+        let grammar = call_grammar(&text, &listed, is_parallel);
+        let constraint = compiler.compile(grammar.clone(), None).await.unwrap_or_else(|e| panic!("{e} {grammar:?}"));
+        let (mut num_complete, mut num_calls_max) = (0, 0);
+        for seed in 0..60 {
+            let (said, complete) = walk(&text, &constraint, seed, 1500);
+            let mut parser = ToolParser::new(text.tool_format(), tools.clone().into(), usize::MAX);
+            let mut events = parser.push(&said);
+            events.extend(parser.finish());
+            let mut calls: Vec<(String, String)> = Vec::new();
+            for event in events {
+                match event {
+                    ToolEvent::Text(text) => assert!(!complete, "{format}: {text:?} in {said:?}"),
+                    ToolEvent::Call { name, .. } => calls.push((name, String::new())),
+                    ToolEvent::Arguments { index, text } => calls[index].1.push_str(&text),
+                }
+            }
+            if !complete {
+                continue;
+            }
+            num_complete += 1;
+            num_calls_max = num_calls_max.max(calls.len());
+            assert!(!calls.is_empty() && (is_parallel || calls.len() == 1), "{format}: {said:?}");
+            for (name, arguments) in calls {
+                let arguments: Value =
+                    serde_json::from_str(&arguments).unwrap_or_else(|e| panic!("{format}: {e} {arguments:?} {said:?}"));
+                match name.as_str() {
+                    "forecast" => check_bounded(&arguments),
+                    "now" => assert_eq!(arguments, json!({})),
+                    other => panic!("{other}"),
+                }
+            }
+        }
+        assert!(num_complete > 30, "{format}: {num_complete} of 60");
+        assert_eq!(is_parallel, num_calls_max > 1, "{format}");
+    }
+
+    #[tokio::test]
+    async fn what_the_grammar_of_calls_allows_is_read_as_calls() {
+        for format in ToolFormat::names() {
+            check(format, false).await;
+            check(format, true).await;
+        }
+    }
+}

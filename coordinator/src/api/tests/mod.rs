@@ -3,7 +3,9 @@
 mod chat;
 mod completions;
 mod errors;
+mod structured;
 mod surroundings;
+mod tools;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -25,10 +27,14 @@ use crate::text::TextModel;
 /// The end token of the tiny tokenizer.
 const END: TokenId = TokenId(511);
 
-fn tiny_text() -> Arc<TextModel> {
+fn tiny_text(template: Option<&str>) -> Arc<TextModel> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/tiny-llama");
     let files = ModelFiles::open(&folder).expect("the tiny model is part of the repository");
-    Arc::new(TextModel::load(&files).unwrap())
+    let mut text = TextModel::load(&files).unwrap();
+    if let Some(template) = template {
+        text.set_chat_template(template.to_owned()).unwrap();
+    }
+    Arc::new(text)
 }
 
 fn limits() -> EngineLimits {
@@ -121,6 +127,8 @@ struct Setup {
     snapshot: EngineSnapshot,
     defaults: GenerationDefaults,
     api_keys: Vec<String>,
+    /// In place of the model's own.
+    template: Option<&'static str>,
 }
 
 impl Default for Setup {
@@ -131,6 +139,7 @@ impl Default for Setup {
             snapshot: EngineSnapshot { num_blocks: 64, num_blocks_free: 48, running: 2, ..EngineSnapshot::default() },
             defaults: GenerationDefaults::default(),
             api_keys: Vec::new(),
+            template: None,
         }
     }
 }
@@ -141,7 +150,7 @@ impl Server {
     }
 
     fn with(setup: Setup, mut says: impl FnMut(usize) -> Says + Send + 'static) -> Self {
-        let text = tiny_text();
+        let text = tiny_text(setup.template);
         let submitted = Arc::new(Mutex::new(Vec::new()));
         let (seen, speaker) = (Arc::clone(&submitted), Arc::clone(&text));
         let script = move |to: Submitted| {

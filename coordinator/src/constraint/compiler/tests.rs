@@ -12,13 +12,13 @@ const VOCAB_SIZE: u32 = 515;
 /// Its end token.
 const END: TokenId = TokenId(511);
 
-fn text() -> Arc<TextModel> {
+pub(in crate::constraint) fn text() -> TextModel {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/tiny-llama");
-    Arc::new(TextModel::load(&ModelFiles::open(&folder).unwrap()).unwrap())
+    TextModel::load(&ModelFiles::open(&folder).unwrap()).unwrap()
 }
 
-fn compiler() -> GrammarCompiler {
-    GrammarCompiler::new(text(), VOCAB_SIZE, vec![END])
+pub(in crate::constraint) fn compiler() -> GrammarCompiler {
+    GrammarCompiler::new(Arc::new(text()), VOCAB_SIZE, vec![END])
 }
 
 /// A small generator of random numbers; each seed gives another walk.
@@ -37,7 +37,12 @@ fn allowed(next: &NextTokens) -> Vec<u32> {
 }
 
 /// Draws tokens at random among those that are allowed. Gives the text, and whether it is complete.
-fn walk(text: &TextModel, constraint: &Constraint, seed: u64, num_tokens_max: usize) -> (String, bool) {
+pub(in crate::constraint) fn walk(
+    text: &TextModel,
+    constraint: &Constraint,
+    seed: u64,
+    num_tokens_max: usize,
+) -> (String, bool) {
     let mut dice = Dice(seed);
     let mut constraint = constraint.clone();
     let mut tokens = Vec::new();
@@ -57,7 +62,7 @@ fn walk(text: &TextModel, constraint: &Constraint, seed: u64, num_tokens_max: us
     (text.decode(&tokens, true), false)
 }
 
-fn bounded_schema() -> Value {
+pub(in crate::constraint) fn bounded_schema() -> Value {
     json!({
         "type": "object",
         "properties": {
@@ -71,7 +76,7 @@ fn bounded_schema() -> Value {
     })
 }
 
-fn check_bounded(value: &Value) {
+pub(in crate::constraint) fn check_bounded(value: &Value) {
     let object = value.as_object().unwrap();
     assert!(object["city"].as_str().unwrap().chars().count() <= 12, "{value}");
     assert!((1..=14).contains(&object["days"].as_i64().unwrap()), "{value}");
