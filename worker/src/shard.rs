@@ -133,7 +133,10 @@ pub fn first_epoch(load: &LoadModel, incarnation: Incarnation) -> EpochRecord {
 }
 
 /// Opens the model as its load format says.
-fn open(load: &LoadModel) -> Result<ModelFiles, WorkerError> {
+///
+/// # Errors
+/// No model there, a damaged one, or one of another format.
+pub fn open(load: &LoadModel) -> Result<ModelFiles, WorkerError> {
     let path = Path::new(&load.model_path);
     let refuse = |expected| WorkerError::Setting { setting: "load-format", found: load.load_format.clone(), expected };
     if load.load_format == "dummy" {

@@ -9,6 +9,8 @@
 //! Order of dropping, first to last: graphs, then what their kernels use (memory, communicators, modules), then streams,
 //! then the context. Each keeps its context alive, so only graphs need care.
 
+mod attention_plan;
+mod backend;
 mod blaslt;
 mod cache;
 mod context;
@@ -18,11 +20,15 @@ mod error;
 mod graph;
 mod launch;
 mod library;
+mod linear_plan;
 mod memory;
 mod module;
 mod nvrtc;
 mod stream;
 
+pub use backend::{
+    CudaBuffer, CudaInputs, CudaKvLayer, CudaMatrix, CudaOps, CudaRope, CudaSettings, CudaVector, Dtype,
+};
 pub use blaslt::{BlasLt, MatmulOperands, MatmulPlan, MatmulShape, Scalar, WORKSPACE_BYTES};
 pub use context::{Context, DeviceBytes};
 pub use device::{Device, PeerAccess, devices, driver_version, peer_matrix};

@@ -86,6 +86,11 @@ impl ReferenceInputs {
     }
 }
 
+/// A matrix's values, row by row.
+pub(crate) fn to_floats(matrix: &HostMatrix) -> Result<Vec<f32>, KernelError> {
+    Ok(dequantize(matrix)?.flatten_all()?.to_vec1()?)
+}
+
 fn stack(parts: Vec<HostMatrix>) -> Result<ReferenceMatrix, KernelError> {
     let parts: Vec<Tensor> = parts.iter().map(dequantize).collect::<Result<_, _>>()?;
     Ok(ReferenceMatrix(Tensor::cat(&parts, 0)?))

@@ -20,7 +20,7 @@ pub enum DeviceError {
         reason: String,
     },
     /// The kind is there, and this version cannot use it.
-    #[error("--device {kind}: this version computes on CPUs only; --device cpu or auto works here")]
+    #[error("--device {kind}: this version has no kernels for it; --device cpu or auto works here")]
     NotServed {
         /// What was asked for.
         kind: DeviceKind,
@@ -104,7 +104,7 @@ impl Machine<'_> {
         let slots = format!("offering {num} CPU slot{}", if num == 1 { "" } else { "s" });
         let note = match unusable {
             Some((present, kind)) => {
-                format!("{present} {kind} devices are here, but this version computes on CPUs only: {slots}")
+                format!("{present} {kind} devices are here, but this version has no kernels for them: {slots}")
             }
             None => format!("no GPU on this machine: {slots}"),
         };

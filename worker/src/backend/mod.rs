@@ -5,6 +5,7 @@
 //! **Invariant:** a kind that cannot be used is refused by name when the rank starts; nothing falls back to another one.
 
 pub mod cpu;
+pub mod cuda;
 pub mod presence;
 pub mod reference;
 
@@ -49,7 +50,7 @@ impl DeviceKind {
     /// # Errors
     /// It cannot; the message says what to use.
     pub fn check(self) -> Result<(), WorkerError> {
-        if matches!(self, Self::Cpu | Self::Reference) { Ok(()) } else { Err(self.refused()) }
+        if self == Self::Rocm { Err(self.refused()) } else { Ok(()) }
     }
 }
 

@@ -8,7 +8,7 @@ use phalanx_proto::DeviceKind;
 
 /// Whether this version can compute on a kind of device.
 pub fn serves(kind: DeviceKind) -> bool {
-    matches!(kind, DeviceKind::Cpu)
+    matches!(kind, DeviceKind::Cpu | DeviceKind::Cuda)
 }
 
 /// Counts the devices of a kind, as the driver's library sees them (its `..._VISIBLE_DEVICES` are respected).

@@ -13,7 +13,7 @@ use crate::collective;
 use crate::error::WorkerError;
 use crate::kv_cache::host_bytes_available;
 use crate::runner::Runner;
-use crate::shard::Shard;
+use crate::shard::{self, Shard};
 
 /// Longest wait for the other ranks to meet.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(60);
@@ -37,7 +37,13 @@ pub(super) fn serve(setup: &RankSetup, head: &mut Head) -> Result<(), WorkerErro
     match setup.device {
         DeviceKind::Cpu => serve_on(backend::cpu::open(group, &load, num_threads, ranks_here)?, setup, &load, head),
         DeviceKind::Reference => serve_on(backend::reference::open(group), setup, &load, head),
-        unknown @ (DeviceKind::Cuda | DeviceKind::Rocm) => Err(unknown.refused()),
+        DeviceKind::Cuda => {
+            let files = shard::open(&load)?;
+            let plan = files.shard_plan(load.world_size as usize, setup.rank.0 as usize);
+            let ops = backend::cuda::open(group, &load, files.main_dtype(), files.geometry(), &plan)?;
+            serve_on(ops, setup, &load, head)
+        }
+        unknown @ DeviceKind::Rocm => Err(unknown.refused()),
     }
 }
 

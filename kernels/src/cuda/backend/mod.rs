@@ -1,0 +1,127 @@
+//! `CudaOps`: the contract on one NVIDIA device.
+//!
+//! Owns context, stream, kernels, scratch memory, recorded steps and the device's part in the group. The kernels are in
+//! `kernels/cuda`; here is how they are launched. Activations are in the device type, the residual stream and logits in f32.
+//!
+//! **Invariant:** grids, blocks and algorithms depend on the padded shape of a step only; eager and recorded steps launch the
+//! same kernels on the same addresses, so their tokens are equal.
+//! **Invariant:** recorded steps are dropped before the memory and the communicator that they use (fields drop in order).
+
+mod attention;
+mod buckets;
+mod buffers;
+mod graphs;
+mod group;
+mod inputs;
+mod kernels;
+mod linear;
+mod ops;
+mod sampling;
+mod upload;
+
+use std::rc::Rc;
+use std::time::Duration;
+
+pub use buffers::{CudaBuffer, CudaKvLayer, CudaMatrix, CudaRope, CudaVector, Dtype};
+pub use inputs::CudaInputs;
+
+use crate::cuda::{
+    BlasLt, Context, CudaError, Kernel, KernelArg, LaunchConfig, ModuleSet, ModuleSettings, Priority, Stream,
+};
+use crate::{Collective, KernelError};
+use attention::AttentionScratch;
+use graphs::Graphs;
+use group::Group;
+use kernels::Kernels;
+use linear::Scratch;
+use sampling::Sampling;
+use upload::Uploader;
+
+/// Longest wait for a step, or for what is before an upload.
+const STEP_DEADLINE: Duration = Duration::from_secs(120);
+
+/// How a backend is opened.
+#[derive(Debug, Clone)]
+pub struct CudaSettings {
+    /// Which of the visible devices.
+    pub ordinal: u32,
+    /// Type of activations and weights.
+    pub dtype: Dtype,
+    /// Width of an attention head.
+    pub head_dim: usize,
+    /// Query heads of one KV head.
+    pub group: usize,
+    /// Never records steps.
+    pub enforce_eager: bool,
+    /// Where device code is compiled, if it must be.
+    pub modules: ModuleSettings,
+}
+
+/// The CUDA backend.
+pub struct CudaOps {
+    graphs: Graphs,
+    sampling: Option<Sampling>,
+    attention: Option<AttentionScratch>,
+    scratch: Scratch,
+    uploader: Uploader,
+    group: Group,
+    collective: Box<dyn Collective>,
+    blas: Option<BlasLt>,
+    kernels: Kernels,
+    stream: Rc<Stream>,
+    context: Context,
+    dtype: Dtype,
+    enforce_eager: bool,
+    read_back: Vec<f32>,
+}
+
+impl CudaOps {
+    /// Opens a device. `collective` is the ranks' way to set their devices' group up. Collective.
+    ///
+    /// # Errors
+    /// No driver, device, kernels or memory; or a group of devices that do not reach each other.
+    pub fn open(settings: &CudaSettings, collective: Box<dyn Collective>) -> Result<Self, KernelError> {
+        let context = Context::open(settings.ordinal)?;
+        if settings.dtype == Dtype::Bf16 && !context.device().has_bfloat16() {
+            let what = format!("bfloat16 on {}", context.device().name);
+            return Err(KernelError::Unsupported { backend: "cuda", op: "open", what });
+        }
+        let stream = Rc::new(Stream::new(&context, Priority::High)?);
+        let modules = ModuleSet::new(&context, settings.modules.clone());
+        let shared_bytes_max = context.device().shared_bytes_max;
+        let kernels = Kernels::find(&modules, settings.dtype, settings.head_dim, settings.group, shared_bytes_max)?;
+        let mut collective = collective;
+        let group = Group::form(&context, &stream, &modules, settings.dtype, &mut *collective)?;
+        let blas = if settings.dtype == Dtype::F32 { None } else { Some(BlasLt::new(&context)?) };
+        Ok(Self {
+            graphs: Graphs::default(),
+            sampling: None,
+            attention: None,
+            scratch: Scratch::default(),
+            uploader: Uploader::new(&context)?,
+            group,
+            collective,
+            blas,
+            kernels,
+            stream,
+            context,
+            dtype: settings.dtype,
+            enforce_eager: settings.enforce_eager,
+            read_back: Vec::new(),
+        })
+    }
+
+    /// Launches a kernel; on devices that can, it may begin before the kernel before it has ended, and waits itself.
+    ///
+    /// # Safety
+    /// As for [`Stream::launch`].
+    unsafe fn launch(&self, kernel: &Kernel, config: LaunchConfig, args: &[KernelArg<'_>]) -> Result<(), KernelError> {
+        let config = if self.context.device().capability.0 >= 9 { config.dependent() } else { config };
+        // SAFETY: the caller's.
+        Ok(unsafe { self.stream.launch(kernel, &config, args) }?)
+    }
+
+    fn blas(&self) -> Result<&BlasLt, KernelError> {
+        self.blas.as_ref().ok_or_else(|| CudaError::refused("matmul", "cuBLASLt was not opened").into())
+    }
+}
