@@ -1,6 +1,7 @@
 //! The contract between models and devices.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use phalanx_formats::StoredType;
 

@@ -83,7 +83,8 @@ impl HostSampler {
         step: &StepInputs,
     ) -> Result<(), KernelError> {
         let rows = &step.samples;
-        let view = View::new(vocab, logits, step.logit_rows.len());
+        let masked = masked(logits, vocab, step);
+        let view = View::new(vocab, masked.as_deref().unwrap_or(logits), step.logit_rows.len());
         let floors = match kind {
             SamplerKind::Cut => self.floors(group, &view, rows)?,
             SamplerKind::Greedy | SamplerKind::NoCut => vec![0; rows.len()],
@@ -212,6 +213,27 @@ impl HostSampler {
         let token = row.token.or_else(sampled)?;
         Some(Wanted { row: row.row as usize, token, num_top: row.num_top.min(SCORED_TOP_MAX) })
     }
+}
+
+/// The logits with everything at minus infinity that a row may not draw; none where no row is masked. Scores keep to the raw
+/// ones.
+fn masked(logits: &[f32], vocab: &VocabSlice, step: &StepInputs) -> Option<Vec<f32>> {
+    if step.masks.is_empty() {
+        return None;
+    }
+    let mut masked = logits.to_vec();
+    let width = logits.len() / step.logit_rows.len().max(1);
+    for mask in &step.masks {
+        let begin = mask.row as usize * width;
+        let own = &mut masked[begin + vocab.columns.start..begin + vocab.columns.end];
+        for (token, logit) in (vocab.first_id..).zip(own) {
+            let word = mask.words.get((token / u32::BITS) as usize).copied().unwrap_or(0);
+            if word >> (token % u32::BITS) & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+    Some(masked)
 }
 
 fn no_slot(slot: u32, num_slots: usize) -> KernelError {
