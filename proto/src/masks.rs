@@ -98,7 +98,7 @@ impl MaskStaging {
     }
 
     fn add(&mut self, part: pb::TokenMaskPart) -> Result<(), WireError> {
-        if part.allowed.len() % size_of::<u32>() != 0 {
+        if !part.allowed.len().is_multiple_of(size_of::<u32>()) {
             return Err(invalid("masks.allowed", part.allowed.len(), "whole words of four bytes"));
         }
         let slot = SeqSlot(part.slot);

@@ -27,7 +27,7 @@ use super::submission::{Accepted, Submission, with_text};
 use super::tools::{ToolChoice, ToolUse};
 use super::usage::Usage;
 use super::{ApiState, SYSTEM_FINGERPRINT, body, reply};
-use crate::constraint::call_grammar;
+use crate::constraint::{call_grammar, free_grammar};
 use crate::text::tools::{self, Tool};
 use crate::text::{ChatPrompt, TextModel, ThoughtParser};
 
@@ -127,14 +127,18 @@ impl ChatRequest {
         }
     }
 
-    /// What the answer is held to: calls that it has to make, or the client's own grammar.
+    /// What the answer is held to: calls that it has to make, the client's own grammar, or strict tools.
     fn structure(&self, text: &TextModel) -> Option<Structure> {
         match self.tools.as_ref().filter(|tools| tools.is_forced()) {
             Some(tools) => {
                 let grammar = call_grammar(text, &tools.callable(), tools.calls_max() > 1);
                 Some(Structure { param: "tools", grammar })
             }
-            None => self.options.structure.clone(),
+            None => self.options.structure.clone().or_else(|| {
+                let tools = self.callable()?;
+                let grammar = free_grammar(text, &tools.tools, tools.is_parallel)?;
+                Some(Structure { param: "tools", grammar })
+            }),
         }
     }
 }
@@ -231,7 +235,8 @@ impl ChatRequest {
 }
 
 /// Puts tools and calls into the form that the model's template takes.
-fn with_tools(text: &TextModel, mut prompt: ChatPrompt, tools: Option<&ToolUse>) -> ChatPrompt {
+pub(super) fn with_tools(text: &TextModel, mut prompt: ChatPrompt, tools: Option<&ToolUse>) -> ChatPrompt {
+    let tools = tools.filter(|tools| tools.choice != ToolChoice::None);
     if text.knows_tools() {
         tools::arguments_as_objects(&mut prompt.messages);
         prompt.tools = tools.map(|tools| tools.raw.clone());

@@ -22,6 +22,8 @@ const MARKS: [&str; 7] = [
     "</tool_call>",
     "<|python_tag|>",
 ];
+/// Any character.
+const ANY_TEXT: &str = r"(.|\n)";
 /// Text of a string that stands bare between tags.
 const BARE_TEXT: &str = "[^<]";
 
@@ -43,6 +45,57 @@ pub fn call_grammar(text: &TextModel, tools: &[&Tool], is_parallel: bool) -> Gra
         rules.call(number, tool);
     }
     Grammar::Lark(rules.lark)
+}
+
+/// The grammar of an answer in which calls are up to the model, but for how they are written: free text, and calls whose
+/// arguments meet their schema where the tool is strict. None where no tool is.
+pub fn free_grammar(text: &TextModel, tools: &[Tool], is_parallel: bool) -> Option<Grammar> {
+    if !tools.iter().any(|tool| tool.strict) {
+        return None;
+    }
+    let format = text.tool_format();
+    let mut rules = Rules { text, format, lark: String::new() };
+    let num_calls = if is_parallel { NUM_CALLS_MAX } else { 1 };
+    let mark = format.starts.first().copied().filter(|mark| format.open.starts_with(*mark));
+    let open = rules.mark(format.open.strip_prefix(mark.unwrap_or_default()).unwrap_or(format.open));
+    let (close, between) = (rules.mark(format.close), rules.mark(format.between));
+    let more =
+        if format.each || num_calls == 1 { String::new() } else { format!("({between} call){{0,{}}}", num_calls - 1) };
+    let num_regions = if format.each { num_calls } else { 1 };
+    let region = format!("region: {open} call {more} {close}\n");
+    let start = match (mark, format.leading) {
+        (Some(mark), _) => {
+            let control = MARKS.iter().find(|known| mark.starts_with(**known) && text.control_token(known).is_some());
+            let opened = if control.is_some() {
+                format!("text? {}", rules.mark(mark))
+            } else {
+                rules.rule("opening[lazy]", &format!("/{ANY_TEXT}*/ {}", lark_string(mark)));
+                "opening".to_owned()
+            };
+            format!("start: ({opened} region){{0,{num_regions}}} text?\n")
+        }
+        (None, Some(leading)) => {
+            rules.rule("OTHER", &format!("/[^{}]{ANY_TEXT}*/", regex_escaped(leading)));
+            "start: region | OTHER\n".to_owned()
+        }
+        (None, None) => return None,
+    };
+    let head = std::mem::take(&mut rules.lark);
+    let calls: Vec<String> = (0..tools.len()).map(|number| format!("call_{number}")).collect();
+    rules.lark = format!("{start}{head}text: /{ANY_TEXT}+/\n{region}call: {}\n", calls.join(" | "));
+    for (number, tool) in tools.iter().enumerate() {
+        if tool.strict {
+            rules.call(number, tool);
+        } else {
+            let parameters = json!({"type": "object"});
+            rules.call(number, &Tool { parameters, ..tool.clone() });
+        }
+    }
+    Some(Grammar::Lark(rules.lark))
+}
+
+fn regex_escaped(c: char) -> String {
+    format!("\\{c}")
 }
 
 struct Rules<'a> {
@@ -239,6 +292,66 @@ mod tests {
         }
         assert!(num_complete > 30, "{format}: {num_complete} of 60");
         assert_eq!(is_parallel, num_calls_max > 1, "{format}");
+    }
+
+    /// Lets the model say something freely, then walks on at random: what looks like a call must be one.
+    async fn check_free(format: &str, said: &str) {
+        let (mut text, compiler, tools) = (text(), compiler(), tools());
+        text.set_tool_format(ToolFormat::named(format).unwrap());
+        let grammar = free_grammar(&text, &tools, true).unwrap();
+        let mut constraint =
+            compiler.compile(grammar.clone(), None).await.unwrap_or_else(|e| panic!("{e} {grammar:?}"));
+        for (num_tokens, token) in text.encode(said, false).unwrap().into_iter().enumerate() {
+            constraint =
+                constraint.commit(token).unwrap_or_else(|error| panic!("{format}: {error} after {num_tokens}"));
+        }
+        for seed in 0..10 {
+            let (rest, _) = walk(&text, &constraint, seed, 400);
+            let mut parser = ToolParser::new(text.tool_format(), tools.clone().into(), 1);
+            let mut events = parser.push(&format!("{said}{rest}"));
+            events.extend(parser.finish());
+            let name = events.iter().find_map(|event| match event {
+                ToolEvent::Call { name, .. } => Some(name.clone()),
+                _ => None,
+            });
+            let arguments: String = events
+                .into_iter()
+                .filter_map(|event| match event {
+                    ToolEvent::Arguments { text, .. } => Some(text),
+                    _ => None,
+                })
+                .collect();
+            let arguments = serde_json::from_str(&arguments);
+            match (name.as_deref(), arguments) {
+                (Some("forecast"), Ok(arguments)) => check_bounded(&arguments),
+                (Some("now"), Ok(arguments)) => assert_eq!(arguments, json!({})),
+                (name, arguments) => panic!("{format}: {name:?} {arguments:?} in {rest:?}"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn strict_tools_hold_calls_that_the_model_chooses_to_make() {
+        check_free("hermes", "Hi {x} <tool ok\n<tool_call>").await;
+        check_free("hermes", "<tool_call>\n{\"name\": \"").await;
+        check_free("mistral", "Sure. [TOOL_CALLS]").await;
+        check_free("internlm", "Sure. <|action_start|><|plugin|>").await;
+        check_free("llama3_json", "{\"name\"").await;
+        check_free("pythonic", "[").await;
+        assert_eq!(free_grammar(&text(), &[], true), None);
+    }
+
+    #[tokio::test]
+    async fn strict_tools_leave_text_free() {
+        let (mut text, compiler) = (text(), compiler());
+        for format in ToolFormat::names() {
+            text.set_tool_format(ToolFormat::named(format).unwrap());
+            let grammar = free_grammar(&text, &tools(), true).unwrap();
+            let mut constraint = compiler.compile(grammar, None).await.unwrap();
+            for token in text.encode("Just text, 1 < 2, with {braces} and [lists].\n\nOk", false).unwrap() {
+                constraint = constraint.commit(token).unwrap_or_else(|error| panic!("{format}: {error}"));
+            }
+        }
     }
 
     #[tokio::test]

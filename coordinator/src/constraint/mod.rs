@@ -14,7 +14,7 @@ mod limits;
 mod matcher;
 mod vocabulary;
 
-pub use calls::call_grammar;
+pub use calls::{call_grammar, free_grammar};
 pub use compiler::GrammarCompiler;
 pub use grammar::Grammar;
 pub use limits::GrammarError;

@@ -75,7 +75,7 @@ fn words(constraint: Option<&Constraint>) -> Option<&[u32]> {
 
 /// A constraint of so many tokens; every fifth may be any.
 pub(super) fn constraint(num_tokens: u32) -> Constraint {
-    let set = |at: u32| (0..VOCAB_SIZE).filter(|token| at % 5 != 4 && (token + at) % 3 == 0).collect();
+    let set = |at: u32| (0..VOCAB_SIZE).filter(|token| at % 5 != 4 && (token + at).is_multiple_of(3)).collect();
     Listed::constraint((0..num_tokens).map(set).collect())
 }
 

@@ -19,6 +19,7 @@ use crate::api::{ServedModel, ServedModels};
 use crate::cluster::{CheckedSpec, ServingChange};
 use crate::constraint::GrammarCompiler;
 use crate::engine::{EngineHandle, Replicas};
+use crate::text::tools::ToolFormat;
 use crate::text::{TextError, TextModel};
 
 /// What a model's own files say about text.
@@ -72,6 +73,11 @@ fn load(checked: &CheckedSpec) -> Result<TextSide, String> {
     };
     if let (Some(text), Some(template)) = (&mut text, &spec.chat_template) {
         text.set_chat_template(template.clone()).map_err(|error| format!("--chat-template: {error}"))?;
+    }
+    if let (Some(text), Some(name)) = (&mut text, &spec.tool_call_parser) {
+        let format =
+            ToolFormat::named(name).ok_or_else(|| format!("--tool-call-parser: no format is called {name}"))?;
+        text.set_tool_format(format);
     }
     Ok(TextSide {
         text: text.map(Arc::new),
