@@ -4,7 +4,7 @@
 
 use std::thread;
 
-use harness::{Cluster, golden};
+use harness::{Cluster, golden, smollm2};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -133,4 +133,37 @@ fn constrained_and_free_requests_share_steps() {
     let answer = cluster.http.ask("/v1/completions", &scored);
     let logprobs = answer["choices"][0]["logprobs"]["token_logprobs"].as_array().expect("log-probabilities").clone();
     assert!(logprobs.iter().all(|logprob| logprob.as_f64().is_some_and(|p| p < -0.01)), "{answer}");
+}
+
+/// A model that was never taught tools is told about them, and calls the one that it has to.
+#[test]
+fn smollm2_calls_the_tool_that_is_asked_for() {
+    let Some(model) = smollm2() else { return };
+    let cluster = Cluster::start(1);
+    let served = cluster.serve(&model.folder, "m", &["--max-model-len", "2048"]);
+    assert_eq!(served.code, 0, "{served:?}");
+    for (choice, reason) in
+        [(json!("required"), "tool_calls"), (json!({"type": "function", "function": {"name": "forecast"}}), "stop")]
+    {
+        let body = json!({"model": "m", "temperature": 0, "tools": tools(), "tool_choice": choice,
+            "messages": [{"role": "user", "content": "What will the weather be in Paris in the next 3 days?"}]});
+        let answer = cluster.http.ask(CHAT, &body);
+        for (found, calls) in calls(&answer) {
+            assert_eq!(found, reason, "{answer}");
+            assert!(!calls.is_empty());
+            calls.iter().for_each(check_call);
+        }
+        let mut streamed = body.clone();
+        streamed["stream"] = true.into();
+        let mut stream = cluster.http.stream(CHAT, &streamed);
+        let mut arguments = String::new();
+        while let Ok(event) = stream.step() {
+            for call in event["choices"][0]["delta"]["tool_calls"].as_array().into_iter().flatten() {
+                arguments.push_str(call["function"]["arguments"].as_str().expect("arguments"));
+            }
+        }
+        let whole = answer["choices"][0]["message"]["tool_calls"].as_array().expect("calls").iter();
+        let whole: String = whole.map(|call| call["function"]["arguments"].as_str().expect("arguments")).collect();
+        assert_eq!(arguments, whole);
+    }
 }

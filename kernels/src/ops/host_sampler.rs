@@ -338,3 +338,23 @@ impl Gather {
 fn candidate(bytes: &[u8]) -> Option<Candidate> {
     bytes.first_chunk().and_then(Candidate::from_bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SampleMask;
+
+    /// Two rows over three columns that stand for tokens 31 to 33, with one column of padding.
+    #[test]
+    fn masked_rows_keep_what_they_may_draw() {
+        let vocab = VocabSlice { first_id: 31, columns: 0..3 };
+        let mut step = StepInputs { logit_rows: vec![0, 1], ..StepInputs::default() };
+        let logits = [1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0, 9.0];
+        assert_eq!(masked(&logits, &vocab, &step), None);
+        step.masks = vec![SampleMask { row: 1, words: [1 << 31, 1 << 1].into() }];
+        let none = f32::NEG_INFINITY;
+        assert_eq!(masked(&logits, &vocab, &step), Some(vec![1.0, 2.0, 3.0, 9.0, 4.0, none, 6.0, 9.0]));
+        step.masks = vec![SampleMask { row: 0, words: [0].into() }];
+        assert_eq!(masked(&logits, &vocab, &step), Some(vec![none, none, none, 9.0, 4.0, 5.0, 6.0, 9.0]));
+    }
+}

@@ -1,3 +1,5 @@
+//! Grammars over the tiny model's vocabulary, walked at random.
+
 use std::path::Path;
 
 use phalanx_formats::ModelFiles;

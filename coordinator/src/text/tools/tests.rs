@@ -1,3 +1,5 @@
+//! Every format, whole and cut in every place.
+
 use proptest::prelude::*;
 use serde_json::json;
 
