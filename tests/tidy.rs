@@ -35,17 +35,18 @@ fn product(text: &str) -> &str {
 
 #[test]
 fn rooms_depend_one_way() {
-    let allowed: [(&str, &[&str]); 5] = [
+    let allowed: [(&str, &[&str]); 6] = [
         ("proto", &[]),
         ("formats", &[]),
+        ("nccl-rs", &[]),
         ("kernels", &["phalanx-formats"]),
         ("coordinator", &["phalanx-formats", "phalanx-proto"]),
-        ("worker", &["phalanx-formats", "phalanx-kernels", "phalanx-proto"]),
+        ("worker", &["phalanx-formats", "phalanx-kernels", "phalanx-proto", "nccl-rs"]),
     ];
     for (room, allowed) in allowed {
         let manifest = fs::read_to_string(root().join(room).join("Cargo.toml")).expect("a manifest");
         let dependencies = manifest.split("[dev-dependencies]").next().unwrap_or_default();
-        for line in dependencies.lines().filter(|line| line.starts_with("phalanx-")) {
+        for line in dependencies.lines().filter(|line| line.starts_with("phalanx-") || line.starts_with("nccl-rs")) {
             let name = line.split(['.', ' ', '=']).next().unwrap_or_default();
             assert!(allowed.contains(&name), "{room} depends on {name}");
         }
@@ -85,7 +86,7 @@ fn generated_types_stop_at_the_wire() {
         "coordinator/src/engine/group",
         "coordinator/src/cluster/membership",
     ];
-    for folder in ["coordinator/src", "worker/src", "kernels/src", "formats/src"] {
+    for folder in ["coordinator/src", "worker/src", "kernels/src", "formats/src", "nccl-rs/src"] {
         for (file, text) in sources(folder) {
             if allowed.iter().all(|place| !file.starts_with(place)) {
                 assert!(!product(&text).contains("pb::"), "{file} names generated types");
@@ -96,9 +97,15 @@ fn generated_types_stop_at_the_wire() {
 
 #[test]
 fn unsafe_code_stays_in_its_rooms() {
-    let allowed =
-        ["kernels/", "worker/src/backend/", "worker/src/collective/", "worker/src/weights/", "formats/src/mapping"];
-    for folder in ["proto/src", "formats/src", "coordinator/src", "worker/src", "kernels/src"] {
+    let allowed = [
+        "kernels/",
+        "nccl-rs/",
+        "worker/src/backend/",
+        "worker/src/collective/",
+        "worker/src/weights/",
+        "formats/src/mapping",
+    ];
+    for folder in ["proto/src", "formats/src", "coordinator/src", "worker/src", "kernels/src", "nccl-rs/src"] {
         for (file, text) in sources(folder) {
             let code: String =
                 text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
@@ -115,7 +122,9 @@ fn unsafe_code_stays_in_its_rooms() {
 
 #[test]
 fn every_module_says_what_it_owns() {
-    for folder in ["proto/src", "formats/src", "kernels/src", "coordinator/src", "worker/src", "xtask/src"] {
+    for folder in
+        ["proto/src", "formats/src", "kernels/src", "nccl-rs/src", "coordinator/src", "worker/src", "xtask/src"]
+    {
         for (file, text) in sources(folder) {
             assert!(text.starts_with("//!"), "{file} does not open with //!");
         }
@@ -124,7 +133,7 @@ fn every_module_says_what_it_owns() {
 
 #[test]
 fn tests_are_not_ignored() {
-    for folder in ["proto", "formats", "kernels", "coordinator", "worker"] {
+    for folder in ["proto", "formats", "kernels", "nccl-rs", "coordinator", "worker"] {
         for (file, text) in sources(folder) {
             assert!(!text.contains("#[ignore"), "{file} ignores a test");
         }

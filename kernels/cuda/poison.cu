@@ -1,7 +1,7 @@
 // Fills memory with a pattern, and counts the words that differ from it: for tests, and for the memory check of `doctor`.
 // Word i of the pattern is seed ^ (i * 0x9E3779B9), so that a word in the wrong place is seen.
 //
-// Launch of both: grid any, block any multiple of 32 up to 1024, no shared memory.
+// Launch of the first two: grid any, block any multiple of 32 up to 1024, no shared memory.
 //   poison_fill(u32* words, u64 num_words, u32 seed)
 //   poison_count(const u32* words, u64 num_words, u32 seed, u32* num_wrong)   num_wrong is added to
 
@@ -32,4 +32,15 @@ extern "C" __global__ void poison_count(const u32* words, u64 num_words, u32 see
         wrong += words[i] != pattern(i, seed);
     }
     if (wrong != 0) atomicAdd(num_wrong, wrong);
+}
+
+// One thread that lasts `nanoseconds`, for what waits with a deadline: grid 1, block 32.
+//   poison_delay(u64 nanoseconds)
+extern "C" __global__ void poison_delay(u64 nanoseconds) {
+    wait_for_earlier_kernels();
+    u64 begin, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+    do {
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    } while (now - begin < nanoseconds);
 }

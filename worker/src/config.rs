@@ -207,6 +207,11 @@ impl Home {
         self.0.join("logs")
     }
 
+    /// Device code that was compiled on this machine.
+    pub fn kernel_cache_dir(&self) -> PathBuf {
+        self.0.join("cache").join("kernels")
+    }
+
     /// The record of the running agent.
     pub fn agent_record(&self) -> PathBuf {
         self.run_dir().join("agent.json")
@@ -247,6 +252,8 @@ pub struct Environment {
     pub cuda_visible: Option<String>,
     /// `HIP_VISIBLE_DEVICES`.
     pub hip_visible: Option<String>,
+    /// `CUDA_HOME`: a toolkit whose libraries and headers are looked at first.
+    pub cuda_home: Option<PathBuf>,
 }
 
 impl Environment {
@@ -263,6 +270,7 @@ impl Environment {
             // Empty is a value here: it hides all devices.
             cuda_visible: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
             hip_visible: std::env::var("HIP_VISIBLE_DEVICES").ok(),
+            cuda_home: text("CUDA_HOME").map(PathBuf::from),
         }
     }
 }
@@ -309,6 +317,8 @@ pub struct Config {
     pub cuda_visible: Option<String>,
     /// `HIP_VISIBLE_DEVICES`.
     pub hip_visible: Option<String>,
+    /// `CUDA_HOME`: a toolkit whose libraries and headers are looked at first.
+    pub cuda_home: Option<PathBuf>,
 }
 
 impl Config {
@@ -340,6 +350,7 @@ impl Config {
             log_format: flags.log_format.or(file.log_format).unwrap_or_default(),
             cuda_visible: environment.cuda_visible,
             hip_visible: environment.hip_visible,
+            cuda_home: environment.cuda_home,
         })
     }
 

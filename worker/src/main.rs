@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, setsid};
+use phalanx_kernels::cuda;
 use phalanx_proto::{AgentHello, NodeId, VERSION};
 use phalanx_worker::agent::background::{self, Started};
 use phalanx_worker::agent::devices::{Devices, Machine};
@@ -64,6 +65,13 @@ enum Subcommands {
     /// Takes this machine out of its cluster: its ranks end, then its agent
     #[command(after_help = "Example:\n  worker leave")]
     Leave(LeaveArgs),
+    /// Tries what a rank needs of a CUDA device, one line for each thing; fails if one fails
+    #[command(hide = true)]
+    CudaCheck {
+        /// Ordinal among the visible devices
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        device: u32,
+    },
     /// One rank; started by the agent
     #[command(hide = true)]
     Rank {
@@ -119,6 +127,7 @@ fn main() -> ExitCode {
     let (result, as_json) = match command {
         Subcommands::Join(args) => (join(&args, flags), args.json),
         Subcommands::Leave(args) => (leave(&args, flags), false),
+        Subcommands::CudaCheck { device } => (cuda_check(device, flags), false),
         Subcommands::Rank { .. } => (run_rank(flags), false),
     };
     let Err(error) = result else { return ExitCode::SUCCESS };
@@ -334,6 +343,28 @@ fn leave(args: &LeaveArgs, flags: Flags) -> anyhow::Result<()> {
         }
     }
     bail!("the agent (pid {}) does not end", agent.pid)
+}
+
+// ---- cuda-check ----
+
+fn cuda_check(device: u32, flags: Flags) -> anyhow::Result<()> {
+    let config = Config::load(flags, Environment::read())?;
+    if let Some(home) = &config.cuda_home {
+        cuda::search_also(cuda::toolkit_folders(home));
+    }
+    let settings = cuda::ModuleSettings::new(config.home.kernel_cache_dir(), config.cuda_home.as_deref());
+    let mut num_failed = 0;
+    cuda::self_check(device, &settings, |line| {
+        match &line.outcome {
+            Ok(found) => println!("ok    {}: {found}", line.name),
+            Err(reason) => println!("FAIL  {}: {reason}", line.name),
+        }
+        num_failed += usize::from(line.outcome.is_err());
+    });
+    if num_failed > 0 {
+        bail!("{num_failed} checks failed");
+    }
+    Ok(())
 }
 
 // ---- rank ----

@@ -160,6 +160,11 @@ impl AttentionPlanner {
         }
     }
 
+    /// A context that decodes split.
+    pub fn split_context(&self) -> u32 {
+        2 * DECODE_SPLIT
+    }
+
     fn is_decode(&self, &(_, query_len, _, _): &Lengths) -> bool {
         query_len.saturating_mul(self.group) <= DECODE_ROWS
     }

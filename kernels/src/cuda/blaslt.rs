@@ -51,12 +51,12 @@ type Handle = *mut c_void;
 /// `cublasLtMatmulAlgo_t`: the library's own notes.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-struct Algorithm([u64; 8]);
+pub(super) struct Algorithm([u64; 8]);
 
 /// `cublasLtMatmulHeuristicResult_t`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-struct Candidate {
+pub(super) struct Candidate {
     algorithm: Algorithm,
     workspace_bytes: usize,
     state: c_int,
@@ -229,6 +229,10 @@ impl BlasLt {
             return Ok(Rc::clone(plan));
         }
         let plan = MatmulPlan::new(&self.context, self.lt, shape)?;
+        if shape.has_bias {
+            // Only its alignment counts until the first product.
+            plan.set(&self.context, ATTRIBUTE_BIAS, &self.workspace.address())?;
+        }
         let best = self.candidates(&plan, 1)?[0];
         plan.settle(&best);
         let plan = Rc::new(plan);

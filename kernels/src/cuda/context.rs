@@ -184,10 +184,6 @@ impl Context {
     pub(super) fn last_launch(&self) -> Option<String> {
         self.0.last_launch.borrow().as_deref().map(str::to_owned)
     }
-
-    pub(super) fn is_same(&self, other: &Self) -> bool {
-        self.0.handle == other.0.handle
-    }
 }
 
 impl Drop for Inner {

@@ -127,7 +127,6 @@ function_table! {
         context_retain = c"cuDevicePrimaryCtxRetain"(*mut Handle, RawDevice) -> c_int;
         context_release = c"cuDevicePrimaryCtxRelease_v2"(RawDevice) -> c_int;
         context_set_current = c"cuCtxSetCurrent"(Handle) -> c_int;
-        context_synchronize = c"cuCtxSynchronize"() -> c_int;
         enable_peer_access = c"cuCtxEnablePeerAccess"(Handle, c_uint) -> c_int;
         memory_info = c"cuMemGetInfo_v2"(*mut usize, *mut usize) -> c_int;
         memory_alloc = c"cuMemAlloc_v2"(*mut RawPointer, usize) -> c_int;
@@ -174,11 +173,6 @@ function_table! {
     optional {
         // CUDA 12.4.
         function_parameter = c"cuFuncGetParamInfo"(Handle, usize, *mut usize, *mut usize) -> c_int;
-        // CUDA 12.0; needs a card of 2022.
-        tensor_map_tiled = c"cuTensorMapEncodeTiled"(
-            *mut c_void, c_uint, u32, *mut c_void, *const u64, *const u64, *const u32, *const u32, c_uint, c_uint, c_uint,
-            c_uint,
-        ) -> c_int;
     }
 }
 

@@ -10,7 +10,7 @@ use std::ptr::{null, null_mut};
 
 use super::driver::{LAUNCH_CLUSTER, LAUNCH_COOPERATIVE, LAUNCH_DEPENDENT, LaunchAttribute, RawLaunch, SUCCESS};
 use super::error::CudaError;
-use super::memory::{DeviceMemory, PeerMemory, Span};
+use super::memory::{DeviceMemory, PeerMemory, PinnedMemory, Span};
 use super::module::Kernel;
 use super::stream::Stream;
 
@@ -159,6 +159,7 @@ arg_from! {
     Option<Span> => |value| Self::Long(value.map_or(0, |span| span.address()));
     &DeviceMemory => |value| Self::Long(value.address());
     &PeerMemory => |value| Self::Long(value.address());
+    &PinnedMemory => |value| Self::Long(value.span().address());
 }
 
 impl<'a> From<&'a [u8]> for KernelArg<'a> {

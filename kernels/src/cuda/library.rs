@@ -22,12 +22,20 @@ const FOLDERS: [&str; 5] = [
     "/usr/lib/wsl/lib",
 ];
 
+/// What the loader says of a file that is not there.
+const ABSENT: &str = "cannot open shared object file: No such file or directory";
+
 static EXTRA_FOLDERS: OnceLock<Vec<PathBuf>> = OnceLock::new();
 
 /// Adds folders in which libraries are looked for, before the usual ones; only the first call, made before any device is used, counts.
 pub fn search_also(folders: Vec<PathBuf>) {
     // A second call changes nothing: libraries may be open already.
     let _ = EXTRA_FOLDERS.set(folders);
+}
+
+/// Where a toolkit keeps its libraries.
+pub fn toolkit_folders(home: &Path) -> Vec<PathBuf> {
+    ["lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"].map(|folder| home.join(folder)).into()
 }
 
 /// One library of CUDA: was it found, where, and which version says it is.
@@ -59,21 +67,20 @@ pub(super) struct Library {
 impl Library {
     /// Opens the first of `names` that can be opened: by the loader's search, then in the known folders.
     pub(super) fn open(name: &'static str, names: &[&str]) -> Result<Self, CudaError> {
+        let extra = EXTRA_FOLDERS.get().map(Vec::as_slice).unwrap_or_default();
+        let folders = extra.iter().map(PathBuf::as_path).chain(FOLDERS.iter().map(Path::new));
+        let below = folders.flat_map(|folder| names.iter().map(|file| folder.join(file))).filter(|path| path.is_file());
         let mut reasons = Vec::new();
-        for file in names {
-            match open_file(Path::new(file)) {
+        for file in names.iter().map(PathBuf::from).chain(below) {
+            match open_file(&file) {
                 Ok(handle) => return Ok(Self { name, handle }),
+                // What is only not there is said once, below.
+                Err(reason) if reason == format!("{}: {ABSENT}", file.display()) => {}
                 Err(reason) => reasons.push(reason),
             }
         }
-        let extra = EXTRA_FOLDERS.get().map(Vec::as_slice).unwrap_or_default();
-        for folder in extra.iter().map(PathBuf::as_path).chain(FOLDERS.iter().map(Path::new)) {
-            for path in names.iter().map(|file| folder.join(file)).filter(|path| path.is_file()) {
-                match open_file(&path) {
-                    Ok(handle) => return Ok(Self { name, handle }),
-                    Err(reason) => reasons.push(reason),
-                }
-            }
+        if reasons.is_empty() {
+            reasons.push(format!("no {} where the loader looks, nor in {}", names.join(" or "), FOLDERS.join(", ")));
         }
         Err(CudaError::Missing { library: name, reason: reasons.join("; ") })
     }
@@ -83,15 +90,17 @@ impl Library {
         // SAFETY: a live handle, never closed, and a C string.
         let address = unsafe { libc::dlsym(self.handle, symbol.as_ptr()) };
         if address.is_null() {
-            let reason = format!("{} has no {}", self.path_of(None).display(), symbol.to_string_lossy());
+            let reason = format!("the library found has no {}", symbol.to_string_lossy());
             return Err(CudaError::Missing { library: self.name, reason });
         }
         Ok(address)
     }
 
-    /// The file from which a symbol, or the library, was loaded.
-    pub(super) fn path_of(&self, address: Option<*mut c_void>) -> PathBuf {
-        let Some(address) = address else { return PathBuf::from(self.name) };
+    /// The file, found by the functions that were taken from it.
+    pub(super) fn path(&self, symbols: &[&CStr]) -> PathBuf {
+        let Some(address) = symbols.iter().find_map(|symbol| self.symbol(symbol).ok()) else {
+            return PathBuf::from(self.name);
+        };
         let mut found = MaybeUninit::<libc::Dl_info>::zeroed();
         // SAFETY: `dladdr` fills the struct when it returns non-zero; zeroes are a valid `Dl_info`.
         let (ok, found) = unsafe { (libc::dladdr(address, found.as_mut_ptr()), found.assume_init()) };
@@ -138,10 +147,8 @@ macro_rules! function_table {
 
         impl $name {
             pub(super) fn load(library: &super::library::Library) -> Result<Self, super::error::CudaError> {
-                let mut path = library.path_of(None);
                 $(
                     let address = library.symbol($symbol)?;
-                    path = library.path_of(Some(address));
                     // SAFETY: the signature is the one in the library's header for this symbol.
                     let $field = unsafe {
                         std::mem::transmute::<*mut std::ffi::c_void, unsafe extern "C" fn($($arg),*) -> $ret>(address)
@@ -155,7 +162,7 @@ macro_rules! function_table {
                         }
                     });
                 )*
-                Ok(Self { $($field,)* $($maybe,)* path })
+                Ok(Self { $($field,)* $($maybe,)* path: library.path(&[$($symbol),*]) })
             }
         }
     };
@@ -177,7 +184,7 @@ mod tests {
             panic!("it cannot be there");
         };
         let words = error.to_string();
-        assert!(words.starts_with("no such library cannot be used: libphalanx_absent.so.9"), "{words}");
+        assert!(words.starts_with("no such library cannot be used: no libphalanx_absent.so.9 or "), "{words}");
     }
 
     #[test]

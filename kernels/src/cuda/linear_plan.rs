@@ -1,6 +1,7 @@
 //! How the weight-streaming linear kernels are launched: tile, split, ring and grid of `linear_stream_*`.
 //!
-//! It knows the kernels' limits and a model of their time, and no device: a plan is a pure function of the shape.
+//! It knows the kernels' limits and the launches that were fastest where they were timed, and no device: a plan is a pure
+//! function of the shape. A shape that was not timed takes the launch of the nearest one that was, made to fit.
 //!
 //! **Invariant:** every plan satisfies the limits stated at the kernel in `cuda/linear.cu`.
 //! **Invariant:** the same arguments give the same plan, so a captured graph and an eager step sum in the same order.
@@ -56,12 +57,121 @@ pub struct LinearPlan {
 /// Most rows of X that the streaming kernels take.
 pub const ROWS_MAX: u32 = 64;
 
-const STAGES_MAX: u32 = 8;
+const STAGES_MAX: u32 = 12;
 const WARP_STAGE_BYTES: u32 = 4096;
 const RUN_COLUMNS: u32 = 64;
 const WARP_ROWS: u32 = 32;
 
-/// The best launch for `x [m, k]` by `w [n, k]` under the model below; none where the streaming kernels cannot take the shape.
+/// The fastest launch of the shapes timed on an H200, by shape: N, K, then the launch.
+#[derive(Clone, Copy)]
+struct Tuned {
+    n: u32,
+    k: u32,
+    launch: Launch,
+}
+
+/// What tells one launch from another, but for the number of blocks.
+#[derive(Clone, Copy)]
+struct Launch {
+    warp_rows: u32,
+    warp_cols: u32,
+    stages: u32,
+    split: u32,
+    /// Most blocks of a multiprocessor; what no block has room for is done in further turns.
+    blocks_per_sm: u32,
+}
+
+const fn tuned([n, k, warp_rows, warp_cols, stages, split, blocks_per_sm]: [u32; 7]) -> Tuned {
+    Tuned { n, k, launch: Launch { warp_rows, warp_cols, stages, split, blocks_per_sm } }
+}
+
+/// One row or two; timed with 1.
+const ONE_ROW: [Tuned; 20] = [
+    tuned([576, 576, 2, 1, 4, 4, 1]),
+    tuned([576, 1536, 2, 2, 4, 4, 1]),
+    tuned([960, 576, 2, 1, 4, 4, 1]),
+    tuned([1024, 1024, 1, 2, 3, 4, 1]),
+    tuned([1024, 2816, 1, 2, 4, 8, 2]),
+    tuned([3072, 576, 1, 4, 4, 1, 1]),
+    tuned([3072, 1024, 1, 2, 3, 4, 3]),
+    tuned([3072, 4096, 1, 2, 5, 4, 4]),
+    tuned([4096, 2048, 2, 1, 8, 4, 2]),
+    tuned([4096, 4096, 1, 2, 8, 2, 2]),
+    tuned([4096, 7168, 1, 4, 5, 2, 2]),
+    tuned([4096, 14_336, 1, 4, 5, 2, 2]),
+    tuned([5632, 1024, 2, 1, 5, 4, 3]),
+    tuned([6144, 4096, 1, 4, 3, 2, 3]),
+    tuned([14_336, 4096, 7, 2, 3, 2, 1]),
+    tuned([28_672, 4096, 7, 2, 3, 2, 1]),
+    tuned([49_152, 576, 3, 1, 4, 1, 4]),
+    tuned([64_128, 4096, 1, 4, 3, 1, 3]),
+    tuned([128_256, 4096, 2, 2, 3, 1, 3]),
+    tuned([151_936, 1024, 3, 2, 4, 1, 2]),
+];
+
+/// Up to 16 rows; timed with 8.
+const EIGHT_ROWS: [Tuned; 20] = [
+    tuned([576, 576, 2, 1, 4, 4, 1]),
+    tuned([576, 1536, 1, 2, 4, 4, 1]),
+    tuned([960, 576, 1, 1, 4, 4, 1]),
+    tuned([1024, 1024, 1, 2, 3, 4, 1]),
+    tuned([1024, 2816, 1, 2, 4, 8, 2]),
+    tuned([3072, 576, 1, 4, 4, 1, 1]),
+    tuned([3072, 1024, 1, 8, 3, 1, 1]),
+    tuned([3072, 4096, 1, 2, 5, 4, 4]),
+    tuned([4096, 2048, 2, 1, 8, 4, 2]),
+    tuned([4096, 4096, 2, 2, 4, 4, 3]),
+    tuned([4096, 7168, 2, 4, 3, 2, 2]),
+    tuned([4096, 14_336, 2, 4, 3, 2, 2]),
+    tuned([5632, 1024, 2, 1, 5, 4, 3]),
+    tuned([6144, 4096, 1, 2, 7, 2, 3]),
+    tuned([14_336, 4096, 7, 2, 3, 2, 1]),
+    tuned([28_672, 4096, 7, 2, 3, 2, 1]),
+    tuned([49_152, 576, 3, 2, 4, 1, 2]),
+    tuned([64_128, 4096, 4, 2, 3, 1, 2]),
+    tuned([128_256, 4096, 2, 2, 3, 1, 3]),
+    tuned([151_936, 1024, 2, 2, 3, 1, 3]),
+];
+
+/// Up to 40 rows; timed with 32.
+const THIRTY_TWO_ROWS: [Tuned; 15] = [
+    tuned([1024, 1024, 2, 2, 3, 4, 1]),
+    tuned([1024, 2816, 1, 2, 4, 8, 2]),
+    tuned([3072, 1024, 2, 2, 3, 4, 2]),
+    tuned([3072, 4096, 2, 2, 4, 4, 2]),
+    tuned([4096, 2048, 5, 1, 4, 8, 2]),
+    tuned([4096, 4096, 5, 1, 4, 8, 2]),
+    tuned([4096, 7168, 5, 1, 4, 8, 2]),
+    tuned([4096, 14_336, 5, 1, 4, 8, 2]),
+    tuned([5632, 1024, 1, 4, 3, 1, 2]),
+    tuned([6144, 4096, 3, 2, 3, 2, 2]),
+    tuned([14_336, 4096, 4, 1, 5, 2, 2]),
+    tuned([28_672, 4096, 7, 1, 7, 1, 1]),
+    tuned([64_128, 4096, 4, 2, 4, 1, 1]),
+    tuned([128_256, 4096, 2, 2, 4, 1, 2]),
+    tuned([151_936, 1024, 2, 2, 4, 1, 2]),
+];
+
+/// Up to 64 rows; timed with 64.
+const SIXTY_FOUR_ROWS: [Tuned; 15] = [
+    tuned([1024, 1024, 2, 4, 2, 4, 1]),
+    tuned([1024, 2816, 3, 2, 4, 8, 1]),
+    tuned([3072, 1024, 4, 1, 3, 8, 2]),
+    tuned([3072, 4096, 4, 1, 4, 8, 2]),
+    tuned([4096, 2048, 3, 1, 3, 8, 3]),
+    tuned([4096, 4096, 3, 1, 3, 8, 3]),
+    tuned([4096, 7168, 3, 1, 3, 8, 3]),
+    tuned([4096, 14_336, 5, 1, 4, 8, 2]),
+    tuned([5632, 1024, 2, 4, 3, 1, 1]),
+    tuned([6144, 4096, 4, 1, 4, 4, 2]),
+    tuned([14_336, 4096, 4, 1, 4, 2, 2]),
+    tuned([28_672, 4096, 4, 1, 4, 1, 2]),
+    tuned([64_128, 4096, 8, 1, 4, 1, 1]),
+    tuned([128_256, 4096, 8, 1, 4, 1, 1]),
+    tuned([151_936, 1024, 2, 2, 2, 1, 2]),
+];
+
+/// The launch for `x [m, k]` by `w [n, k]`; none where the streaming kernels cannot take the shape.
 #[must_use]
 pub fn plan(m: u32, n: u32, k: u32, chip: Chip, epilogue: Epilogue) -> Option<LinearPlan> {
     let gated = matches!(epilogue, Epilogue::SiluMul | Epilogue::GeluTanhMul);
@@ -70,68 +180,85 @@ pub fn plan(m: u32, n: u32, k: u32, chip: Chip, epilogue: Epilogue) -> Option<Li
     if !takes || u64::from(n) * u64::from(k) / 8 >= u64::from(u32::MAX) {
         return None;
     }
-    let shape = Shape { m, padded_rows: m.next_multiple_of(8), n, k };
-    let mut best: Option<(f64, LinearPlan)> = None;
-    for candidate in candidates(shape, chip) {
-        let time = microseconds(shape, chip, &candidate);
-        if best.is_none_or(|(least, _)| time < least) {
-            best = Some((time, candidate.plan));
+    let table: &[Tuned] = match m {
+        0..=2 => &ONE_ROW,
+        3..=16 => &EIGHT_ROWS,
+        17..=40 => &THIRTY_TWO_ROWS,
+        _ => &SIXTY_FOUR_ROWS,
+    };
+    let nearest = table.iter().min_by(|a, b| distance(a, n, k).total_cmp(&distance(b, n, k)))?;
+    let shape = Shape { padded_rows: m.next_multiple_of(8), n, k };
+    let mut launch = shaped(nearest.launch, shape, chip);
+    loop {
+        if let Some(plan) = fitted(launch, shape, chip) {
+            return Some(plan);
         }
+        launch = smaller(launch)?;
     }
-    best.map(|(_, plan)| plan)
 }
 
 #[derive(Clone, Copy)]
 struct Shape {
-    m: u32,
     padded_rows: u32,
     n: u32,
     k: u32,
 }
 
-struct Candidate {
-    plan: LinearPlan,
-    blocks_per_sm: u32,
+/// How far a shape is from a timed one: the factor between their N times that between their K.
+fn distance(of: &Tuned, n: u32, k: u32) -> f64 {
+    let factor = |a: u32, b: u32| f64::from(a.max(b)) / f64::from(a.min(b));
+    factor(of.n, n) * factor(of.k, k)
 }
 
-fn candidates(shape: Shape, chip: Chip) -> Vec<Candidate> {
-    let mut all = Vec::new();
+/// A launch without parts that would have no work in this shape, or that the kernel or chip does not have.
+fn shaped(mut launch: Launch, shape: Shape, chip: Chip) -> Launch {
     let warps_max = if shape.padded_rows <= 16 { 15 } else { 8 };
-    for warp_rows in 1..=8 {
-        for warp_cols in [1, 2, 4, 8] {
-            for split in [1, 2, 4, 8] {
-                let fits = warp_rows * warp_cols <= warps_max && (split == 1 || chip.has_clusters);
-                if !fits || split > shape.k.div_ceil(RUN_COLUMNS * warp_cols) {
-                    continue;
-                }
-                for blocks_per_sm in 1..=4 {
-                    all.extend(candidate(shape, chip, [warp_rows, warp_cols, split, blocks_per_sm]));
-                }
-            }
-        }
+    launch.warp_rows = launch.warp_rows.min(shape.n.div_ceil(WARP_ROWS));
+    while launch.warp_cols > 1 && launch.warp_cols * RUN_COLUMNS >= 2 * shape.k {
+        launch.warp_cols /= 2;
     }
-    all
+    while launch.warp_rows * launch.warp_cols > warps_max {
+        launch.warp_rows -= 1;
+    }
+    let steps = shape.k.div_ceil(RUN_COLUMNS * launch.warp_cols);
+    if !chip.has_clusters {
+        launch.split = 1;
+    }
+    while launch.split > steps {
+        launch.split /= 2;
+    }
+    launch
 }
 
-/// The launch with as many stages as leave room for `blocks_per_sm` blocks.
-fn candidate(shape: Shape, chip: Chip, [warp_rows, warp_cols, split, blocks_per_sm]: [u32; 4]) -> Option<Candidate> {
-    let warps = warp_rows * warp_cols + 1;
-    if warps * registers_per_warp(shape.padded_rows) * blocks_per_sm > 65_536 || warps * blocks_per_sm > 64 {
-        return None;
+/// The next launch to try where one wants more shared memory than there is.
+fn smaller(mut launch: Launch) -> Option<Launch> {
+    if launch.blocks_per_sm > 1 {
+        launch.blocks_per_sm -= 1;
+    } else if launch.warp_cols > 1 {
+        launch.warp_cols /= 2;
+    } else {
+        launch.warp_rows = launch.warp_rows.checked_sub(1).filter(|&rows| rows > 0)?;
     }
+    Some(launch)
+}
+
+/// The launch with as many of its stages as its blocks have room for; none if that is below two.
+fn fitted(launch: Launch, shape: Shape, chip: Chip) -> Option<LinearPlan> {
+    let Launch { warp_rows, warp_cols, split, blocks_per_sm, .. } = launch;
     let tiles = shape.n.div_ceil(WARP_ROWS * warp_rows);
     let clusters = tiles.min((chip.num_sms * blocks_per_sm / split).max(1));
-    let budget = ((chip.shared_bytes_max + 1024) / blocks_per_sm - 1024) / 1024 * 1024;
+    let budget = ((chip.shared_bytes_max + 1024) / blocks_per_sm).checked_sub(1024)? / 1024 * 1024;
     let stage_bytes = warp_rows * warp_cols * WARP_STAGE_BYTES + warp_cols * shape.padded_rows * RUN_COLUMNS * 2;
     let sums_bytes = warp_cols * shape.padded_rows * (WARP_ROWS * warp_rows + 4) * 4;
     let for_sums = if clusters == tiles { 0 } else { sums_bytes };
     let steps = shape.k.div_ceil(RUN_COLUMNS * warp_cols).div_ceil(split) * tiles.div_ceil(clusters);
-    let stages = (budget.checked_sub(for_sums)? / stage_bytes).min(STAGES_MAX).min((steps + 1).max(2));
+    let room = budget.checked_sub(for_sums)? / stage_bytes;
+    let stages = launch.stages.min(room).min((steps + 1).max(2)).min(STAGES_MAX);
     let shared_bytes = (stages * stage_bytes + for_sums).max(sums_bytes);
     if stages < 2 || shared_bytes > budget {
         return None;
     }
-    let plan = LinearPlan {
+    Some(LinearPlan {
         padded_rows: shape.padded_rows,
         warp_rows,
         warp_cols,
@@ -139,58 +266,9 @@ fn candidate(shape: Shape, chip: Chip, [warp_rows, warp_cols, split, blocks_per_
         split,
         ahead: 0,
         grid: clusters * split,
-        block: 32 * warps,
+        block: 32 * (warp_rows * warp_cols + 1),
         shared_bytes,
-    };
-    Some(Candidate { plan, blocks_per_sm })
-}
-
-/// What the compiler takes on `sm_90a`, per warp.
-fn registers_per_warp(padded_rows: u32) -> u32 {
-    32 * match padded_rows {
-        0..=8 => 104,
-        9..=16 => 120,
-        17..=24 => 128,
-        25..=32 => 144,
-        33..=48 => 160,
-        _ => 168,
-    }
-}
-
-/// The model: the slowest of device memory, L2, shared memory and the busiest multiprocessor's bytes in flight, and the ends.
-fn microseconds(shape: Shape, chip: Chip, candidate: &Candidate) -> f64 {
-    // Bytes per microsecond, of the whole device or of one multiprocessor.
-    const MEMORY: f64 = 4.5e6;
-    const L2: f64 = 5.5e6;
-    const SHARED_PER_SM: f64 = 0.17e6;
-    const L2_PER_SM: f64 = 0.075e6;
-    const LATENCY: f64 = 1.6;
-    const CLUSTER: f64 = 0.8;
-    const PEER: f64 = 0.2;
-    const TILE_END: f64 = 0.4;
-
-    let LinearPlan { warp_rows, warp_cols, stages, split, grid, .. } = candidate.plan;
-    let tile_rows = WARP_ROWS * warp_rows;
-    let tiles = shape.n.div_ceil(tile_rows);
-    let rounds = f64::from(tiles.div_ceil(grid / split));
-    let weights = f64::from(shape.n) * f64::from(shape.k) * 2.0;
-    let inputs = f64::from(tiles) * f64::from(shape.m) * f64::from(shape.k) * 2.0;
-
-    let steps_of_block = f64::from(shape.k.div_ceil(RUN_COLUMNS * warp_cols).div_ceil(split)) * rounds;
-    let blocks_of_sm = f64::from(grid.div_ceil(chip.num_sms));
-    let step_bytes = f64::from(warp_rows * warp_cols * WARP_STAGE_BYTES);
-    let step_inputs = f64::from(warp_cols * shape.padded_rows * RUN_COLUMNS * 2);
-    let step_read = step_bytes + f64::from(warp_cols * shape.m * RUN_COLUMNS * 2);
-    let resident = blocks_of_sm.min(f64::from(candidate.blocks_per_sm));
-    let in_flight = resident * f64::from(stages - 1) * step_read;
-    let of_sm = blocks_of_sm * steps_of_block;
-    let busiest = of_sm * step_read / L2_PER_SM.min(in_flight / LATENCY);
-    let shared = of_sm * (2.0 * step_bytes + step_inputs * f64::from(1 + warp_rows)) / SHARED_PER_SM;
-
-    let body = (weights / MEMORY).max((weights + inputs) / L2).max(busiest).max(shared);
-    let ends =
-        rounds * TILE_END / resident + if split > 1 { rounds * (CLUSTER + PEER * f64::from(split)) } else { 0.0 };
-    body + ends + f64::from(warp_cols) * 0.02
+    })
 }
 
 #[cfg(test)]
@@ -243,6 +321,21 @@ mod tests {
         assert_eq!(plan(1, 64, 60, H200, Epilogue::Plain), None);
         assert_eq!(plan(1, 48, 64, H200, Epilogue::SiluMul), None);
         assert_eq!(plan(1, u32::MAX, 4096, H200, Epilogue::Float), None);
+    }
+
+    #[test]
+    fn a_timed_shape_takes_its_own_launch() {
+        for (m, table) in [(1, &ONE_ROW[..]), (8, &EIGHT_ROWS), (32, &THIRTY_TWO_ROWS), (64, &SIXTY_FOUR_ROWS)] {
+            for Tuned { n, k, launch } in table {
+                let plan = plan(m, *n, *k, H200, Epilogue::Plain).expect("a plan");
+                let chosen = [plan.warp_rows, plan.warp_cols, plan.stages, plan.split];
+                assert_eq!(
+                    chosen,
+                    [launch.warp_rows, launch.warp_cols, launch.stages, launch.split],
+                    "{m} x {n} x {k}"
+                );
+            }
+        }
     }
 
     #[test]

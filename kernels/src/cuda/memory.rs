@@ -259,10 +259,6 @@ impl PinnedMemory {
     pub(super) fn host_address(&self) -> *mut u8 {
         self.host.as_ptr()
     }
-
-    pub(super) fn context(&self) -> &Context {
-        &self.context
-    }
 }
 
 impl Drop for PinnedMemory {

@@ -13,6 +13,7 @@ mod attention_plan;
 mod backend;
 mod blaslt;
 mod cache;
+mod check;
 mod context;
 mod device;
 mod driver;
@@ -24,18 +25,21 @@ mod linear_plan;
 mod memory;
 mod module;
 mod nvrtc;
+pub mod peer_memory;
+pub mod peer_plan;
 mod stream;
 
 pub use backend::{
     CudaBuffer, CudaInputs, CudaKvLayer, CudaMatrix, CudaOps, CudaRope, CudaSettings, CudaVector, Dtype,
 };
 pub use blaslt::{BlasLt, MatmulOperands, MatmulPlan, MatmulShape, Scalar, WORKSPACE_BYTES};
+pub use check::{CheckLine, self_check};
 pub use context::{Context, DeviceBytes};
 pub use device::{Device, PeerAccess, devices, driver_version, peer_matrix};
 pub use error::CudaError;
 pub use graph::GraphExec;
 pub use launch::{ARGS_MAX, KernelArg, LaunchConfig};
-pub use library::{FoundLibrary, LibraryReport, libraries, search_also};
+pub use library::{FoundLibrary, LibraryReport, libraries, search_also, toolkit_folders};
 pub use memory::{DeviceMemory, IpcHandle, PeerMemory, PinnedMemory, Plain, Span};
 pub use module::{Kernel, KernelAttributes, Module, ModuleSet, ModuleSettings, Origin, build_line};
 pub use stream::{Event, PinnedRing, Priority, ReadBack, RingEntry, Rows, Stream};

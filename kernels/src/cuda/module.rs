@@ -9,10 +9,11 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
 use std::rc::Rc;
 
+use super::cache;
 use super::context::Context;
 use super::driver::{self, Handle, RawLaunch};
 use super::error::CudaError;
@@ -52,6 +53,16 @@ pub struct ModuleSettings {
     pub cache_dir: Option<PathBuf>,
     /// Folders with `cuda_fp16.h`, looked at before the usual ones.
     pub include_dirs: Vec<PathBuf>,
+    /// Compiles even what the program holds an image of: to see that a machine can.
+    pub ignore_images: bool,
+}
+
+impl ModuleSettings {
+    /// The usual: a folder that keeps what was compiled, and the toolkit that the user has named.
+    pub fn new(cache_dir: PathBuf, cuda_home: Option<&Path>) -> Self {
+        let include_dirs = cuda_home.map(|home| home.join("include")).into_iter().collect();
+        Self { cache_dir: Some(cache_dir), include_dirs, ignore_images: false }
+    }
 }
 
 /// How a module came to be.
@@ -94,9 +105,28 @@ impl ModuleSet {
         }
         let source = SOURCES.iter().find(|source| source.name == name);
         let source = source.ok_or_else(|| CudaError::refused("load", format!("no module {name}")))?;
-        let module = self.load_source(source)?;
-        self.loaded.borrow_mut().insert(name.to_owned(), module.clone());
-        Ok(module)
+        match self.find(source)? {
+            Found::Loaded(module) => Ok(self.insert(module)),
+            Found::Missing(request) => self.keep(&request, &request.compile()?),
+        }
+    }
+
+    /// Loads every module; those that must be compiled are compiled beside each other.
+    ///
+    /// # Errors
+    /// As `load`, for the first one that fails.
+    pub fn load_all(&self) -> Result<(), CudaError> {
+        let mut missing = Vec::new();
+        for source in SOURCES.iter().filter(|source| !self.loaded.borrow().contains_key(source.name)) {
+            match self.find(source)? {
+                Found::Loaded(module) => drop(self.insert(module)),
+                Found::Missing(request) => missing.push(request),
+            }
+        }
+        for (index, image) in nvrtc::compile_all(&missing) {
+            self.keep(&missing[index], &image?)?;
+        }
+        Ok(())
     }
 
     /// A kernel by the name of its module and its own.
@@ -107,36 +137,54 @@ impl ModuleSet {
         self.load(module)?.kernel(kernel)
     }
 
-    fn load_source(&self, source: &Source) -> Result<Module, CudaError> {
-        let Some(fatbin) = source.fatbin else { return self.compile(source) };
-        match Module::from_image(&self.context, source.name, &fatbin.0, Origin::Embedded) {
-            Err(error) if error.code().is_some_and(is_no_image_for_this_device) => {
-                self.compile(source).map_err(|compile| {
-                    let reason = format!("the image in this program does not load ({error}), and {compile}");
-                    CudaError::refused("load", format!("{}: {reason}", source.name))
-                })
+    /// From the program, else from the cache.
+    fn find<'a>(&self, source: &'a Source) -> Result<Found<'a>, CudaError> {
+        let mut refusal = None;
+        if let Some(fatbin) = source.fatbin.filter(|_| !self.settings.ignore_images) {
+            match Module::from_image(&self.context, source.name, &fatbin.0, Origin::Embedded) {
+                Ok(module) => return Ok(Found::Loaded(module)),
+                Err(error) if error.code().is_some_and(is_no_image_for_this_device) => refusal = Some(error),
+                Err(error) => return Err(error),
             }
-            other => other,
+        }
+        let capability = self.context.device().capability;
+        let request = nvrtc::Request::new(source.name, source.text, HEADERS, capability, &self.settings.include_dirs);
+        let request = request.map_err(|error| match refusal {
+            None => error,
+            Some(refusal) => {
+                let reason =
+                    format!("{}: the image in this program does not load ({refusal}), and {error}", source.name);
+                CudaError::refused("load", reason)
+            }
+        })?;
+        let cached = self.settings.cache_dir.as_deref().and_then(|dir| cache::read(dir, source.name, &request.key()));
+        match cached.map(|image| Module::from_image(&self.context, source.name, &image, Origin::Cached)) {
+            Some(Ok(module)) => Ok(Found::Loaded(module)),
+            // An entry that the driver does not take is made anew.
+            _ => Ok(Found::Missing(request)),
         }
     }
 
-    fn compile(&self, source: &Source) -> Result<Module, CudaError> {
-        let capability = self.context.device().capability;
-        let request = nvrtc::Request::new(source.name, source.text, HEADERS, capability, &self.settings.include_dirs)?;
-        let cache = self.settings.cache_dir.as_deref();
-        if let Some(image) = cache.and_then(|dir| super::cache::read(dir, source.name, &request.key()))
-            && let Ok(module) = Module::from_image(&self.context, source.name, &image, Origin::Cached)
-        {
-            return Ok(module);
-        }
-        let image = request.compile()?;
-        let module = Module::from_image(&self.context, source.name, &image, Origin::Compiled)?;
-        if let Some(dir) = cache {
+    /// Loads what was compiled, and keeps it for the next start.
+    fn keep(&self, request: &nvrtc::Request<'_>, image: &[u8]) -> Result<Module, CudaError> {
+        let module = Module::from_image(&self.context, request.name(), image, Origin::Compiled)?;
+        if let Some(dir) = &self.settings.cache_dir {
             // A cache that cannot be written costs the next start some seconds, nothing else.
-            let _ = super::cache::write(dir, source.name, &request.key(), &image);
+            let _ = cache::write(dir, request.name(), &request.key(), image);
         }
-        Ok(module)
+        Ok(self.insert(module))
     }
+
+    fn insert(&self, module: Module) -> Module {
+        self.loaded.borrow_mut().insert(module.0.name.clone(), module.clone());
+        module
+    }
+}
+
+/// Where a module stands before it is loaded.
+enum Found<'a> {
+    Loaded(Module),
+    Missing(nvrtc::Request<'a>),
 }
 
 /// Codes that say: there is an image, but not for this device or this driver.
@@ -373,5 +421,40 @@ impl Kernel {
             driver::SUCCESS => Ok(()),
             code => Err(self.context().error("cuFuncSetAttribute", code, Some(&self.name))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_of_device_code_is_in_the_program() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
+        let mut expected: Vec<String> = Vec::new();
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|ending| ending == "cu") {
+                expected.push(path.file_stem().unwrap().to_string_lossy().into_owned());
+            }
+        }
+        expected.sort();
+        assert_eq!(ModuleSet::names().collect::<Vec<_>>(), expected);
+        assert!(expected.contains(&"poison".to_owned()));
+        for source in SOURCES {
+            assert!(!source.text.is_empty(), "{}", source.name);
+            assert_eq!(source.fatbin.is_some(), BUILT.contains("nvcc 1"), "{}: {BUILT}", source.name);
+            // The magic number of a fatbin, at an address that the driver can read numbers from.
+            let image = source.fatbin.map(|image| &image.0);
+            assert!(image.is_none_or(|image| image.starts_with(&[0x50, 0xED, 0x55, 0xBA])), "{}", source.name);
+            assert!(image.is_none_or(|image| image.as_ptr().addr() % 64 == 0), "{}", source.name);
+        }
+    }
+
+    #[test]
+    fn only_a_missing_image_leads_to_compilation() {
+        assert!(is_no_image_for_this_device(driver::NO_BINARY_FOR_GPU));
+        assert!(!is_no_image_for_this_device(2), "exhausted memory is no reason");
+        assert!(!is_no_image_for_this_device(700));
     }
 }

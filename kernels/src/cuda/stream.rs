@@ -166,7 +166,7 @@ impl Stream {
     /// # Errors
     /// A length that is no multiple of 4.
     pub fn fill_words(&self, to: Span, word: u32) -> Result<(), CudaError> {
-        if to.len() % 4 != 0 {
+        if !to.len().is_multiple_of(4) {
             return Err(CudaError::refused("fill_words", format!("{} bytes", to.len())));
         }
         if to.is_empty() {

@@ -29,6 +29,7 @@ pub fn open(
     let settings = CudaSettings {
         ordinal: ORDINAL,
         dtype: dtype(load, checkpoint, has_bfloat16)?,
+        hidden_size: geometry.hidden_size,
         head_dim: geometry.head_dim,
         group: plan.group,
         enforce_eager: load.enforce_eager,

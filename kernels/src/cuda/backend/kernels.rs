@@ -44,7 +44,8 @@ pub(super) struct SamplingKernels {
 /// Head sizes with kernels of their own.
 const TUNED_HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 /// Dynamic shared memory of the decode and prefill kernels for each of them.
-const TUNED_SHARED_BYTES: [[u32; 2]; 4] = [[115_200, 49_664], [111_104, 74_240], [115_200, 98_816], [147_968, 197_120]];
+const TUNED_SHARED_BYTES: [[u32; 2]; 4] =
+    [[115_200, 51_712], [111_104, 76_288], [115_200, 100_864], [156_160, 199_168]];
 
 /// Dynamic shared memory of the tuned decode and prefill kernels for a head size that has them.
 pub(super) fn tuned_shared_bytes(head_dim: usize) -> Option<[u32; 2]> {

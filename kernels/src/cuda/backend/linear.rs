@@ -5,9 +5,12 @@
 use super::CudaOps;
 use super::buffers::{CudaMatrix, Dtype};
 use crate::KernelError;
-use crate::cuda::linear_plan::{Chip, Epilogue, LinearPlan, ROWS_MAX, plan};
+use crate::cuda::linear_plan::{Chip, Epilogue, LinearPlan, plan};
 use crate::cuda::{DeviceMemory, LaunchConfig, MatmulOperands, MatmulShape, Scalar, Span};
 use crate::kernel_args;
+
+/// Most rows that go through the streaming kernels: above, the library is as fast (H200, shapes of 0.5B and 8B models).
+pub(super) const STREAMED_ROWS_MAX: usize = 16;
 
 /// A product `y = x W^T`.
 pub(super) struct Product<'a> {
@@ -60,7 +63,7 @@ impl CudaOps {
 
     fn streamed(&self, product: &Product<'_>) -> Option<LinearPlan> {
         let CudaMatrix { rows, cols, .. } = *product.weight;
-        if self.dtype == Dtype::F32 || product.m > ROWS_MAX as usize {
+        if self.dtype == Dtype::F32 || product.m > STREAMED_ROWS_MAX {
             return None;
         }
         let device = self.context.device();

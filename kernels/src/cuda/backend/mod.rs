@@ -31,7 +31,7 @@ use crate::cuda::{
 use crate::{Collective, KernelError};
 use attention::AttentionScratch;
 use graphs::Graphs;
-use group::Group;
+use group::{Exchange, Group};
 use kernels::Kernels;
 use linear::Scratch;
 use sampling::Sampling;
@@ -47,6 +47,8 @@ pub struct CudaSettings {
     pub ordinal: u32,
     /// Type of activations and weights.
     pub dtype: Dtype,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
     /// Width of an attention head.
     pub head_dim: usize,
     /// Query heads of one KV head.
@@ -91,7 +93,9 @@ impl CudaOps {
         let shared_bytes_max = context.device().shared_bytes_max;
         let kernels = Kernels::find(&modules, settings.dtype, settings.head_dim, settings.group, shared_bytes_max)?;
         let mut collective = collective;
-        let group = Group::form(&context, &stream, &modules, settings.dtype, &mut *collective)?;
+        let exchange = Exchange { dtype: settings.dtype, hidden: settings.hidden_size };
+        let group = Group::form(&context, &stream, &modules, &exchange, &mut *collective)?;
+        let enforce_eager = settings.enforce_eager || !group.is_recordable();
         let blas = if settings.dtype == Dtype::F32 { None } else { Some(BlasLt::new(&context)?) };
         Ok(Self {
             graphs: Graphs::default(),
@@ -106,7 +110,7 @@ impl CudaOps {
             stream,
             context,
             dtype: settings.dtype,
-            enforce_eager: settings.enforce_eager,
+            enforce_eager,
             read_back: Vec::new(),
         })
     }

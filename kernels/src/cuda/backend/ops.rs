@@ -3,6 +3,7 @@
 use super::attention::{AttentionScratch, planner};
 use super::buckets::warm_up_steps;
 use super::buffers::{CudaBuffer, CudaKvLayer, CudaMatrix, CudaRope, CudaVector, Dtype};
+use super::group::Rows;
 use super::inputs::CudaInputs;
 use super::linear::{Product, row_config};
 use super::sampling::Sampling;
@@ -246,7 +247,7 @@ impl Ops for CudaOps {
     ) -> Result<(), KernelError> {
         let (op, m) = ("gate_up_act", inputs.shape.tokens);
         fit(op, x.width == gate_up.cols && out.width * 2 == gate_up.rows, || shapes(x, gate_up, out.width))?;
-        if m > crate::cuda::linear_plan::ROWS_MAX as usize || self.dtype == Dtype::F32 {
+        if m > super::linear::STREAMED_ROWS_MAX || self.dtype == Dtype::F32 {
             self.plan_gate_up(out.rows_max, gate_up.rows)?;
         }
         self.product(&Product {
@@ -281,7 +282,7 @@ impl Ops for CudaOps {
         fit(op, partial.width == out.width, || format!("{} columns into {}", partial.width, out.width))?;
         let length = rows * partial.width;
         let terms = partial.typed(op, rows, self.dtype)?.part(0..length * self.dtype.bytes())?;
-        self.all_reduce(terms, length)?;
+        self.all_reduce(terms)?;
         let to = out.rows(op, rows)?;
         if out.dtype != Dtype::F32 || self.dtype == Dtype::F32 {
             return Ok(self.stream.copy(terms, to.part(0..terms.len())?)?);
@@ -335,12 +336,13 @@ impl Ops for CudaOps {
         let (op, rows, width) = ("reduce_add_norm", inputs.shape.tokens, weight.len);
         let same = [partial.0.width, residual.width, normed.width].iter().all(|other| *other == width);
         fit(op, same, || format!("{} and {} beside a weight of {width}", partial.0.width, residual.width))?;
-        let terms = partial.0.typed(op, rows, self.dtype)?;
+        let terms = partial.0.typed(op, rows, self.dtype)?.part(0..rows * width * self.dtype.bytes())?;
         let (residual, normed) = (residual.typed(op, rows, Dtype::F32)?, normed.typed(op, rows, self.dtype)?);
-        if self.reduce_add_norm_at_once(terms, residual, weight.memory.span(), normed, (rows, width), eps)? {
+        let at_once = Rows { terms, residual, weight: weight.memory.span(), normed, rows, hidden: width, eps };
+        if self.reduce_add_norm_at_once(&at_once)? {
             return Ok(());
         }
-        self.all_reduce(terms.part(0..rows * width * self.dtype.bytes())?, rows * width)?;
+        self.all_reduce(terms)?;
         let args = kernel_args![terms, residual, &weight.memory, eps, normed, width as u32];
         // SAFETY: shapes were checked.
         unsafe { self.launch(&self.kernels.add_norm, row_config(rows, width), args) }
