@@ -5,12 +5,17 @@
 use std::time::Duration;
 
 use harness::{Cluster, Processes, Stream, StreamEnd, golden, wait_for};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 fn served(size: &str) -> Cluster {
     let cluster = Cluster::start(2);
-    cluster.serve(&golden("tiny-llama").folder, "m", &["--tensor-parallel-size", size, "--dtype", "float32"]);
+    serve_tiny(&cluster, size);
     cluster
+}
+
+fn serve_tiny(cluster: &Cluster, size: &str) {
+    cluster.serve(&golden("tiny-llama").folder, "m", &["--tensor-parallel-size", size, "--dtype", "float32"]);
 }
 
 fn long_request() -> Value {
@@ -24,33 +29,101 @@ fn running(cluster: &Cluster) -> Stream {
     stream
 }
 
-#[test]
-fn a_killed_rank_ends_streams_with_an_error_and_is_started_again() {
-    let cluster = served("2");
-    let before = cluster.ranks("m");
-    let mut stream = running(&cluster);
-    Processes::kill(before[1].pid);
-    let killed = std::time::Instant::now();
-    let end = stream.finish();
-    assert!(killed.elapsed() < Duration::from_secs(5), "it took {:?}", killed.elapsed());
-    assert!(matches!(end, StreamEnd::Error(_)), "{end:?}");
-    let after = wait_for("the deployment to be ready again", || {
-        let ranks = cluster.ranks("m");
-        let renewed = ranks.iter().all(|rank| rank.state == "ready" && rank.pid != before[1].pid);
-        (renewed && cluster.deployment_state("m") == "ready").then_some(ranks)
+/// Streams that run while something happens to their ranks, with the text that each must have in the end.
+struct Company {
+    streams: Vec<std::thread::JoinHandle<(StreamEnd, Vec<u32>, Duration)>>,
+    expected: Vec<Value>,
+}
+
+impl Company {
+    /// Asks alone first, greedy and sampled in turn, then starts all of them together.
+    fn start(cluster: &Cluster, num_streams: usize, max_tokens: u32) -> Self {
+        let mut random = Random(11);
+        let bodies: Vec<Value> = (0..num_streams)
+            .map(|index| {
+                let length = 1 + random.below(200);
+                let prompt: Vec<u64> = (0..length).map(|_| random.below(500)).collect();
+                let temperature = if index % 2 == 0 { 0.0 } else { 0.9 };
+                json!({"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature,
+                    "seed": index, "ignore_eos": true, "return_token_ids": true})
+            })
+            .collect();
+        let alone = |body| cluster.http.ask("/v1/completions", body)["choices"][0]["token_ids"].clone();
+        let expected = bodies.iter().map(alone).collect();
+        let read = |body: Value| {
+            let http = cluster.http.clone();
+            std::thread::spawn(move || {
+                let mut stream = http.stream("/v1/completions", &body);
+                let end = stream.finish();
+                (end, stream.token_ids, stream.longest_gap)
+            })
+        };
+        Self { streams: bodies.into_iter().map(read).collect(), expected }
+    }
+
+    /// Every stream ends as it should, with the right text. Gives the longest pause of any.
+    fn check(self) -> Duration {
+        let ends = self.streams.into_iter().map(|stream| stream.join().expect("a stream"));
+        let mut longest = Duration::ZERO;
+        for ((end, token_ids, gap), expected) in ends.zip(self.expected) {
+            assert_eq!(end, StreamEnd::Done);
+            assert_eq!(json!(token_ids), expected, "the text is that of a run without the failure");
+            longest = longest.max(gap);
+        }
+        longest
+    }
+}
+
+fn wait_ready(cluster: &Cluster, epoch: u64) {
+    wait_for("the deployment to be ready in a new epoch", || {
+        let deployment = cluster.status().deployments.remove(0);
+        (deployment.state == "ready" && deployment.epoch > epoch).then_some(())
     });
-    assert_eq!(after.len(), 2);
-    Processes::wait_gone(
-        &before.iter().map(|rank| rank.pid).filter(|pid| after.iter().all(|r| r.pid != *pid)).collect::<Vec<_>>(),
-    );
-    let prompt = &golden("tiny-llama").prompts[1];
-    let body = json!({"model": "m", "prompt": prompt.ids, "max_tokens": 8, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
-    assert_eq!(cluster.http.ask("/v1/completions", &body)["choices"][0]["token_ids"], json!(prompt.greedy[..8]));
 }
 
 #[test]
-fn a_killed_head_takes_agent_and_ranks_with_it() {
+fn a_killed_rank_is_a_pause_and_no_lost_text() {
     let cluster = served("2");
+    let before = cluster.ranks("m");
+    let company = Company::start(&cluster, 16, 200);
+    wait_for("all streams to run", || (cluster.status().queue.running >= 12).then_some(()));
+    Processes::kill(before[1].pid);
+    let status = wait_for("the deployment to say so", || {
+        let status = cluster.status();
+        (status.deployments[0].state == "recovering").then_some(status)
+    });
+    assert!(status.deployments[0].reason.contains("rank 1"), "{}", status.deployments[0].reason);
+    let longest = company.check();
+    println!("longest pause of 16 streams: {longest:?}");
+    assert!(longest < Duration::from_secs(20), "{longest:?}");
+    wait_ready(&cluster, 1);
+    let after = cluster.ranks("m");
+    assert!(after.iter().all(|rank| rank.state == "ready" && before.iter().all(|other| other.pid != rank.pid)));
+    Processes::wait_gone(&before.iter().map(|rank| rank.pid).collect::<Vec<_>>());
+    let (_, metrics) = cluster.http.get("/metrics");
+    assert!(metrics.contains("phalanx_rank_steps_total{deployment=\"m\",replica=\"0\",rank=\"1\"}"), "{metrics}");
+}
+
+#[test]
+fn a_frozen_rank_is_seen_by_health_and_replaced() {
+    let cluster = served("2");
+    let before = cluster.ranks("m");
+    let company = Company::start(&cluster, 4, 300);
+    wait_for("all streams to run", || (cluster.status().queue.running == 4).then_some(()));
+    Processes::signal(before[0].pid, Signal::SIGSTOP);
+    let frozen = std::time::Instant::now();
+    wait_for("health to say so", || (cluster.http.get("/health").0 == 503).then_some(()));
+    assert!(frozen.elapsed() < Duration::from_secs(10), "it took {:?}", frozen.elapsed());
+    println!("longest pause of 4 streams: {:?}", company.check());
+    wait_ready(&cluster, 1);
+    assert_eq!(cluster.http.get("/health").0, 200);
+    Processes::wait_gone(&before.iter().map(|rank| rank.pid).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_killed_head_without_grace_takes_agent_and_ranks_with_it() {
+    let cluster = Cluster::start_with(2, &["--head-grace", "0s"]);
+    serve_tiny(&cluster, "2");
     let status = cluster.status();
     let others: Vec<u32> = status.ranks.iter().map(|r| r.pid).chain(status.nodes.iter().map(|n| n.pid)).collect();
     let mut stream = running(&cluster);
@@ -58,6 +131,98 @@ fn a_killed_head_takes_agent_and_ranks_with_it() {
     assert_ne!(stream.finish(), StreamEnd::Done);
     let took = Processes::wait_gone(&others);
     assert!(took < Duration::from_secs(5), "it took {took:?}");
+}
+
+/// A cluster whose head can be started again where it was.
+struct Lasting {
+    cluster: Cluster,
+    ports: Vec<String>,
+}
+
+impl Lasting {
+    fn start() -> Self {
+        let free = |_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let listeners: Vec<_> = (0..3).map(free).collect();
+        let port = |listener: &std::net::TcpListener| listener.local_addr().expect("an address").port().to_string();
+        let numbers = listeners.iter().map(port);
+        let flags = ["--port", "--http-port", "--dashboard-port"];
+        let ports: Vec<String> = flags.into_iter().zip(numbers).flat_map(|(flag, port)| [flag.into(), port]).collect();
+        drop(listeners);
+        let words: Vec<&str> = ports.iter().map(String::as_str).collect();
+        Self { cluster: Cluster::start_with(2, &words), ports }
+    }
+
+    fn kill_head(&self) {
+        let pid = self.cluster.status().head.pid;
+        Processes::kill(pid);
+        Processes::wait_gone(&[pid]);
+    }
+
+    /// Starts the head again; gives the time until the deployment is ready.
+    fn restart_head(&self) -> Duration {
+        let started = std::time::Instant::now();
+        let mut arguments = vec!["start", "--head", "--num-gpus", "2", "--json"];
+        arguments.extend(self.ports.iter().map(String::as_str));
+        let again = self.cluster.node.run("coordinator", &arguments);
+        assert_eq!(again.code, 0, "{again:?}");
+        wait_for("the deployment to be ready", || (self.cluster.deployment_state("m") == "ready").then_some(()));
+        started.elapsed()
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        let status = self.cluster.status();
+        status.ranks.iter().map(|rank| rank.pid).chain(status.nodes.iter().map(|node| node.pid)).collect()
+    }
+}
+
+#[test]
+fn a_head_that_is_started_again_finds_ranks_and_weights_where_they_were() {
+    let lasting = Lasting::start();
+    serve_tiny(&lasting.cluster, "2");
+    let before = lasting.pids();
+    lasting.kill_head();
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(before.iter().all(|pid| Processes::alive(*pid)), "agent and ranks wait for their head");
+    let took = lasting.restart_head();
+    println!("ready {took:?} after the head was started again");
+    assert!(took < Duration::from_secs(3), "it took {took:?}");
+    assert_eq!(lasting.pids(), before, "nothing was started again");
+    let deployment = lasting.cluster.status().deployments.remove(0);
+    assert_eq!((deployment.incarnation, deployment.epoch), (1, 2));
+    check_text(&lasting.cluster);
+    assert_eq!(lasting.cluster.node.run("coordinator", &["undeploy", "m"]).code, 0);
+    lasting.kill_head();
+    let arguments: Vec<&str> = lasting.ports.iter().map(String::as_str).collect();
+    let arguments = [&["start", "--head", "--num-gpus", "2"], &arguments[..]].concat();
+    assert_eq!(lasting.cluster.node.run("coordinator", &arguments).code, 0);
+    assert!(lasting.cluster.status().deployments.is_empty(), "what was removed stays away");
+}
+
+#[test]
+fn a_head_that_is_killed_under_load_comes_back_and_serves() {
+    let lasting = Lasting::start();
+    serve_tiny(&lasting.cluster, "2");
+    let streams: Vec<_> = (0..8)
+        .map(|_| {
+            let http = lasting.cluster.http.clone();
+            std::thread::spawn(move || http.stream("/v1/completions", &long_request()).finish())
+        })
+        .collect();
+    wait_for("all streams to run", || (lasting.cluster.status().queue.running == 8).then_some(()));
+    lasting.kill_head();
+    let killed = std::time::Instant::now();
+    for stream in streams {
+        assert_eq!(stream.join().expect("a stream"), StreamEnd::Cut);
+    }
+    assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
+    println!("ready {:?} after the head was started again under load", lasting.restart_head());
+    check_text(&lasting.cluster);
+}
+
+fn check_text(cluster: &Cluster) {
+    let prompt = &golden("tiny-llama").prompts[1];
+    let body = json!({"model": "m", "prompt": prompt.ids, "max_tokens": 8, "temperature": 0, "ignore_eos": true, "return_token_ids": true});
+    assert_eq!(cluster.http.ask("/v1/completions", &body)["choices"][0]["token_ids"], json!(prompt.greedy[..8]));
 }
 
 #[test]

@@ -39,7 +39,7 @@ fn rooms_depend_one_way() {
         ("proto", &[]),
         ("formats", &[]),
         ("nccl-rs", &[]),
-        ("kernels", &["phalanx-formats"]),
+        ("kernels", &["phalanx-formats", "nccl-rs"]),
         ("coordinator", &["phalanx-formats", "phalanx-proto"]),
         ("worker", &["phalanx-formats", "phalanx-kernels", "phalanx-proto", "nccl-rs"]),
     ];

@@ -32,6 +32,7 @@ fn limits() -> EngineLimits {
         enable_prefix_caching: true,
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
+        recovery: phalanx_coordinator::engine::RecoveryLimits::default(),
     }
 }
 

@@ -41,6 +41,12 @@ pub mod defaults {
     pub const STEP_TIME_BUDGET: Duration = Duration::from_millis(10);
     /// Shortest deadline of a step.
     pub const STEP_DEADLINE_MIN: Duration = Duration::from_secs(5);
+    /// Most broken groups that one request is replayed after.
+    pub const REPLAYS_MAX: u32 = 4;
+    /// Longest wait of running requests for the group that replaces a broken one.
+    pub const RECOVERY_DEADLINE: Duration = Duration::from_secs(900);
+    /// Longest wait of running requests while there is no machine to start a group on.
+    pub const NO_MACHINE_DEADLINE: Duration = Duration::from_secs(30);
 
     /// Time between an agent's heartbeats.
     pub const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -49,7 +55,7 @@ pub mod defaults {
     /// Silence after which a node's ranks are given up.
     pub const DEAD_AFTER: Duration = Duration::from_secs(10);
     /// How long agents and ranks outlive the head.
-    pub const HEAD_GRACE: Duration = Duration::ZERO;
+    pub const HEAD_GRACE: Duration = Duration::from_secs(60);
     /// Time for all ranks of a group to be started and to dial the head.
     pub const CONNECT_DEADLINE: Duration = Duration::from_secs(60);
     /// How long a broken group waits for word of what happened to its processes before it starts again.
@@ -60,6 +66,8 @@ pub mod defaults {
     pub const DRAIN: Duration = Duration::from_secs(10);
     /// Most restarts of a replica within [`RESTART_WINDOW`].
     pub const RESTARTS_MAX: usize = 5;
+    /// Restarts before a group that has served so long count no more.
+    pub const RESTARTS_FORGIVEN_AFTER: Duration = Duration::from_secs(10);
     /// The window in which restarts are counted.
     pub const RESTART_WINDOW: Duration = Duration::from_secs(600);
 

@@ -27,10 +27,15 @@ pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
 
 use crate::api::{self, ApiState, ServedModels};
 use crate::cluster::membership::ClusterServer;
-use crate::cluster::{self, ClusterHandle, ClusterSettings, StatusBoard};
+use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, StatusBoard};
 use crate::config::{Home, defaults};
-use crate::{dashboard, store};
+use crate::dashboard;
+use crate::security::key_file::{KeyFile, KeyFileError};
+use crate::security::keys::KeyRing;
+use crate::store::{Store, StoreError, StoreWriter};
 
+/// Time between two writings of what keys have used.
+const USAGE_INTERVAL: Duration = Duration::from_secs(10);
 /// Time for open connections when the head ends.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -62,15 +67,12 @@ pub enum HeadError {
     /// A port cannot be had.
     #[error(transparent)]
     Port(#[from] PortError),
-    /// The store cannot be written.
-    #[error("cannot use {path}: {source}")]
-    Store {
-        /// Its folder.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The API keys cannot be read: nobody is let in on a guess.
+    #[error(transparent)]
+    Keys(#[from] KeyFileError),
     /// A socket that is bound cannot be served.
     #[error("cannot serve {purpose}: {source}")]
     Socket {
@@ -179,8 +181,9 @@ impl BoundHead {
     /// The store or a socket cannot be used.
     pub fn start(self) -> Result<RunningHead, HeadError> {
         let Self { options, lock, cluster, http, dashboard, status, local_address } = self;
-        let store_dir = options.home.store_dir();
-        let term = store::next_term(&store_dir).map_err(|source| HeadError::Store { path: store_dir, source })?;
+        let store = Store::open(&options.home.store_dir())?;
+        let term = store.next_term()?;
+        let restored = restored(&store)?;
         let unix = unix_socket(&options.home);
         let socket = unix.as_ref().map(|(path, _)| path.clone());
         let record = HeadRecord {
@@ -194,14 +197,19 @@ impl BoundHead {
         };
         let head_socket =
             socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
-        let settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
+        let mut settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
+        let writer = StoreWriter::spawn(store);
+        settings.store = Some(writer.map_err(|source| HeadError::Socket { purpose: "the store", source })?);
         let models = ServedModels::default();
         let (serving, changes) = mpsc::channel(defaults::PEER_QUEUE);
-        let (handle, board) = cluster::start(settings, serving);
+        let (handle, board) = cluster::start(settings, restored, serving);
         tokio::spawn(serving::keep_table(models.clone(), changes));
         let (end, ended) = watch::channel(false);
         let mut servers = cluster_servers(&handle, &board, cluster, unix.map(|(_, listener)| listener), &ended)?;
-        servers.push(http_server("HTTP", http, api_router(models, &board, &options.api_keys), ended.clone())?);
+        servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
+        let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
+        servers.push(tokio::spawn(keep_usage(Arc::clone(&keys), ended.clone())));
+        servers.push(http_server("HTTP", http, api_router(models, &board, keys), ended.clone())?);
         servers.push(http_server("the dashboard", dashboard, dashboard::router(board), ended)?);
         lock.write(&record)?;
         info!(
@@ -236,10 +244,42 @@ impl RunningHead {
     }
 }
 
-fn api_router(models: ServedModels, board: &StatusBoard, api_keys: &[String]) -> axum::Router {
+/// What an earlier head has left. A record that cannot be read is named and passed over: the others come back.
+fn restored(store: &Store) -> Result<Vec<DeploymentRecord>, StoreError> {
+    let mut restored = Vec::new();
+    for (name, bytes) in store.deployments()? {
+        match DeploymentRecord::from_bytes(&bytes) {
+            Ok(record) => restored.push(record),
+            Err(error) => error!(group_id = name, %error, "deployment does not come back: its record cannot be read"),
+        }
+    }
+    Ok(restored)
+}
+
+/// Writes lines of throughput and queues until the end.
+async fn log_stats(models: ServedModels, ended: watch::Receiver<bool>) {
+    tokio::select! {
+        () = api::stats::log(models) => {}
+        () = until(ended) => {}
+    }
+}
+
+/// Writes what keys have used, now and then and at the end.
+async fn keep_usage(keys: Arc<KeyRing>, mut ended: watch::Receiver<bool>) {
+    loop {
+        let ending = tokio::time::timeout(USAGE_INTERVAL, ended.wait_for(|ended| *ended)).await.is_ok();
+        let keys = Arc::clone(&keys);
+        let _ = tokio::task::spawn_blocking(move || keys.save_usage()).await;
+        if ending {
+            return;
+        }
+    }
+}
+
+fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>) -> axum::Router {
     let board = board.clone();
     let mut state = ApiState::new(models, Arc::new(move || board.snapshot()));
-    state.api_keys = api_keys.into();
+    state.keys = keys;
     api::router(state)
 }
 

@@ -4,6 +4,8 @@
 
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use crate::ModelError;
 
 /// Largest width, vocabulary or position that is believed.
@@ -16,7 +18,7 @@ const HEADS_MAX: usize = 1 << 14;
 const HEAD_DIM_MAX: usize = 1 << 12;
 
 /// Model family, by what its code needs to know.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Architecture {
     /// Llama 2 and 3, SmolLM2.
     Llama,
@@ -46,7 +48,7 @@ impl Architecture {
 }
 
 /// How rotary frequencies are stretched beyond the trained length.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum RopeScaling {
     /// As trained.
     None,
@@ -74,7 +76,7 @@ pub enum RopeScaling {
 }
 
 /// Shape of a decoder-only transformer.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Geometry {
     /// Family.
     pub architecture: Architecture,

@@ -14,8 +14,8 @@ pub mod ops;
 pub mod reference;
 
 pub use contract::{
-    AttentionLimits, AttentionShape, Collective, DeviceMemoryInfo, HostMatrix, InputLimits, KvShape, LAST_TOKEN, Ops,
-    Partial, RopeTable, SCORED_TOP_MAX, SampleMask, SampleRow, SamplerKind, ScoreRow, Scored, SeqInputs, StepInputs,
-    StepPart, StepResult, VocabSlice, WarmUpStep,
+    AttentionLimits, AttentionShape, Collective, DeviceMemoryInfo, HostMatrix, InputLimits, KvShape, LAST_TOKEN,
+    MatrixSource, Ops, Partial, RopeTable, SCORED_TOP_MAX, SampleMask, SampleRow, SamplerKind, ScoreRow, Scored,
+    SeqInputs, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep,
 };
 pub use error::{CollectiveError, KernelError};

@@ -25,7 +25,7 @@ pub use plan::{
     Fnv, NewSequence, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SamplingParams, StepOutput, StepPlan,
     TokenLogprobs,
 };
-pub use session::{HeadMessage, LoadModel, Phase, RankCapacity, RankEvent, RankFailure, RankHello};
+pub use session::{HeadMessage, LoadModel, Phase, RankCapacity, RankEvent, RankFailure, RankHello, RankResumes};
 pub use status::*;
 
 /// The generated types. Only `proto`, `session.rs`, `agent/`, `engine/group.rs` and `cluster/membership.rs` may name them.

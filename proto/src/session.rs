@@ -96,6 +96,17 @@ pub struct RankHello {
     pub version: String,
     /// The device in words.
     pub device: String,
+    /// What it still holds, where it was ready under an earlier head.
+    pub resumes: Option<RankResumes>,
+}
+
+/// What a rank that waited for a head has kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RankResumes {
+    /// Its memory, as it was when the weights were loaded.
+    pub capacity: RankCapacity,
+    /// KV blocks that are allocated.
+    pub num_blocks: u32,
 }
 
 /// What fits on a rank once its weights are loaded.
@@ -217,12 +228,46 @@ pub enum HeadMessage {
     },
     /// A step. Tokens that were staged are already in place.
     Plan(StepPlan),
+    /// Forget all sequences and begin an epoch; the answer is that the rank is ready.
+    BeginEpoch {
+        /// Life of the head.
+        term: Term,
+        /// The epoch.
+        epoch: Epoch,
+    },
     /// End.
     Shutdown(String),
 }
 
 fn missing(message: &'static str) -> WireError {
     WireError::Missing { message, field: "message" }
+}
+
+impl From<&RankCapacity> for pb::RankCapacity {
+    fn from(c: &RankCapacity) -> Self {
+        Self {
+            num_blocks: c.num_blocks,
+            weight_bytes: c.weight_bytes,
+            block_bytes: c.block_bytes,
+            free_bytes: c.free_bytes,
+        }
+    }
+}
+
+impl From<pb::RankCapacity> for RankCapacity {
+    fn from(c: pb::RankCapacity) -> Self {
+        Self {
+            num_blocks: c.num_blocks,
+            weight_bytes: c.weight_bytes,
+            block_bytes: c.block_bytes,
+            free_bytes: c.free_bytes,
+        }
+    }
+}
+
+fn resumes(kept: pb::RankResumes) -> Result<RankResumes, WireError> {
+    let capacity = kept.capacity.ok_or(WireError::Missing { message: "RankResumes", field: "capacity" })?;
+    Ok(RankResumes { capacity: capacity.into(), num_blocks: kept.num_blocks })
 }
 
 impl From<RankEvent> for pb::RankMessage {
@@ -239,17 +284,16 @@ impl From<RankEvent> for pb::RankMessage {
                 launch_token: h.launch_token,
                 version: h.version,
                 device: h.device,
+                resumes: h.resumes.map(|kept| pb::RankResumes {
+                    capacity: Some((&kept.capacity).into()),
+                    num_blocks: kept.num_blocks,
+                }),
             }),
             RankEvent::Progress { phase, fraction, detail } => {
                 M::Progress(pb::RankProgress { phase: phase.as_str().into(), fraction, detail })
             }
             RankEvent::Listening(address) => M::Listening(pb::CollectiveListening { address }),
-            RankEvent::Capacity(c) => M::Capacity(pb::RankCapacity {
-                num_blocks: c.num_blocks,
-                weight_bytes: c.weight_bytes,
-                block_bytes: c.block_bytes,
-                free_bytes: c.free_bytes,
-            }),
+            RankEvent::Capacity(c) => M::Capacity((&c).into()),
             RankEvent::Ready { num_blocks } => M::Ready(pb::RankReady { num_blocks }),
             RankEvent::Output(output) => M::Output((&output).into()),
             RankEvent::Failure(f) => {
@@ -276,15 +320,11 @@ impl TryFrom<pb::RankMessage> for RankEvent {
                 launch_token: h.launch_token,
                 version: h.version,
                 device: h.device,
+                resumes: h.resumes.map(resumes).transpose()?,
             }),
             M::Progress(p) => Self::Progress { phase: p.phase.parse()?, fraction: p.fraction, detail: p.detail },
             M::Listening(l) => Self::Listening(l.address),
-            M::Capacity(c) => Self::Capacity(RankCapacity {
-                num_blocks: c.num_blocks,
-                weight_bytes: c.weight_bytes,
-                block_bytes: c.block_bytes,
-                free_bytes: c.free_bytes,
-            }),
+            M::Capacity(c) => Self::Capacity(c.into()),
             M::Ready(r) => Self::Ready { num_blocks: r.num_blocks },
             M::Output(output) => Self::Output(output.into()),
             M::Failure(f) => Self::Failure(RankFailure { phase: f.phase.parse()?, code: f.code, message: f.message }),
@@ -381,6 +421,7 @@ impl From<&HeadMessage> for pb::HeadToRank {
                 M::Stage(pb::StagePart { seq_id: seq_id.0, tokens: tokens.iter().map(|token| token.0).collect() })
             }
             HeadMessage::Plan(plan) => M::Plan(plan.into()),
+            HeadMessage::BeginEpoch { term, epoch } => M::BeginEpoch(pb::BeginEpoch { term: term.0, epoch: epoch.0 }),
             HeadMessage::Shutdown(reason) => M::Shutdown(pb::Shutdown { reason: reason.clone() }),
         };
         Self { message: Some(message) }

@@ -30,6 +30,8 @@ pub mod defaults {
     pub const RETRY_PAUSE_MIN: Duration = Duration::from_millis(100);
     /// Longest pause between two attempts to reach the head.
     pub const RETRY_PAUSE_MAX: Duration = Duration::from_secs(3);
+    /// Longest pause between attempts to reach a head that ranks wait for.
+    pub const RETRY_PAUSE_ORPHANED: Duration = Duration::from_millis(200);
     /// Attempts of a rank to reach the head that asked for it.
     pub const RANK_CONNECT_ATTEMPTS: u32 = 5;
     /// How long `worker join` waits for its background process to have joined before it returns.

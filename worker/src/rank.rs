@@ -4,16 +4,18 @@
 //! that started it, and a thread of its own kills it when the pipe from the agent ends.
 
 use std::io::{self, BufRead, Read};
+use std::time::Duration;
 
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::getppid;
 use phalanx_proto::{DeviceKind, RankHello, VERSION};
-use tracing::{error, info};
+use tokio::time::Instant;
+use tracing::{error, info, warn};
 
 use crate::agent::launch::RankLaunch;
 use crate::backend;
-use crate::device_thread::{self, RankSetup};
+use crate::device_thread::{self, DeviceHandle, RankSetup};
 use crate::error::WorkerError;
 use crate::session::{HeadTarget, Session, SessionError};
 
@@ -83,14 +85,7 @@ pub fn run(launch: RankLaunch) -> Result<(), RankError> {
     let head = HeadTarget { address: launch.head.clone(), socket: launch.head_socket.clone().map(Into::into) };
     let device = device_thread::spawn(setup)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let ended = runtime.block_on(async {
-        let session = Session::open(&head, hello(launch), device).await?;
-        let ended = session.run().await;
-        if matches!(ended, Err(SessionError::HeadGone { .. })) && !grace.is_zero() {
-            tokio::time::sleep(grace).await;
-        }
-        ended
-    });
+    let ended = runtime.block_on(serve(&head, hello(launch), device, grace));
     match ended {
         Ok(reason) => {
             info!(reason, "rank ends");
@@ -100,6 +95,27 @@ pub fn run(launch: RankLaunch) -> Result<(), RankError> {
             error!(%error, "rank ends");
             Err(error.into())
         }
+    }
+}
+
+/// Serves one head after the other, as long as none is gone for longer than the grace.
+async fn serve(
+    head: &HeadTarget,
+    hello: RankHello,
+    mut device: DeviceHandle,
+    grace: Duration,
+) -> Result<String, SessionError> {
+    let mut session = Session::open(head, hello.clone(), &mut device).await?;
+    loop {
+        let lost = match session.run().await {
+            Err(error @ SessionError::HeadGone { .. }) => error,
+            ended => return ended,
+        };
+        // What has not been ready has nothing worth waiting with.
+        let Some(kept) = session.kept().filter(|_| !grace.is_zero()) else { return Err(lost) };
+        drop(session);
+        warn!(error = %lost, ?grace, "waiting for a head");
+        session = Session::resume(head, &hello, &mut device, kept, Instant::now() + grace).await?;
     }
 }
 
@@ -114,6 +130,7 @@ fn hello(launch: RankLaunch) -> RankHello {
         launch_token: launch.launch_token,
         version: VERSION.into(),
         device: launch.device_name,
+        resumes: None,
     }
 }
 

@@ -11,9 +11,14 @@ use std::path::PathBuf;
 use std::sync::mpsc::TrySendError;
 
 use phalanx_proto::pb::rank_sessions_client::RankSessionsClient;
-use phalanx_proto::{HeadMessage, LoadModel, MaskStaging, RankEvent, RankHello, SeqId, WireError, pb};
+use phalanx_proto::{
+    Epoch, HeadMessage, LoadModel, MaskStaging, RankCapacity, RankEvent, RankHello, RankResumes, SeqId, Term,
+    WireError, pb,
+};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 use tracing::{debug, info};
 
@@ -106,22 +111,36 @@ async fn dial(uri: String) -> Result<Channel, SessionError> {
         .map_err(unreachable)
 }
 
+/// What outlives a lost head.
+#[derive(Debug, Clone, Copy)]
+pub struct Kept {
+    /// What the next head is told.
+    resumes: RankResumes,
+    /// The limit of staged tokens, which the group's first head set.
+    staged_tokens_max: usize,
+}
+
 /// A rank's open stream.
-pub struct Session {
-    device: DeviceHandle,
+pub struct Session<'a> {
+    device: &'a mut DeviceHandle,
     plans: tonic::Streaming<pb::HeadToRank>,
     results: mpsc::Sender<pb::RankMessage>,
     staging: Staging,
     /// Where this machine is seen by the head's: the way to the other nodes, as far as the rank can know it.
     own_ip: Option<IpAddr>,
+    /// What the device thread has said that outlives this stream.
+    capacity: Option<RankCapacity>,
+    kept: Option<RankResumes>,
+    /// Answers to plans of an earlier head are on their way; they end with the first `Ready`.
+    is_stale: bool,
 }
 
-impl Session {
+impl<'a> Session<'a> {
     /// Dials the head and says hello.
     ///
     /// # Errors
     /// The head does not answer after some attempts, or refuses this rank.
-    pub async fn open(head: &HeadTarget, hello: RankHello, device: DeviceHandle) -> Result<Self, SessionError> {
+    pub async fn open(head: &HeadTarget, hello: RankHello, device: &'a mut DeviceHandle) -> Result<Self, SessionError> {
         let mut pause = defaults::RETRY_PAUSE_MIN;
         let mut attempt = 1;
         let channel = loop {
@@ -133,22 +152,62 @@ impl Session {
             tokio::time::sleep(pause).await;
             (pause, attempt) = (pause * 2, attempt + 1);
         };
-        let (results, outbox) = mpsc::channel(defaults::OUTBOX);
-        send(&results, RankEvent::Hello(hello)).await?;
-        let mut client = RankSessionsClient::new(channel);
-        let reply = client.session(ReceiverStream::new(outbox));
-        let reply = tokio::time::timeout(defaults::WELCOME_DEADLINE, reply).await;
-        let reply = reply.map_err(|_| gone("it did not answer the hello"))?;
-        let plans = reply.map_err(|status| SessionError::Refused { message: status.message().into() })?.into_inner();
+        let (plans, results) = greet(channel, hello).await?;
+        Ok(Self::new(head, device, plans, results))
+    }
+
+    /// Dials until a head is there again that takes this rank with what it has kept.
+    ///
+    /// # Errors
+    /// No head came until `ends`, one refuses this rank, or the device thread has ended meanwhile.
+    pub async fn resume(
+        head: &HeadTarget,
+        hello: &RankHello,
+        device: &'a mut DeviceHandle,
+        kept: Kept,
+        ends: Instant,
+    ) -> Result<Self, SessionError> {
+        let hello = RankHello { resumes: Some(kept.resumes), ..hello.clone() };
+        loop {
+            let dialed = tokio::time::timeout_at(ends, async { greet(head.dial().await?, hello.clone()).await });
+            match dialed.await.map_err(|_| gone("it did not come back"))? {
+                Ok((plans, results)) => {
+                    let mut session = Self::new(head, device, plans, results);
+                    session.staging.num_tokens_max = kept.staged_tokens_max;
+                    (session.kept, session.is_stale) = (Some(kept.resumes), true);
+                    return Ok(session);
+                }
+                Err(refused @ SessionError::Refused { .. }) => return Err(refused),
+                Err(error) => debug!(%error, "head does not answer"),
+            }
+            if device.events.is_closed() {
+                return Err(SessionError::DeviceEnded);
+            }
+            tokio::time::sleep(defaults::RETRY_PAUSE_MIN).await;
+        }
+    }
+
+    fn new(
+        head: &HeadTarget,
+        device: &'a mut DeviceHandle,
+        plans: tonic::Streaming<pb::HeadToRank>,
+        results: mpsc::Sender<pb::RankMessage>,
+    ) -> Self {
         info!(head = %head.address, "session open");
-        Ok(Self { device, plans, results, staging: Staging::default(), own_ip: own_ip(&head.address) })
+        let (staging, own_ip) = (Staging::default(), own_ip(&head.address));
+        Self { device, plans, results, staging, own_ip, capacity: None, kept: None, is_stale: false }
+    }
+
+    /// What the rank holds that another head can go on with; none before it was ready.
+    pub fn kept(&self) -> Option<Kept> {
+        Some(Kept { resumes: self.kept?, staged_tokens_max: self.staging.num_tokens_max })
     }
 
     /// Hands plans to the device thread as they come, and results to the head as they are ready. Neither waits for the other.
     ///
     /// # Errors
     /// The head is gone or sends what cannot be taken, or the device thread has ended; the process should end too.
-    pub async fn run(mut self) -> Result<String, SessionError> {
+    pub async fn run(&mut self) -> Result<String, SessionError> {
         loop {
             tokio::select! {
                 message = self.plans.message() => match message {
@@ -161,11 +220,26 @@ impl Session {
                     Err(status) => return Err(gone(status.message())),
                 },
                 event = self.device.events.recv() => match event {
-                    Some(event) => send(&self.results, event).await?,
+                    Some(event) => self.pass(event).await?,
                     None => return Err(self.flush().await),
                 },
             }
         }
+    }
+
+    /// Passes on what the device thread says.
+    async fn pass(&mut self, event: RankEvent) -> Result<(), SessionError> {
+        match &event {
+            RankEvent::Output(_) if self.is_stale => return Ok(()),
+            RankEvent::Capacity(capacity) => self.capacity = Some(*capacity),
+            RankEvent::Ready { num_blocks } => {
+                self.is_stale = false;
+                let capacity = self.capacity.or(self.kept.map(|kept| kept.capacity));
+                self.kept = capacity.map(|capacity| RankResumes { capacity, num_blocks: *num_blocks });
+            }
+            _ => {}
+        }
+        send(&self.results, event).await
     }
 
     /// Passes one message on; says why to end where it is the last one.
@@ -200,15 +274,36 @@ impl Session {
     }
 
     /// Lets the last words of the device thread reach the head: it closes the stream when it has read them.
-    async fn flush(self) -> SessionError {
-        let Self { mut plans, results, .. } = self;
-        drop(results);
-        let drained = async { while matches!(plans.message().await, Ok(Some(_))) {} };
+    async fn flush(&mut self) -> SessionError {
+        // The stream up ends with its last sender.
+        let (closed, _outbox) = mpsc::channel(1);
+        drop(std::mem::replace(&mut self.results, closed));
+        let drained = async { while matches!(self.plans.message().await, Ok(Some(_))) {} };
         if tokio::time::timeout(defaults::FLUSH_DEADLINE, drained).await.is_err() {
             debug!("head kept the stream open");
         }
         SessionError::DeviceEnded
     }
+}
+
+/// Says hello on an open connection. A head that cannot answer now may be asked again, one that refuses may not.
+async fn greet(
+    channel: Channel,
+    hello: RankHello,
+) -> Result<(tonic::Streaming<pb::HeadToRank>, mpsc::Sender<pb::RankMessage>), SessionError> {
+    let (results, outbox) = mpsc::channel(defaults::OUTBOX);
+    send(&results, RankEvent::Hello(hello)).await?;
+    let mut client = RankSessionsClient::new(channel);
+    let reply = client.session(ReceiverStream::new(outbox));
+    let reply = tokio::time::timeout(defaults::WELCOME_DEADLINE, reply).await;
+    let reply = reply.map_err(|_| gone("it did not answer the hello"))?;
+    let plans = reply.map_err(|status| match status.code() {
+        Code::FailedPrecondition | Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated => {
+            SessionError::Refused { message: status.message().into() }
+        }
+        _ => gone(status.message()),
+    })?;
+    Ok((plans.into_inner(), results))
 }
 
 async fn send(results: &mpsc::Sender<pb::RankMessage>, event: RankEvent) -> Result<(), SessionError> {
@@ -269,6 +364,11 @@ impl Staging {
             M::Load(load) => HeadMessage::Load(load.try_into()?),
             M::Connect(connect) => HeadMessage::Connect(connect.addresses),
             M::InitKvCache(init) => HeadMessage::InitKvCache { num_blocks: init.num_blocks },
+            M::BeginEpoch(begin) => {
+                // What came for plans of the epoch before belongs to nobody any more.
+                *self = Self { num_tokens_max: self.num_tokens_max, ..Self::default() };
+                HeadMessage::BeginEpoch { term: Term(begin.term), epoch: Epoch(begin.epoch) }
+            }
             M::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
         }))
     }
@@ -324,6 +424,16 @@ mod tests {
         let tokens: Vec<u32> = plan.new_sequences[0].tokens.iter().map(|token| token.0).collect();
         assert_eq!(tokens, [1, 2, 3, 4, 5]);
         assert_eq!((staging.parts.len(), staging.num_tokens), (1, 1));
+    }
+
+    #[test]
+    fn an_epoch_begins_with_nothing_staged() {
+        let mut staging = Staging { num_tokens_max: 4, ..Staging::default() };
+        staging.admit(stage(1, vec![1, 2, 3])).unwrap();
+        let begin = pb::BeginEpoch { term: 1, epoch: 2 };
+        staging.admit(pb::HeadToRank { message: Some(pb::head_to_rank::Message::BeginEpoch(begin)) }).unwrap();
+        assert_eq!((staging.parts.len(), staging.num_tokens, staging.num_tokens_max), (0, 0, 4));
+        assert!(staging.admit(plan(1, vec![4], 1)).is_ok());
     }
 
     #[test]

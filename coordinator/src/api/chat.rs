@@ -5,15 +5,17 @@
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
 use phalanx_proto::TokenId;
+use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::choice::{self, Delta, EndReason, Output};
+use super::body::Body;
+use super::caller::Caller;
+use super::choice::{self, Choice, Delta, EndReason, Output};
 use super::error::ApiError;
 use super::fields::{Fields, Neutral};
 use super::finish::{FinishWord, StopReason};
@@ -167,14 +169,36 @@ fn take_effort(fields: &mut Fields) -> Result<Option<String>, ApiError> {
 }
 
 async fn create(State(state): State<ApiState>, request: Request) -> Result<Response, ApiError> {
-    let received = Instant::now();
-    let named = reply::request_id(request.headers());
+    let caller = Caller::of(&request);
     let body = body::read(request, state.limits.body).await?;
+    let Begun { answer, choices, usage, ignored } = begin(&state, caller, body, "chatcmpl-").await?;
+    let response = match answer.options.stream {
+        Some(stream) => {
+            let writer = ChunkWriter::new(answer, stream, usage, choices.len());
+            sse::respond(choice::merged(choices), writer, state.limits.sse_keep_alive).await?
+        }
+        None => answer.whole(choice::collect(choices).await?, usage),
+    };
+    Ok(reply::with_ignored(response, &ignored))
+}
+
+/// A conversation whose outputs are on their way.
+pub(super) struct Begun {
+    pub(super) answer: Answer,
+    pub(super) choices: Vec<Choice>,
+    pub(super) usage: Usage,
+    pub(super) ignored: Vec<String>,
+}
+
+/// Parses, admits, renders and submits a conversation: the same for every endpoint that answers one. Names begin with `prefix`.
+///
+/// # Errors
+/// A field that cannot be obeyed, a model that does not answer, or an engine that refuses.
+pub(super) async fn begin(state: &ApiState, caller: Caller, body: Body, prefix: &str) -> Result<Begun, ApiError> {
     let mut chat = ChatRequest::parse(body.fields)?;
-    let id = format!("chatcmpl-{}", chat.options.request_id.clone().or(named).unwrap_or_else(reply::new_id));
-    let accepted = Accepted::new(&state.models, chat.model.as_deref(), id, received)?;
+    let id = format!("{prefix}{}", chat.options.request_id.as_ref().unwrap_or(&caller.request_id));
+    let accepted = Accepted::new(state, chat.model.as_deref(), id, caller)?;
     let text = Arc::clone(accepted.text("messages")?);
-    chat.apply_effort(&text);
     let rendered = chat.render(&accepted, body.num_bytes).await?;
     let rules = chat.rules(&text, rendered.opens_thoughts);
     let structure = chat.structure(&text);
@@ -194,14 +218,18 @@ async fn create(State(state): State<ApiState>, request: Request) -> Result<Respo
     let usage = Usage::of_prompts(&prompts);
     let [prompt] = prompts;
     let answer = Answer { accepted, prompt, rules, options: chat.options };
-    let response = match answer.options.stream {
-        Some(stream) => {
-            let writer = ChunkWriter::new(answer, stream, usage, choices.len());
-            sse::respond(choice::merged(choices), writer, state.limits.sse_keep_alive)
-        }
-        None => answer.whole(choice::collect(choices).await?, usage),
-    };
-    Ok(reply::with_ignored(response, &chat.ignored))
+    Ok(Begun { answer, choices, usage, ignored: chat.ignored })
+}
+
+/// Tokens of a conversation, which is not answered.
+///
+/// # Errors
+/// As of [`begin`], but for the engine's.
+pub(super) async fn count(state: &ApiState, caller: Caller, body: Body) -> Result<usize, ApiError> {
+    let mut chat = ChatRequest::parse(body.fields)?;
+    let id = caller.request_id.clone();
+    let accepted = Accepted::without_place(state, chat.model.as_deref(), id, caller)?;
+    Ok(chat.render(&accepted, body.num_bytes).await?.tokens.len())
 }
 
 /// A conversation as the model reads it.
@@ -222,6 +250,7 @@ impl ChatRequest {
         if !text.has_chat_template() {
             return Err(ApiError::NoChatTemplate { model: accepted.model.name.clone() });
         }
+        self.apply_effort(text);
         let add_special = self.options.add_special_tokens.unwrap_or(false);
         let prompt = std::mem::take(&mut self.prompt);
         let tools = self.callable().cloned();
@@ -248,15 +277,16 @@ pub(super) fn with_tools(text: &TextModel, mut prompt: ChatPrompt, tools: Option
 }
 
 /// What an answer is made from, beside its outputs.
-struct Answer {
-    accepted: Accepted,
-    prompt: Vec<TokenId>,
-    rules: MessageRules,
-    options: Options,
+pub(super) struct Answer {
+    pub(super) accepted: Accepted,
+    pub(super) prompt: Vec<TokenId>,
+    pub(super) rules: MessageRules,
+    pub(super) options: Options,
 }
 
-#[derive(Serialize)]
-struct ChatCompletion<'a> {
+/// The whole answer.
+#[derive(Serialize, JsonSchema)]
+pub struct ChatCompletion<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
@@ -265,12 +295,13 @@ struct ChatCompletion<'a> {
     usage: Usage,
     system_fingerprint: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<u32>>")]
     prompt_token_ids: Option<&'a [TokenId]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobs>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct WholeChoice {
     index: usize,
     message: Message,
@@ -278,11 +309,12 @@ struct WholeChoice {
     finish_reason: Option<FinishWord>,
     stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<u32>>")]
     token_ids: Option<Vec<TokenId>>,
 }
 
 impl Answer {
-    fn names(&self) -> TokenNames<'_> {
+    pub(super) fn names(&self) -> TokenNames<'_> {
         TokenNames { text: self.accepted.model.text.as_deref(), as_ids: self.options.tokens_as_ids }
     }
 

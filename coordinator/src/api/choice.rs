@@ -13,6 +13,7 @@ use phalanx_proto::{TokenId, TokenLogprobs};
 
 use super::error::ApiError;
 use super::meter::OutputMeter;
+use super::patience::Patience;
 use crate::engine::{FinishReason, TokenEvent, TokenStream};
 use crate::text::{Detokenizer, StopMatcher};
 
@@ -146,6 +147,8 @@ pub struct Choice {
     pub include_stop: bool,
     /// Tokens so far.
     pub num_tokens: u32,
+    /// How long it may take.
+    pub patience: Patience,
     /// Its measures.
     pub meter: OutputMeter,
 }
@@ -153,7 +156,10 @@ pub struct Choice {
 impl Choice {
     /// What comes next; `None` after the end.
     pub async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
-        let event = self.stream.as_mut()?.next().await;
+        let event = match self.patience.next(self.stream.as_mut()?).await {
+            Ok(event) => event,
+            Err(error) => return Some(Err(self.on_failed(error))),
+        };
         Some(match event {
             Some(TokenEvent::PromptLogprobs(logprobs)) => {
                 Ok(Delta { index: self.index, prompt_logprobs: Some(logprobs), ..Delta::default() })

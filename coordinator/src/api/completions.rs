@@ -3,14 +3,15 @@
 //! Owns the fields of a completion request (prompts as text or token ids, `echo`) and the shapes of its answers.
 
 use std::num::NonZeroU32;
-use std::time::Instant;
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, routing};
 use phalanx_proto::{TokenId, TokenLogprobs};
+use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::caller::Caller;
 use super::choice::{self, Delta, End, EndReason, Output};
 use super::error::ApiError;
 use super::fields::{Fields, Neutral};
@@ -81,12 +82,11 @@ impl CompletionRequest {
 }
 
 async fn create(State(state): State<ApiState>, request: Request) -> Result<Response, ApiError> {
-    let received = Instant::now();
-    let named = reply::request_id(request.headers());
+    let caller = Caller::of(&request);
     let body = body::read(request, state.limits.body).await?;
     let mut completion = CompletionRequest::parse(body.fields)?;
-    let id = format!("cmpl-{}", completion.options.request_id.clone().or(named).unwrap_or_else(reply::new_id));
-    let accepted = Accepted::new(&state.models, completion.model.as_deref(), id, received)?;
+    let id = format!("cmpl-{}", completion.options.request_id.as_ref().unwrap_or(&caller.request_id));
+    let accepted = Accepted::new(&state, completion.model.as_deref(), id, caller)?;
     let add_special = completion.options.add_special_tokens.unwrap_or(true);
     let asked = std::mem::take(&mut completion.prompts);
     let prompts = asked.tokenize(&accepted, add_special, body.num_bytes).await?;
@@ -98,7 +98,7 @@ async fn create(State(state): State<ApiState>, request: Request) -> Result<Respo
     let response = match answer.request.options.stream {
         Some(stream) => {
             let writer = ChunkWriter::new(answer, stream, usage, choices.len());
-            sse::respond(choice::merged(choices), writer, state.limits.sse_keep_alive)
+            sse::respond(choice::merged(choices), writer, state.limits.sse_keep_alive).await?
         }
         None => answer.whole(choice::collect(choices).await?, usage),
     };
@@ -112,8 +112,9 @@ struct Answer {
     request: CompletionRequest,
 }
 
-#[derive(Serialize)]
-struct Completion<'a> {
+/// The whole answer, or a chunk of it.
+#[derive(Serialize, JsonSchema)]
+pub struct Completion<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
@@ -126,7 +127,7 @@ struct Completion<'a> {
 }
 
 /// A choice of a whole answer or of a chunk.
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct CompletionChoice<'a> {
     index: usize,
     text: String,
@@ -134,8 +135,10 @@ struct CompletionChoice<'a> {
     finish_reason: Option<FinishWord>,
     stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<u32>>")]
     token_ids: Option<Vec<TokenId>>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<u32>>")]
     prompt_token_ids: Option<&'a [TokenId]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobs>,

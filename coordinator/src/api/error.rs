@@ -8,11 +8,15 @@ use std::time::Duration;
 
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::constraint::GrammarError;
 use crate::engine::EngineError;
 use crate::text::TextError;
+
+/// When to try again where nothing better is known.
+const RETRY_AFTER_DEFAULT: Duration = Duration::from_secs(2);
 
 /// Why a request is refused or given up.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +31,7 @@ pub enum ApiError {
         found: &'static str,
     },
     /// The body claims to be something else.
-    #[error("the content type must be application/json; it is {given:?}")]
+    #[error("the content type must be application/json; it is {given:?} (curl: -H 'Content-Type: application/json')")]
     ContentType {
         /// What the header says.
         given: String,
@@ -152,6 +156,60 @@ pub enum ApiError {
     /// No key, or a wrong one.
     #[error("a valid API key is needed: send `Authorization: Bearer KEY`")]
     Unauthorized,
+    /// The key does not open this route.
+    #[error("this API key has no scope `{scope}`, which the route needs")]
+    Forbidden {
+        /// What it lacks.
+        scope: &'static str,
+    },
+    /// The key has made all the requests that it may make for now.
+    #[error("this API key may make {allowed}; try again in {} s", seconds(*.retry_after))]
+    RateLimit {
+        /// Its rate in words.
+        allowed: String,
+        /// When the next one is allowed.
+        retry_after: Duration,
+    },
+    /// The key has used its tokens of the day.
+    #[error("this API key may use {tokens_per_day} tokens a day (UTC) and has used them")]
+    Quota {
+        /// Its share.
+        tokens_per_day: u64,
+        /// When the next day begins.
+        retry_after: Duration,
+    },
+    /// No place in the batch became free in time.
+    #[error("the request waited {} ms in the queue, longer than it may; try again later", .waited.as_millis())]
+    QueueTimeout {
+        /// How long it waited.
+        waited: Duration,
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// The client's own time limit has passed.
+    #[error("the request did not end within the {} ms that its {} header allows", .limit.as_millis(), super::caller::TIMEOUT)]
+    DeadlinePassed {
+        /// The limit.
+        limit: Duration,
+    },
+    /// A header cannot be read.
+    #[error("the header {name} must be {expected}")]
+    BadHeader {
+        /// The header.
+        name: &'static str,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// The model is known and does not answer now.
+    #[error("the model `{model}` is {state}{}", because(.reason))]
+    NotReady {
+        /// The name.
+        model: String,
+        /// Where its deployment stands.
+        state: String,
+        /// Why, where that is known.
+        reason: String,
+    },
     /// No such route.
     #[error("there is no {path} here")]
     UnknownRoute {
@@ -166,6 +224,12 @@ pub enum ApiError {
         /// The path.
         path: String,
     },
+    /// The address is no text.
+    #[error("the address cannot be read: {reason}")]
+    BadAddress {
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The server cannot take work.
     #[error("not healthy: {reason}")]
     Unhealthy {
@@ -175,12 +239,12 @@ pub enum ApiError {
 }
 
 /// The OpenAI error object in its envelope.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct ErrorBody<'a> {
     error: ErrorObject<'a>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct ErrorObject<'a> {
     message: String,
     #[serde(rename = "type")]
@@ -199,7 +263,14 @@ impl ApiError {
             Self::UnknownModel { .. } | Self::UnknownRoute { .. } => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::NothingServed | Self::Unhealthy { .. } | Self::EngineGone => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Forbidden { .. } => StatusCode::FORBIDDEN,
+            Self::RateLimit { .. } | Self::Quota { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::DeadlinePassed { .. } => StatusCode::GATEWAY_TIMEOUT,
+            Self::NothingServed
+            | Self::NotReady { .. }
+            | Self::QueueTimeout { .. }
+            | Self::Unhealthy { .. }
+            | Self::EngineGone => StatusCode::SERVICE_UNAVAILABLE,
             Self::TokenizerThread(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Grammar { source: GrammarError::Busy, .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine(error) => engine_status(error),
@@ -211,6 +282,9 @@ impl ApiError {
     pub fn body(&self) -> ErrorBody<'_> {
         let kind = match self.status() {
             StatusCode::UNAUTHORIZED => "authentication_error",
+            StatusCode::FORBIDDEN => "permission_error",
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            StatusCode::GATEWAY_TIMEOUT => "timeout_error",
             StatusCode::SERVICE_UNAVAILABLE => "service_unavailable_error",
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
@@ -219,7 +293,7 @@ impl ApiError {
     }
 
     /// The field that is to blame.
-    fn param(&self) -> Option<&str> {
+    pub(super) fn param(&self) -> Option<&str> {
         match self {
             Self::Missing { param }
             | Self::WrongType { param, .. }
@@ -227,17 +301,19 @@ impl ApiError {
             | Self::Grammar { param, .. }
             | Self::Unsupported { param, .. } => Some(param),
             Self::Conflict { param, .. }
+            | Self::BadHeader { name: param, .. }
             | Self::NoTokenizer { param, .. }
             | Self::ContextLength { param, .. }
             | Self::Text { param, .. } => Some(param),
-            Self::UnknownModel { .. } => Some("model"),
+            Self::UnknownModel { .. } | Self::NotReady { .. } => Some("model"),
             Self::NoChatTemplate { .. } => Some("messages"),
             Self::Engine(EngineError::EmptyPrompt | EngineError::UnknownToken { .. }) => Some("prompt"),
             _ => None,
         }
     }
 
-    fn code(&self) -> Option<&'static str> {
+    /// The kind in one word, where clients act on it.
+    pub(super) fn code(&self) -> Option<&'static str> {
         match self {
             Self::UnknownModel { .. } => Some("model_not_found"),
             Self::NothingServed => Some("no_model"),
@@ -245,6 +321,12 @@ impl ApiError {
             Self::Unsupported { .. } => Some("unsupported_parameter"),
             Self::Grammar { .. } => Some("invalid_grammar"),
             Self::Unauthorized => Some("invalid_api_key"),
+            Self::Forbidden { .. } => Some("insufficient_scope"),
+            Self::RateLimit { .. } => Some("rate_limit_exceeded"),
+            Self::Quota { .. } => Some("insufficient_quota"),
+            Self::QueueTimeout { .. } => Some("queue_timeout"),
+            Self::DeadlinePassed { .. } => Some("deadline_exceeded"),
+            Self::NotReady { .. } => Some("model_not_ready"),
             Self::Engine(error) => match error {
                 EngineError::QueueFull { .. } => Some("queue_full"),
                 EngineError::PromptTooLong { .. } | EngineError::TooFewBlocks { .. } => Some("context_length_exceeded"),
@@ -257,14 +339,41 @@ impl ApiError {
         }
     }
 
-    /// When it is worth trying again.
-    fn retry_after(&self) -> Option<Duration> {
+    /// When it is worth trying again: every answer that says "not now" says when.
+    pub(super) fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::Engine(EngineError::QueueFull { retry_after, .. }) => Some(*retry_after),
+            Self::Engine(EngineError::QueueFull { retry_after, .. })
+            | Self::QueueTimeout { retry_after, .. }
+            | Self::RateLimit { retry_after, .. }
+            | Self::Quota { retry_after, .. } => Some(*retry_after),
             Self::Grammar { source: GrammarError::Busy, .. } => Some(Duration::from_secs(1)),
+            _ if self.status() == StatusCode::SERVICE_UNAVAILABLE => Some(RETRY_AFTER_DEFAULT),
             _ => None,
         }
     }
+
+    /// Adds what an answer of this kind tells beside its body.
+    pub(super) fn add_headers(&self, response: &mut Response) {
+        if let Some(wait) = self.retry_after() {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds(wait)));
+        }
+        if matches!(self, Self::DeadlinePassed { .. }) {
+            // The client's patience is over: its library should not try again by itself.
+            response.headers_mut().insert("x-should-retry", HeaderValue::from_static("false"));
+        }
+        if matches!(self, Self::Unauthorized) {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+    }
+}
+
+/// Whole seconds, at least one.
+fn seconds(wait: Duration) -> u64 {
+    wait.as_secs_f64().ceil().max(1.0) as u64
+}
+
+fn because(reason: &str) -> String {
+    if reason.is_empty() { String::new() } else { format!(": {reason}") }
 }
 
 fn engine_status(error: &EngineError) -> StatusCode {
@@ -283,10 +392,7 @@ fn engine_status(error: &EngineError) -> StatusCode {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status(), axum::Json(self.body())).into_response();
-        if let Some(wait) = self.retry_after() {
-            let seconds = wait.as_secs_f64().ceil().max(1.0) as u64;
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-        }
+        self.add_headers(&mut response);
         response
     }
 }

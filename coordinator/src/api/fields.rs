@@ -133,6 +133,11 @@ impl Fields {
         }
     }
 
+    /// What nobody took, for another parser.
+    pub fn into_members(self) -> Map<String, Value> {
+        self.members
+    }
+
     /// The names of what nobody took.
     pub fn into_ignored(self) -> Vec<String> {
         self.members.into_iter().filter(|(_, value)| !value.is_null()).map(|(name, _)| name).collect()

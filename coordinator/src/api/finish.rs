@@ -1,12 +1,13 @@
 //! How an answer says why an output ended.
 
 use phalanx_proto::TokenId;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::choice::{EndReason, StopCause};
 
 /// `finish_reason`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishWord {
     /// It stopped.
@@ -30,13 +31,13 @@ impl From<&EndReason> for FinishWord {
 }
 
 /// `stop_reason`: what the request had named and the output came to; nothing for the model's own end.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum StopReason {
     /// A stop string.
     Text(String),
     /// A stop token.
-    Token(TokenId),
+    Token(#[schemars(with = "u32")] TokenId),
 }
 
 impl StopReason {

@@ -2,7 +2,10 @@
 //!
 //! **Invariant:** numbers are finite: what has no probability is shown as [`LOGPROB_MIN`], since JSON has no infinity.
 
+use std::collections::BTreeMap;
+
 use phalanx_proto::{TokenId, TokenLogprobs};
+use schemars::JsonSchema;
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use crate::text::TextModel;
@@ -34,20 +37,21 @@ impl TokenNames<'_> {
 }
 
 /// `choices[].logprobs` of chat.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub struct ChatLogprobs {
     content: Vec<ChatToken>,
 }
 
-#[derive(Debug, Serialize)]
-struct ChatToken {
+/// One token with its alternatives.
+#[derive(Debug, Clone, Serialize, JsonSchema)]
+pub struct ChatToken {
     token: String,
     logprob: f32,
     bytes: Vec<u8>,
     top_logprobs: Vec<ChatAlternative>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 struct ChatAlternative {
     token: String,
     logprob: f32,
@@ -55,6 +59,11 @@ struct ChatAlternative {
 }
 
 impl ChatLogprobs {
+    /// The list itself.
+    pub fn into_tokens(self) -> Vec<ChatToken> {
+        self.content
+    }
+
     /// The tokens of an answer, or of one chunk of it.
     pub fn new(entries: &[TokenLogprobs], names: TokenNames<'_>) -> Self {
         let alternative = |&(token, logprob): &(TokenId, f32)| {
@@ -75,11 +84,12 @@ impl ChatLogprobs {
 }
 
 /// `choices[].logprobs` of completions.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, JsonSchema)]
 pub struct CompletionLogprobs {
     text_offset: Vec<usize>,
     token_logprobs: Vec<Option<f32>>,
     tokens: Vec<String>,
+    #[schemars(with = "Vec<Option<BTreeMap<String, f32>>>")]
     top_logprobs: Vec<Option<Alternatives>>,
 }
 
@@ -132,13 +142,13 @@ impl Serialize for Alternatives {
 }
 
 /// `prompt_logprobs`: null for the first position, then an object from token id to its entry.
-#[derive(Debug)]
-pub struct PromptLogprobs(Vec<Option<PromptPosition>>);
+#[derive(Debug, JsonSchema)]
+pub struct PromptLogprobs(#[schemars(with = "Vec<Option<BTreeMap<String, PromptEntry>>>")] Vec<Option<PromptPosition>>);
 
 #[derive(Debug)]
 struct PromptPosition(Vec<(TokenId, PromptEntry)>);
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 struct PromptEntry {
     logprob: f32,
     rank: u32,

@@ -3,6 +3,7 @@
 //! **Invariant:** a whole message is the fold of its pieces: both ways run through [`MessageParser`].
 
 use phalanx_proto::TokenId;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::choice::EndReason;
@@ -74,6 +75,42 @@ impl MessagePiece {
     }
 }
 
+/// A part of a message for answers that tell its parts one after the other: each part belongs to the last one of its kind, or opens one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MessagePart {
+    /// More of the thoughts.
+    Thoughts(String),
+    /// More of the content.
+    Content(String),
+    /// A call begins.
+    Call {
+        /// Its name, for the answer to it.
+        id: String,
+        /// The function.
+        name: String,
+    },
+    /// More of the arguments of the last call.
+    Arguments(String),
+}
+
+impl MessagePiece {
+    /// Its parts in the order in which they are told.
+    pub fn into_parts(self) -> Vec<MessagePart> {
+        let mut parts = vec![MessagePart::Thoughts(self.reasoning), MessagePart::Content(self.content)];
+        for call in self.calls {
+            if let (Some(id), Some(name)) = (call.id, call.function.name) {
+                parts.push(MessagePart::Call { id, name });
+            }
+            parts.push(MessagePart::Arguments(call.function.arguments));
+        }
+        parts.retain(|part| match part {
+            MessagePart::Thoughts(text) | MessagePart::Content(text) | MessagePart::Arguments(text) => !text.is_empty(),
+            MessagePart::Call { .. } => true,
+        });
+        parts
+    }
+}
+
 /// A part of a call as a chunk carries it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct CallPiece {
@@ -93,7 +130,7 @@ struct FunctionPiece {
 }
 
 /// A whole call.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Call {
     id: String,
     #[serde(rename = "type")]
@@ -101,14 +138,14 @@ pub struct Call {
     function: Function,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 struct Function {
     name: String,
     arguments: String,
 }
 
 /// A whole message.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Message {
     role: &'static str,
     content: Option<String>,
@@ -183,6 +220,11 @@ impl MessageParser {
     /// Tokens of thoughts so far; none for a model that has none.
     pub fn num_reasoning_tokens(&self) -> Option<u64> {
         self.thoughts.as_ref().map(|_| self.num_thoughts)
+    }
+
+    /// True once a call has begun.
+    pub fn calls(&self) -> bool {
+        self.calls.as_ref().is_some_and(|(_, parser)| parser.num_calls() > 0)
     }
 
     /// Takes more text; `is_last` where none follows.

@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use axum::{Router, routing};
+use phalanx_proto::RankStatus;
 
 use super::ApiState;
 use super::served_models::ServedModel;
@@ -31,6 +32,7 @@ async fn scrape(State(state): State<ApiState>) -> Response {
     for model in &state.models.list() {
         push_gauges(&mut text, model);
     }
+    push_ranks(&mut text, &(state.status)().ranks);
     let text = with_types_once(&text);
     let aliases = aliased(&text);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text + &aliases).into_response()
@@ -49,14 +51,33 @@ fn push_gauges(text: &mut String, model: &ServedModel) {
         (names::KV_CACHE_USAGE, "gauge", usage),
         (names::STEPS, "counter", snapshot.counters.steps as f64),
         (names::PREEMPTIONS, "counter", snapshot.counters.preemptions as f64),
+        (names::REPLAYS, "counter", snapshot.counters.replays as f64),
+        (names::EPOCH, "gauge", snapshot.epoch as f64),
         (names::PREFIX_CACHE_QUERIES, "counter", snapshot.counters.prompt_tokens as f64),
         (names::PREFIX_CACHE_HITS, "counter", snapshot.counters.cached_tokens as f64),
     ];
-    let label = model.name.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n");
+    let label = escaped(&model.name);
     for (name, kind, value) in gauges {
         // Writing to a string cannot fail.
         let _ = write!(text, "# TYPE {name} {kind}\n{name}{{model_name=\"{label}\"}} {value}\n");
     }
+}
+
+/// How far each rank is.
+fn push_ranks(text: &mut String, ranks: &[RankStatus]) {
+    for rank in ranks {
+        let RankStatus { deployment, replica, rank, steps, .. } = rank;
+        let (name, label) = (names::RANK_STEPS, escaped(deployment));
+        // Writing to a string cannot fail.
+        let _ = write!(
+            text,
+            "# TYPE {name} counter\n{name}{{deployment=\"{label}\",replica=\"{replica}\",rank=\"{rank}\"}} {steps}\n"
+        );
+    }
+}
+
+fn escaped(label: &str) -> String {
+    label.replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n")
 }
 
 /// The samples of a line: its name without labels and value.

@@ -6,7 +6,10 @@
 //! **Invariant:** every answer that is no success is an OpenAI error object; every field of a request is either obeyed, refused
 //! with its name, or named in `x-phalanx-ignored`.
 
+mod admission;
+mod anthropic;
 mod body;
+mod caller;
 mod chat;
 mod choice;
 mod completions;
@@ -21,11 +24,15 @@ mod messages;
 mod meter;
 mod metrics;
 mod models;
+mod openapi;
 mod options;
+mod patience;
 mod prompts;
 mod reply;
+mod responses;
 mod served_models;
 mod sse;
+pub mod stats;
 mod structured;
 mod submission;
 #[cfg(test)]
@@ -38,9 +45,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::{Method, Uri};
+use axum::response::{IntoResponse, Response};
 use axum::{Router, middleware};
 use phalanx_proto::StatusSnapshot;
 
+use crate::security::keys::KeyRing;
+
+pub use admission::Admission;
 pub use body::BodyLimits;
 pub use error::ApiError;
 pub use served_models::{ServedModel, ServedModels};
@@ -55,8 +66,6 @@ pub struct ApiLimits {
     pub body: BodyLimits,
     /// A comment is sent on a stream that is silent for so long; proxies cut idle streams.
     pub sse_keep_alive: Option<Duration>,
-    /// An engine that has work and makes no step for so long is not healthy.
-    pub stall_max: Duration,
 }
 
 impl Default for ApiLimits {
@@ -64,7 +73,6 @@ impl Default for ApiLimits {
         Self {
             body: BodyLimits { bytes_max: 32 << 20, time_max: Duration::from_secs(60) },
             sse_keep_alive: Some(Duration::from_secs(15)),
-            stall_max: Duration::from_secs(60),
         }
     }
 }
@@ -77,16 +85,15 @@ pub struct ApiState {
     /// The cluster, for what is not running and why.
     pub status: Arc<dyn Fn() -> StatusSnapshot + Send + Sync>,
     /// Keys that open all routes but health; none: open to all.
-    pub api_keys: Arc<[String]>,
+    pub keys: Arc<KeyRing>,
     /// Limits.
     pub limits: ApiLimits,
-    progress: Arc<health::ProgressWatch>,
 }
 
 impl ApiState {
     /// A state with default limits and no keys.
     pub fn new(models: ServedModels, status: Arc<dyn Fn() -> StatusSnapshot + Send + Sync>) -> Self {
-        Self { models, status, api_keys: Arc::new([]), limits: ApiLimits::default(), progress: Arc::default() }
+        Self { models, status, keys: Arc::default(), limits: ApiLimits::default() }
     }
 }
 
@@ -98,9 +105,12 @@ pub fn router(state: ApiState) -> Router {
     Router::new()
         .merge(chat::routes())
         .merge(completions::routes())
+        .merge(responses::routes())
+        .merge(anthropic::routes())
         .merge(models::routes())
         .merge(tokenize::routes())
         .merge(health::routes())
+        .merge(openapi::routes())
         .merge(metrics::routes())
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
@@ -108,10 +118,15 @@ pub fn router(state: ApiState) -> Router {
         .with_state(state)
 }
 
-async fn unknown_route(uri: Uri) -> ApiError {
-    ApiError::UnknownRoute { path: uri.path().to_owned() }
+async fn unknown_route(uri: Uri) -> Response {
+    refused(&uri, ApiError::UnknownRoute { path: uri.path().to_owned() })
 }
 
-async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
-    ApiError::MethodNotAllowed { method: method.to_string(), path: uri.path().to_owned() }
+async fn method_not_allowed(method: Method, uri: Uri) -> Response {
+    refused(&uri, ApiError::MethodNotAllowed { method: method.to_string(), path: uri.path().to_owned() })
+}
+
+/// An error in the form that the clients of an address read.
+fn refused(uri: &Uri, error: ApiError) -> Response {
+    if uri.path().starts_with(anthropic::ROOT) { anthropic::refusal(&error) } else { error.into_response() }
 }

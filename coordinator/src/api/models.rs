@@ -1,7 +1,9 @@
 //! `/v1/models` and `/v1/models/{id}`.
 
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::{Json, Router, routing};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::ApiState;
@@ -13,14 +15,16 @@ pub fn routes() -> Router<ApiState> {
     Router::new().route("/v1/models", routing::get(list)).route("/v1/models/{*id}", routing::get(show))
 }
 
-#[derive(Serialize)]
-struct ModelList {
+/// All models.
+#[derive(Serialize, JsonSchema)]
+pub struct ModelList {
     object: &'static str,
     data: Vec<Model>,
 }
 
-#[derive(Serialize)]
-struct Model {
+/// One model.
+#[derive(Serialize, JsonSchema)]
+pub struct Model {
     id: String,
     object: &'static str,
     created: u64,
@@ -32,7 +36,7 @@ struct Model {
     permission: [Permission; 1],
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
 struct Permission {
     id: String,
     object: &'static str,
@@ -88,7 +92,11 @@ async fn list(State(state): State<ApiState>) -> Json<ModelList> {
 }
 
 /// Also answers to a path whose first slash was lost in the address.
-async fn show(State(state): State<ApiState>, Path(asked): Path<String>) -> Result<Json<Model>, ApiError> {
+async fn show(
+    State(state): State<ApiState>,
+    asked: Result<Path<String>, PathRejection>,
+) -> Result<Json<Model>, ApiError> {
+    let Path(asked) = asked.map_err(|error| ApiError::BadAddress { reason: error.body_text() })?;
     let found = state.models.lookup(&asked).or_else(|| state.models.lookup(&format!("/{asked}")));
     let model = found.ok_or_else(|| ApiError::UnknownModel { model: asked })?;
     Ok(Json(Model::new(&model, &model.name)))

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::{Bounds, Fields, Neutral, type_name};
+use super::reply::REQUEST_ID_BYTES_MAX;
 use super::structured::{self, Structure};
 
 /// Most outputs of one prompt.
@@ -133,7 +134,7 @@ impl Options {
             return_token_ids: fields.flag("return_token_ids", false)?,
             tokens_as_ids: fields.flag("return_tokens_as_token_ids", false)?,
             stream: take_stream(fields)?,
-            request_id: fields.text("request_id")?,
+            request_id: take_request_id(fields)?,
             structure: structured::take(fields)?,
         };
         // Tokenizers of this kind put no spaces of their own between special tokens: both values mean the same.
@@ -197,6 +198,17 @@ impl SamplingFields {
             seed: fields.integer("seed", i64::MIN, i64::MAX)?.filter(|seed| *seed != -1),
         })
     }
+}
+
+/// A name that is fit for logs and headers; an empty one is none.
+fn take_request_id(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+    let Some(id) = fields.text("request_id")?.filter(|id| !id.is_empty()) else { return Ok(None) };
+    if id.len() > REQUEST_ID_BYTES_MAX {
+        let expected = format!("at most {REQUEST_ID_BYTES_MAX} bytes long");
+        let value = format!("{} bytes long", id.len());
+        return Err(ApiError::OutOfRange { param: "request_id".into(), value, expected });
+    }
+    Ok(Some(id))
 }
 
 /// A seed for a request that names none.
@@ -264,12 +276,20 @@ pub fn take_token_ids(fields: &mut Fields, name: &str) -> Result<Vec<TokenId>, A
     items.iter().enumerate().map(|(index, item)| token_id(item, || format!("{name}[{index}]"))).collect()
 }
 
+/// The same where the list must be there.
+pub fn required_token_ids(fields: &mut Fields, name: &str) -> Result<Vec<TokenId>, ApiError> {
+    let items = fields.list(name)?.ok_or_else(|| ApiError::Missing { param: name.into() })?;
+    items.iter().enumerate().map(|(index, item)| token_id(item, || format!("{name}[{index}]"))).collect()
+}
+
 /// One token id.
 pub fn token_id(item: &Value, param: impl Fn() -> String) -> Result<TokenId, ApiError> {
     if !item.is_number() {
         return Err(ApiError::WrongType { param: param(), expected: "a token id", found: type_name(item) });
     }
-    item.as_u64().and_then(|id| u32::try_from(id).ok()).map(TokenId).ok_or_else(|| ApiError::OutOfRange {
+    let whole =
+        item.as_u64().or_else(|| item.as_f64().filter(|id| id.fract() == 0.0 && *id >= 0.0).map(|id| id as u64));
+    whole.and_then(|id| u32::try_from(id).ok()).map(TokenId).ok_or_else(|| ApiError::OutOfRange {
         param: param(),
         value: item.to_string(),
         expected: "a token id".into(),

@@ -11,7 +11,7 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest list of ignored fields that is told.
 const IGNORED_BYTES_MAX: usize = 1024;
 /// Longest name of a request that is taken over.
-const REQUEST_ID_BYTES_MAX: usize = 128;
+pub const REQUEST_ID_BYTES_MAX: usize = 128;
 
 /// The client's own name for a request, where it is fit to be written into logs.
 pub fn request_id(headers: &HeaderMap) -> Option<String> {

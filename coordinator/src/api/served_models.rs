@@ -5,10 +5,12 @@
 //! **Invariant:** a model in the table has a running engine; served names are unique.
 
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use phalanx_formats::GenerationDefaults;
 use phalanx_proto::TokenId;
 
+use super::admission::Admission;
 use crate::constraint::GrammarCompiler;
 use crate::engine::Replicas;
 use crate::text::TextModel;
@@ -33,6 +35,12 @@ pub struct ServedModel {
     pub created: u64,
     /// The model's own sampling defaults.
     pub defaults: GenerationDefaults,
+    /// Longest wait of a request in the queue, where there is a limit.
+    pub queue_timeout: Option<Duration>,
+    /// Whether its throughput and queues are written into the log.
+    pub log_stats: bool,
+    /// Its door.
+    pub admission: Admission,
     /// Tokens that end an answer, from all the places where a model names them.
     pub end_token_ids: Vec<TokenId>,
 }

@@ -1,6 +1,7 @@
 //! Server-sent events: deltas in, frames out.
 //!
-//! **Invariant:** a stream ends with `data: [DONE]`, also after an error frame; nothing follows it.
+//! **Invariant:** a stream ends with its endpoint's last frame, for most `data: [DONE]`, also after an error frame; nothing
+//! follows it.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -17,6 +18,9 @@ use super::error::ApiError;
 
 /// Deltas that are ready at once and share one write.
 const DELTAS_PER_WRITE_MAX: usize = 32;
+
+/// Longest wait for the first delta before the headers are sent, where no comments are.
+const FIRST_DELTA_WAIT: Duration = Duration::from_secs(15);
 
 /// Frames of one stream, collected for the next write.
 #[derive(Debug, Default)]
@@ -38,6 +42,14 @@ impl Frames {
         }
     }
 
+    /// Adds one frame with the name of its event.
+    pub fn push_event(&mut self, name: &str, value: &impl Serialize) {
+        self.bytes.put_slice(b"event: ");
+        self.bytes.put_slice(name.as_bytes());
+        self.bytes.put_slice(b"\n");
+        self.push(value);
+    }
+
     fn push_done(&mut self) {
         self.bytes.put_slice(b"data: [DONE]\n\n");
     }
@@ -53,11 +65,19 @@ impl Frames {
 
 /// Writes the frames of an endpoint.
 pub trait WriteFrames: Send + 'static {
+    /// Whether `[DONE]` follows the last frame.
+    const DONE: bool = true;
+
     /// Frames of one delta; none where it has nothing to say.
     fn delta(&mut self, delta: Delta, frames: &mut Frames);
 
     /// Frames after the last delta, before `[DONE]`.
     fn end(&mut self, frames: &mut Frames);
+
+    /// The frame of an error; nothing but `[DONE]` follows it.
+    fn error(&mut self, error: &ApiError, frames: &mut Frames) {
+        frames.push(&error.body());
+    }
 }
 
 struct Driver<S, W> {
@@ -68,11 +88,19 @@ struct Driver<S, W> {
 }
 
 /// Answers with a stream. Dropping the response drops `deltas`, which aborts what still runs.
-pub fn respond<S, W>(deltas: S, writer: W, keep_alive: Option<Duration>) -> Response
+///
+/// Waits for the first delta, though not longer than for a comment: what fails before it has a status of its own.
+///
+/// # Errors
+/// The first thing that came was an error.
+pub async fn respond<S, W>(mut deltas: S, writer: W, keep_alive: Option<Duration>) -> Result<Response, ApiError>
 where
     S: Stream<Item = Result<Delta, ApiError>> + Send + Unpin + 'static,
     W: WriteFrames,
 {
+    let first = tokio::time::timeout(keep_alive.unwrap_or(FIRST_DELTA_WAIT), deltas.next()).await.ok().flatten();
+    let first = first.transpose()?;
+    let deltas = stream::iter(first.map(Ok)).chain(deltas);
     let driver = Driver { deltas, writer, keep_alive, frames: Frames::default() };
     let body = stream::unfold(Some(driver), async |driver| {
         let (bytes, driver) = driver?.write().await;
@@ -83,7 +111,7 @@ where
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    response
+    Ok(response)
 }
 
 impl<S, W> Driver<S, W>
@@ -125,11 +153,13 @@ where
             }
             Some(Err(error)) => {
                 tracing::warn!(%error, "stream ends with an error");
-                self.frames.push(&error.body());
+                self.writer.error(&error, &mut self.frames);
             }
             None => self.writer.end(&mut self.frames),
         }
-        self.frames.push_done();
+        if W::DONE {
+            self.frames.push_done();
+        }
         false
     }
 }

@@ -6,22 +6,24 @@
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use phalanx_proto::TokenId;
+use phalanx_proto::{DeploymentStatus, TokenId};
 
+use super::ApiState;
+use super::admission::Entry;
+use super::caller::Caller;
 use super::choice::{Choice, OutputText, StopTokens};
 use super::error::ApiError;
 use super::meter::RequestMeter;
 use super::options::Options;
-use super::served_models::{ServedModel, ServedModels};
-use crate::engine::{Constraint, EngineError, GenerateRequest};
+use super::patience::Patience;
+use super::served_models::ServedModel;
+use crate::engine::{Constraint, GenerateRequest};
 use crate::text::{TextError, TextModel};
 
 /// Bodies up to this length are tokenized where they are; longer ones on a blocking thread.
 const INLINE_BYTES_MAX: usize = 8 * 1024;
-/// When a client should try again after a full queue that was seen before its prompt was looked at.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// A request with its name and its model.
 pub struct Accepted {
@@ -29,10 +31,12 @@ pub struct Accepted {
     pub id: String,
     /// Seconds since 1970.
     pub created: u64,
-    /// When it came.
-    pub received: Instant,
+    /// Who asks, and since when.
+    pub caller: Caller,
     /// Who answers.
     pub model: Arc<ServedModel>,
+    /// Its place until it is in the engine; none where it needs none.
+    entry: Option<Entry>,
 }
 
 impl Accepted {
@@ -40,11 +44,20 @@ impl Accepted {
     ///
     /// # Errors
     /// No model of that name, or its queue is full: decided before any work is spent.
-    pub fn new(models: &ServedModels, asked: Option<&str>, id: String, received: Instant) -> Result<Self, ApiError> {
-        let model = find_model(models, asked)?;
-        refuse_if_full(&model)?;
+    pub fn new(state: &ApiState, asked: Option<&str>, id: String, caller: Caller) -> Result<Self, ApiError> {
+        let accepted = Self::without_place(state, asked, id, caller)?;
+        let entry = Some(accepted.model.admission.enter(&accepted.model.engine)?);
+        Ok(Self { entry, ..accepted })
+    }
+
+    /// The same for a request that never enters the engine.
+    ///
+    /// # Errors
+    /// No model of that name.
+    pub fn without_place(state: &ApiState, asked: Option<&str>, id: String, caller: Caller) -> Result<Self, ApiError> {
+        let model = find_model(state, asked)?;
         let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        Ok(Self { id, created, received, model })
+        Ok(Self { id, created, caller, model, entry: None })
     }
 
     /// The tokenizer side of the model, for a field that needs one.
@@ -57,20 +70,27 @@ impl Accepted {
 /// The model of a name; without a name, the first that is served.
 ///
 /// # Errors
-/// No such model.
-pub fn find_model(models: &ServedModels, asked: Option<&str>) -> Result<Arc<ServedModel>, ApiError> {
-    match asked {
-        Some(name) => models.lookup(name).ok_or_else(|| ApiError::UnknownModel { model: name.to_owned() }),
-        None => models.list().into_iter().next().ok_or(ApiError::NothingServed),
-    }
+/// No such model, or one that does not answer now.
+pub fn find_model(state: &ApiState, asked: Option<&str>) -> Result<Arc<ServedModel>, ApiError> {
+    let found = match asked {
+        Some(name) => state.models.lookup(name),
+        None => state.models.list().into_iter().next(),
+    };
+    found.ok_or_else(|| absent(state, asked))
 }
 
-fn refuse_if_full(model: &ServedModel) -> Result<(), ApiError> {
-    let (waiting, max_queue) = (model.engine.snapshot().waiting, model.engine.limits().max_queue);
-    if waiting < max_queue {
-        return Ok(());
+/// Why a name has no model: its deployment is on its way, in or out, or there is none.
+fn absent(state: &ApiState, asked: Option<&str>) -> ApiError {
+    let is_asked = |deployment: &DeploymentStatus| {
+        asked.is_none_or(|name| [&deployment.name, &deployment.model].contains(&&name.to_owned()))
+    };
+    match ((state.status)().deployments.into_iter().find(is_asked), asked) {
+        (Some(deployment), _) => {
+            ApiError::NotReady { model: deployment.name, state: deployment.state, reason: deployment.reason }
+        }
+        (None, Some(name)) => ApiError::UnknownModel { model: name.to_owned() },
+        (None, None) => ApiError::NothingServed,
     }
-    Err(EngineError::QueueFull { waiting, max_queue, retry_after: RETRY_AFTER }.into())
 }
 
 /// Runs text work: in place for short bodies, on a blocking thread for long ones.
@@ -119,7 +139,7 @@ impl Submission<'_> {
         let model = &request.model;
         self.check(model)?;
         let stop_tokens = Arc::new(self.stop_tokens(model));
-        let meter = RequestMeter::new(&model.name, request.received);
+        let meter = RequestMeter::new(&model.name, &request.caller);
         let made = self.options.best_of.get() as usize;
         let mut choices = Vec::with_capacity(self.prompts.len() * made);
         for prompt in self.prompts {
@@ -137,9 +157,13 @@ impl Submission<'_> {
                     stop_tokens: Arc::clone(&stop_tokens),
                     include_stop: self.options.include_stop,
                     num_tokens: 0,
+                    patience: Patience::new(model.queue_timeout, request.caller.deadline),
                     meter: meter.output(prompt.len()),
                 });
             }
+        }
+        if let Some(entry) = &request.entry {
+            entry.leave();
         }
         Ok(choices)
     }

@@ -1,17 +1,17 @@
 //! `/tokenize` and `/detokenize`.
 
-use std::time::Instant;
-
 use axum::extract::{Request, State};
 use axum::{Json, Router, routing};
 use phalanx_proto::TokenId;
+use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::caller::Caller;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::submission::{Accepted, with_text};
 use super::tools::ToolUse;
-use super::{ApiState, body, chat, messages, options, reply};
+use super::{ApiState, body, chat, messages, options};
 use crate::engine::EngineError;
 use crate::text::{ChatPrompt, TextModel};
 
@@ -35,27 +35,31 @@ impl Source {
     }
 }
 
-#[derive(Serialize)]
-struct Tokens {
+/// Tokens of a text.
+#[derive(Serialize, JsonSchema)]
+pub struct Tokens {
     count: usize,
     max_model_len: u32,
+    #[schemars(with = "Vec<u32>")]
     tokens: Vec<TokenId>,
     token_strs: Option<Vec<String>>,
 }
 
-#[derive(Serialize)]
-struct Text {
+/// Text of tokens.
+#[derive(Serialize, JsonSchema)]
+pub struct Text {
     prompt: String,
 }
 
 async fn tokenize(State(state): State<ApiState>, request: Request) -> Result<Json<Tokens>, ApiError> {
+    let caller = Caller::of(&request);
     let body = body::read(request, state.limits.body).await?;
     let mut fields = body.fields;
     let model = fields.text("model")?;
     let source = Source::take(&mut fields)?;
     let add_special = fields.flag("add_special_tokens", matches!(source, Source::Text(_)))?;
     let wants_texts = fields.flag("return_token_strs", false)?;
-    let accepted = Accepted::new(&state.models, model.as_deref(), reply::new_id(), Instant::now())?;
+    let accepted = Accepted::without_place(&state, model.as_deref(), caller.request_id.clone(), caller)?;
     let work = move |text: &TextModel| {
         let tokens = match source {
             Source::Text(prompt) => text.encode(&prompt, add_special)?,
@@ -72,11 +76,12 @@ async fn tokenize(State(state): State<ApiState>, request: Request) -> Result<Jso
 }
 
 async fn detokenize(State(state): State<ApiState>, request: Request) -> Result<Json<Text>, ApiError> {
+    let caller = Caller::of(&request);
     let body = body::read(request, state.limits.body).await?;
     let mut fields = body.fields;
     let model = fields.text("model")?;
-    let tokens = options::take_token_ids(&mut fields, "tokens")?;
-    let accepted = Accepted::new(&state.models, model.as_deref(), reply::new_id(), Instant::now())?;
+    let tokens = options::required_token_ids(&mut fields, "tokens")?;
+    let accepted = Accepted::without_place(&state, model.as_deref(), caller.request_id.clone(), caller)?;
     let vocab_size = accepted.model.engine.limits().vocab_size;
     if let Some(token) = tokens.iter().copied().find(|token| token.0 >= vocab_size) {
         return Err(EngineError::UnknownToken { token, vocab_size }.into());

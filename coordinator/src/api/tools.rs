@@ -2,7 +2,7 @@
 //!
 //! **Invariant:** a request that must call a tool names at least one that exists.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::fields::{Fields, type_name};
@@ -130,12 +130,17 @@ fn read_tool(tool: &Value, param: &str) -> Result<Tool, ApiError> {
         Some(schema @ Value::Object(_)) => schema.clone(),
         Some(other) => return Err(wrong(format!("{param}.parameters"), "an object", other)),
     };
-    let description = function.get("description").and_then(Value::as_str).map(str::to_owned);
-    Ok(Tool { name, description, parameters, strict: is_strict(function) })
-}
-
-fn is_strict(function: &Map<String, Value>) -> bool {
-    function.get("strict").and_then(Value::as_bool).unwrap_or(false)
+    let description = match function.get("description") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(other) => return Err(wrong(format!("{param}.description"), "a string", other)),
+    };
+    let strict = match function.get("strict") {
+        None | Some(Value::Null) => false,
+        Some(Value::Bool(strict)) => *strict,
+        Some(other) => return Err(wrong(format!("{param}.strict"), "a boolean", other)),
+    };
+    Ok(Tool { name, description, parameters, strict })
 }
 
 fn read_choice(choice: Option<Value>, tools: &[Tool]) -> Result<ToolChoice, ApiError> {

@@ -1,11 +1,12 @@
 //! Tokens of a request, as answers and streams tell them.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::choice::{Delta, Output};
 
 /// The `usage` object.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 pub struct Usage {
     prompt_tokens: u64,
     total_tokens: u64,
@@ -16,12 +17,12 @@ pub struct Usage {
     completion_tokens_details: Option<CompletionDetails>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 struct PromptDetails {
     cached_tokens: u64,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
 struct CompletionDetails {
     reasoning_tokens: u64,
 }
@@ -57,6 +58,21 @@ impl Usage {
     pub fn set_reasoning(&mut self, reasoning_tokens: Option<u64>) {
         self.completion_tokens_details =
             reasoning_tokens.map(|reasoning_tokens| CompletionDetails { reasoning_tokens });
+    }
+
+    /// Tokens of the prompts.
+    pub fn prompt_tokens(&self) -> u64 {
+        self.prompt_tokens
+    }
+
+    /// Tokens of the outputs.
+    pub fn completion_tokens(&self) -> u64 {
+        self.completion_tokens
+    }
+
+    /// Prompt tokens that the prefix cache had, as far as the engine told.
+    pub fn cached_tokens(&self) -> u64 {
+        self.prompt_tokens_details.map_or(0, |details| details.cached_tokens)
     }
 
     fn add_tokens(&mut self, count: usize) {

@@ -80,6 +80,19 @@ impl ClientError {
     }
 }
 
+/// An answer of any status.
+#[derive(Debug, Clone)]
+pub struct RawAnswer {
+    /// HTTP status.
+    pub status: u16,
+    /// The request's name.
+    pub request_id: Option<String>,
+    /// When to try again, where the server says.
+    pub retry_after: Option<Duration>,
+    /// The body.
+    pub body: Value,
+}
+
 /// A client of one server. Clones share its connections.
 #[derive(Debug, Clone)]
 pub struct ApiClient {
@@ -126,6 +139,27 @@ impl ApiClient {
     pub async fn post(&self, path: &str, body: &Value, limit: Duration) -> Result<Value, ClientError> {
         let request = self.request(Method::POST, path, body.to_string().into())?;
         within(limit, self.whole(request)).await
+    }
+
+    /// Posts a JSON body and gives the answer whatever its status.
+    ///
+    /// # Errors
+    /// No server, or not within `limit`.
+    pub async fn post_raw(&self, path: &str, body: &Value, limit: Duration) -> Result<RawAnswer, ClientError> {
+        let request = self.request(Method::POST, path, body.to_string().into())?;
+        within(limit, async {
+            let unreachable = |source| ClientError::Unreachable { url: self.base.clone(), source };
+            let response = self.client.request(request).await.map_err(unreachable)?;
+            let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+            let retry_after = header(RETRY_AFTER.as_str()).and_then(|text| text.parse().ok()).map(Duration::from_secs);
+            let request_id = header("x-request-id").map(str::to_owned);
+            let status = response.status().as_u16();
+            let bytes = response.into_body().collect().await.map_err(ClientError::Broken)?.to_bytes();
+            let body = serde_json::from_slice(&bytes)
+                .map_err(|error| ClientError::Unreadable { reason: error.to_string() })?;
+            Ok(RawAnswer { status, request_id, retry_after, body })
+        })
+        .await
     }
 
     /// Posts a JSON body whose `stream` is true.

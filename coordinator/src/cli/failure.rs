@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::cluster::membership::CallError;
 use crate::cluster::{DeployFailure, DeployFailureCode};
 use crate::head::{HeadError, HomeError, PortError};
+use crate::security::key_file::KeyFileError;
 
 /// What a command comes to.
 pub type Outcome = Result<(), CliError>;
@@ -107,8 +108,16 @@ impl From<HeadError> for CliError {
                 .with_hint("coordinator stop ends it; another PHALANX_HOME is another cluster"),
             HeadError::Port(PortError::Taken { .. }) => Self::failed("port_taken", message),
             HeadError::Port(PortError::Host { .. }) => Self::failed("host", message),
-            HeadError::Home(_) | HeadError::Store { .. } | HeadError::Socket { .. } => Self::failed("io", message),
+            HeadError::Home(_) | HeadError::Store(_) | HeadError::Socket { .. } | HeadError::Keys(_) => {
+                Self::failed("io", message)
+            }
         }
+    }
+}
+
+impl From<KeyFileError> for CliError {
+    fn from(error: KeyFileError) -> Self {
+        Self::failed("io", error.to_string())
     }
 }
 

@@ -18,7 +18,7 @@ use super::{CliError, Outcome, Surroundings};
 use crate::cluster::ClusterHandle;
 use crate::cluster::membership::HeadClient;
 use crate::config::{Home, defaults, parse_duration};
-use crate::head::{HeadOptions, HeadRecord, PortWish};
+use crate::head::{HeadOptions, HeadRecord, PortWish, ProcessId};
 
 /// Which devices a machine offers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -69,8 +69,8 @@ pub struct HeadFlags {
     /// Host of the dashboard
     #[arg(long, default_value = defaults::HOST)]
     pub dashboard_host: String,
-    /// How long agents and ranks outlive the head
-    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = parse_duration)]
+    /// How long agents and ranks wait for a head that is gone, with their weights
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = parse_duration)]
     pub head_grace: Duration,
 }
 
@@ -217,6 +217,11 @@ pub async fn start_agent(
     record: &HeadRecord,
     flags: &DeviceFlags,
 ) -> Result<u32, CliError> {
+    if let Some(pid) = waiting_agent(&surroundings.environment.home, record) {
+        eprintln!("this machine's agent (pid {pid}) has waited for its head, with what runs on it");
+        wait_for_agent(record, pid).await?;
+        return Ok(pid);
+    }
     let program = worker_program()?;
     let mut command = tokio::process::Command::new(&program);
     command.args([
@@ -258,6 +263,20 @@ pub async fn start_agent(
         return Err(error);
     }
     Ok(pid)
+}
+
+/// The agent of this home that an earlier head at the same address was started with, while it waits.
+fn waiting_agent(home: &Home, record: &HeadRecord) -> Option<u32> {
+    let known: AgentRecord = serde_json::from_str(&fs::read_to_string(home.agent_record()).ok()?).ok()?;
+    let waits = known.head == record.local_address && ProcessId::of(known.pid).is_some();
+    waits.then_some(known.pid)
+}
+
+/// What an agent says of itself in its home.
+#[derive(Debug, Deserialize)]
+struct AgentRecord {
+    pid: u32,
+    head: String,
 }
 
 /// The agent's own words, without its marks of an error.

@@ -13,8 +13,10 @@ mod connection;
 mod failure;
 mod generate;
 mod head_process;
+mod key;
 mod launch;
 mod progress;
+mod run_batch;
 mod sampling_flags;
 pub mod serve;
 mod serve_flags;
@@ -66,7 +68,9 @@ enum Command {
     Undeploy(undeploy::UndeployFlags),
     Stop(stop::StopFlags),
     Generate(Box<generate::GenerateFlags>),
+    RunBatch(Box<run_batch::RunBatchFlags>),
     Chat(Box<chat::ChatFlags>),
+    Key(key::KeyFlags),
     Bench(bench::BenchFlags),
     Completions(completions::CompletionsFlags),
     #[command(hide = true)]
@@ -99,6 +103,8 @@ pub fn main() -> ExitCode {
         Command::Undeploy(flags) => (flags.json, undeploy::run(&surroundings, &flags)),
         Command::Stop(flags) => (flags.json, stop::run(&surroundings, &flags)),
         Command::Generate(flags) => (false, generate::run(&surroundings, &flags)),
+        Command::RunBatch(flags) => (false, run_batch::run(&surroundings, &flags)),
+        Command::Key(flags) => (flags.json(), key::run(&surroundings, &flags)),
         Command::Chat(flags) => (false, chat::run(&surroundings, &flags)),
         Command::Bench(flags) => (false, bench::run(&surroundings, &flags)),
         Command::Completions(flags) => (false, completions::run(&flags)),
@@ -146,6 +152,12 @@ mod tests {
             "generate ./m --prompts p.txt --max-tokens 64 --temperature 0 --tensor-parallel-size 2",
             "generate --base-url http://h:8000 --chat --system x --top-k -1 --sampling-seed 3 -n 2 -o out.jsonl",
             "chat ./m --temperature 0.7 --stop a --stop b --max-tokens 128",
+            "key create --name a --scopes inference,metrics --rate 60/min --tokens-per-day 1000 --json",
+            "key revoke a",
+            "key list --json",
+            "run-batch -i in.jsonl -o out.jsonl",
+            "run-batch --input-file in.jsonl --output-file out.jsonl --model ./m --tensor-parallel-size 2",
+            "serve ./m --max-queue 8 --queue-timeout 30s --api-key a --api-key b",
             "bench latency ./m --input-len 512 --output-len 128 --batch-size 1 --num-iters 3 --load-format dummy",
             "bench throughput ./m --num-prompts 200 --lengths l.json --json",
             "bench serve --base-url h:8000 --request-rate 2.5 --max-concurrency 8 --output r.json",
@@ -166,6 +178,10 @@ mod tests {
             "frobnicate",
             "chat",
             "bench serve m --request-rate 0",
+            "key create",
+            "key create --name a --rate often",
+            "key create --name a --scopes everything",
+            "run-batch -i x",
         ] {
             let words = std::iter::once("coordinator").chain(line.split(' '));
             let error = Cli::try_parse_from(words).expect_err(line);

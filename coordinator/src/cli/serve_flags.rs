@@ -109,6 +109,12 @@ pub struct EngineFlags {
     /// Most requests that wait
     #[arg(long, value_name = "N", default_value_t = defaults::MAX_QUEUE)]
     pub max_queue: u32,
+    /// Longest wait of a request in the queue; it is refused then [default: no limit]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub queue_timeout: Option<Duration>,
+    /// Write no line of throughput and queues every ten seconds
+    #[arg(long)]
+    pub disable_log_stats: bool,
     /// Share KV blocks of equal prefixes (the default)
     #[arg(long, overrides_with = "no_enable_prefix_caching")]
     pub enable_prefix_caching: bool,
@@ -257,8 +263,6 @@ struct IgnoredFlags {
     #[arg(long, hide = true)]
     enable_auto_tool_choice: bool,
     #[arg(long, hide = true)]
-    disable_log_stats: bool,
-    #[arg(long, hide = true)]
     disable_log_requests: bool,
     #[arg(long, hide = true)]
     disable_custom_all_reduce: bool,
@@ -292,7 +296,6 @@ impl IgnoredFlags {
             ("--download-dir", self.download_dir.is_some()),
             ("--tokenizer-mode", self.tokenizer_mode.is_some()),
             ("--enable-auto-tool-choice", self.enable_auto_tool_choice),
-            ("--disable-log-stats", self.disable_log_stats),
             ("--disable-log-requests", self.disable_log_requests),
             ("--disable-custom-all-reduce", self.disable_custom_all_reduce),
             ("--uvicorn-log-level", self.uvicorn_log_level.is_some()),
@@ -344,6 +347,8 @@ impl EngineFlags {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_queue: self.max_queue,
+            queue_timeout: self.queue_timeout,
+            disable_log_stats: self.disable_log_stats,
             enable_prefix_caching: !self.no_enable_prefix_caching || self.enable_prefix_caching,
             enforce_eager: self.enforce_eager,
             seed: self.seed,

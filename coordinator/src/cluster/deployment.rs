@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::ClusterError;
 use super::placement::Wanted;
 use super::placement_group::PlacementGroup;
+use super::reconcile::KeptVersion;
 use super::replica::{Replica, Stage};
 use super::spec::DeploymentSpec;
 
@@ -25,7 +26,7 @@ pub enum DeploymentState {
     Starting,
     /// It serves.
     Ready,
-    /// Some replica serves, another starts again.
+    /// It has served, and some replica starts again: running and new requests wait for it.
     Recovering,
     /// It does not serve; the reason says whether it starts again by itself.
     Failed,
@@ -152,6 +153,12 @@ pub(super) struct Deployment {
     pub has_served: bool,
     /// It does not start again by itself.
     pub gave_up: bool,
+    /// Where it stands among the others, oldest first.
+    pub order: u64,
+    /// The sign of what the store holds, or is about to hold; none: no record.
+    pub kept: Option<KeptVersion>,
+    /// The store held a record of it once.
+    pub was_kept: bool,
     /// Requests find it.
     pub published: bool,
     /// What requests find is not what serves now.
@@ -176,6 +183,9 @@ impl Deployment {
             wait_until: spec.wait.map(|wait| now + wait),
             has_served: false,
             gave_up: false,
+            order: 0,
+            kept: None,
+            was_kept: false,
             published: false,
             stale: false,
             publishing: false,
@@ -199,7 +209,7 @@ impl Deployment {
 
     /// The state that follows from the replicas.
     pub fn derive_state(&self) -> DeploymentState {
-        let serving = self.replicas.iter().filter(|replica| matches!(replica.stage, Stage::Serving(_))).count();
+        let serving = self.replicas.iter().filter(|replica| matches!(replica.stage, Stage::Serving)).count();
         if self.stopping_since.is_some() {
             DeploymentState::Stopping
         } else if self.gave_up {
@@ -207,12 +217,24 @@ impl Deployment {
         } else if serving == self.replicas.len() && self.published && !self.stale && !self.publishing {
             DeploymentState::Ready
         } else if self.has_served {
-            if serving > 0 && self.published { DeploymentState::Recovering } else { DeploymentState::Failed }
+            let is_lost = |replica: &Replica| replica.engine.is_none() && matches!(replica.stage, Stage::Unplaced);
+            if self.replicas.iter().all(is_lost) { DeploymentState::Failed } else { DeploymentState::Recovering }
         } else if self.replicas.iter().any(|replica| matches!(replica.stage, Stage::Unplaced)) {
             DeploymentState::Pending
         } else {
             DeploymentState::Starting
         }
+    }
+
+    /// Notes the state that follows from the replicas. True where it serves in full: no reason is left to show then.
+    pub fn settle_state(&mut self) -> bool {
+        self.state = self.derive_state();
+        let ready = self.state == DeploymentState::Ready;
+        if ready {
+            self.has_served = true;
+            self.reason.clear();
+        }
+        ready
     }
 
     /// Tells everyone who waits for this deployment. The last place of a queue is kept for the end.
@@ -248,6 +270,9 @@ impl Deployment {
     /// Does not start again: tells the reason and everyone who waits.
     pub fn give_up(&mut self, code: DeployFailureCode, message: String, hint: String) {
         self.gave_up = true;
+        for replica in &mut self.replicas {
+            replica.fail_requests(&message);
+        }
         self.reason.clone_from(&message);
         self.state = DeploymentState::Failed;
         self.tell(&DeployEvent::Failed(DeployFailure { code, message, hint }));

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use phalanx_proto::{
-    AgentCommand, AgentEvent, AgentHello, DeploymentName, Incarnation, NodeId, Phase, Rank, RankCapacity, RankHello,
+    AgentCommand, AgentEvent, AgentHello, DeploymentName, Epoch, Incarnation, NodeId, Phase, Rank, RankCapacity,
+    RankHello,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -26,6 +27,9 @@ pub(super) struct GroupKey {
 pub(super) struct StartedGroup {
     pub engine: EngineHandle,
     pub num_blocks: u32,
+    pub epoch: Epoch,
+    /// Requests do not find this engine yet.
+    pub is_new: bool,
 }
 
 /// How far a rank's start is.
@@ -61,6 +65,8 @@ pub(super) enum ClusterEvent {
     GroupFailed { group: GroupKey, reason: String },
     /// A group has drained.
     GroupStopped { group: GroupKey },
+    /// The store has written what it was given, or cannot.
+    Kept { deployment: DeploymentName, result: Result<(), String> },
     /// The table of served models was brought up to date.
     Published { deployment: DeploymentName, result: Result<(), String> },
     /// Someone asks for a deployment.

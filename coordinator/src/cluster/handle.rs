@@ -11,9 +11,11 @@ use super::deployment::{CheckedSpec, DeployEvent};
 use super::event::ClusterEvent;
 use super::nodes::{AgentSession, Patience};
 use super::reconcile::Reconciler;
+use super::record::DeploymentRecord;
 use super::{ClusterError, ServingChange, StatusBoard};
 use crate::config::defaults;
 use crate::engine::group::RankLink;
+use crate::store::StoreWriter;
 
 /// What a cluster is told once, when it starts.
 #[derive(Debug, Clone)]
@@ -38,8 +40,14 @@ pub struct ClusterSettings {
     pub end_deadline: Duration,
     /// Time for running requests when their deployment stops.
     pub drain: Duration,
+    /// Longest wait of running requests while there is no machine to start their group on.
+    pub no_machine_deadline: Duration,
+    /// Where what must survive is written; none: nowhere.
+    pub store: Option<StoreWriter>,
     /// Most restarts of a replica within `restart_window`.
     pub restarts_max: usize,
+    /// A group that has served so long begins a new count.
+    pub forgiven_after: Duration,
     /// The window in which restarts are counted.
     pub restart_window: Duration,
 }
@@ -58,18 +66,26 @@ impl ClusterSettings {
             settle: defaults::SETTLE,
             end_deadline: defaults::END_DEADLINE,
             drain: defaults::DRAIN,
+            no_machine_deadline: defaults::NO_MACHINE_DEADLINE,
+            store: None,
             restarts_max: defaults::RESTARTS_MAX,
+            forgiven_after: defaults::RESTARTS_FORGIVEN_AFTER,
             restart_window: defaults::RESTART_WINDOW,
         }
     }
 }
 
-/// Starts the cluster's task on the current runtime. It ends after [`ClusterHandle::stop`].
-pub fn start(settings: ClusterSettings, serving: mpsc::Sender<ServingChange>) -> (ClusterHandle, StatusBoard) {
+/// Starts the cluster's task on the current runtime, with the deployments that an earlier head has left. It ends after
+/// [`ClusterHandle::stop`].
+pub fn start(
+    settings: ClusterSettings,
+    restored: Vec<DeploymentRecord>,
+    serving: mpsc::Sender<ServingChange>,
+) -> (ClusterHandle, StatusBoard) {
     let (events, inbox) = mpsc::channel(defaults::CLUSTER_QUEUE);
     let board = StatusBoard::new(Instant::now());
     let handle = ClusterHandle { events: events.clone() };
-    tokio::spawn(Reconciler::new(settings, events, serving, board.clone()).run(inbox));
+    tokio::spawn(Reconciler::new(settings, restored, events, serving, board.clone()).run(inbox));
     (handle, board)
 }
 

@@ -4,15 +4,15 @@
 
 use std::time::Duration;
 
-use phalanx_proto::{Epoch, LoadModel, NodeId, Term};
-use tokio::sync::mpsc;
+use phalanx_proto::{Epoch, LoadModel, NodeId, RankResumes, Term};
+use tokio::sync::{mpsc, oneshot};
 
 use super::deployment::CheckedSpec;
 use super::event::{ClusterEvent, GroupKey, RankStep, StartedGroup};
 use super::replica::Starter;
 use crate::config::defaults;
 use crate::engine::group::{RankLink, TpGroup};
-use crate::engine::{self, EngineHandle, EngineLimits, StartDeadlines, StartProgress};
+use crate::engine::{self, EngineHandle, EngineLimits, RecoveryLimits, StartDeadlines, StartProgress};
 use crate::security;
 
 /// What one start needs.
@@ -20,7 +20,13 @@ pub(super) struct GroupStart {
     pub key: GroupKey,
     pub links: Vec<RankLink>,
     pub load: LoadModel,
+    /// What the ranks have kept of an earlier life of the head: nothing is loaded then.
+    pub kept: Option<Vec<RankResumes>>,
     pub limits: EngineLimits,
+    /// The engine whose group broke: it goes on with this one.
+    pub engine: Option<EngineHandle>,
+    /// Breaks the group when its cluster gives it up.
+    pub given_up: oneshot::Receiver<String>,
 }
 
 /// What the ranks load.
@@ -65,29 +71,44 @@ pub(super) fn engine_limits(checked: &CheckedSpec) -> EngineLimits {
         enable_prefix_caching: spec.enable_prefix_caching,
         step_time_budget: defaults::STEP_TIME_BUDGET,
         step_deadline_min: defaults::STEP_DEADLINE_MIN,
+        recovery: RecoveryLimits::default(),
     }
 }
 
 /// Drives a group's start; ends in `GroupStarted`.
 pub(super) fn start_group(start: GroupStart, events: mpsc::Sender<ClusterEvent>) -> Starter {
-    let GroupStart { key, links, load, limits } = start;
+    let GroupStart { key, links, load, kept, limits, engine, given_up } = start;
     let task = tokio::spawn(async move {
         let (progress, reports) = mpsc::channel(defaults::PEER_QUEUE);
         let relay = relay(reports, key.clone(), events.clone());
-        let started = TpGroup::start(links, load, StartDeadlines::default(), progress);
+        let started = async {
+            match kept {
+                None => TpGroup::start(links, load, StartDeadlines::default(), progress).await,
+                Some(kept) => TpGroup::resume(links, &load, kept, progress).await,
+            }
+        };
         let (result, ()) = tokio::join!(started, relay);
         let result = match result {
-            Ok(group) => {
-                let group = group.with_incarnation(key.incarnation);
-                let num_blocks = group.num_blocks();
-                let engine = engine::spawn(group, EngineLimits { num_blocks, ..limits });
-                Ok(StartedGroup { engine, num_blocks })
-            }
+            Ok(group) => Ok(hand_over(group.with_incarnation(key.incarnation).with_fuse(given_up), engine, limits)),
             Err(error) => Err(error.to_string()),
         };
         let _ = events.send(ClusterEvent::GroupStarted { group: key, result }).await;
     });
     Starter(task.abort_handle())
+}
+
+/// Gives a group that is ready to the engine that waits for one, or to a new engine where there is none or it has ended.
+fn hand_over(group: TpGroup, waiting: Option<EngineHandle>, limits: EngineLimits) -> StartedGroup {
+    let (num_blocks, epoch) = (group.num_blocks(), group.epoch());
+    let limits = EngineLimits { num_blocks, ..limits };
+    let (engine, is_new) = match waiting {
+        None => (engine::spawn(group, limits), true),
+        Some(engine) => match engine.adopt(group) {
+            Ok(()) => (engine, false),
+            Err(group) => (engine::spawn(*group, limits), true),
+        },
+    };
+    StartedGroup { engine, num_blocks, epoch, is_new }
 }
 
 /// Passes the ranks' phases on until the start is over.
@@ -101,11 +122,12 @@ async fn relay(mut reports: mpsc::Receiver<StartProgress>, group: GroupKey, even
     }
 }
 
-/// Watches an engine; ends in `GroupFailed` when its group breaks.
-pub(super) fn watch_engine(key: GroupKey, engine: EngineHandle, events: mpsc::Sender<ClusterEvent>) {
+/// Watches an engine; ends in `GroupFailed` when the group of this epoch breaks, and in nothing where the engine is stopped.
+pub(super) fn watch_engine(key: GroupKey, engine: EngineHandle, epoch: Epoch, events: mpsc::Sender<ClusterEvent>) {
     tokio::spawn(async move {
-        let reason = engine.failed().await.to_string();
-        let _ = events.send(ClusterEvent::GroupFailed { group: key, reason }).await;
+        if let Some(reason) = engine.broke(epoch).await {
+            let _ = events.send(ClusterEvent::GroupFailed { group: key, reason }).await;
+        }
     });
 }
 

@@ -11,7 +11,7 @@ mod agents;
 mod client;
 mod ranks;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::future::Future;
 use std::time::Duration;

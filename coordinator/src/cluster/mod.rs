@@ -18,6 +18,7 @@ mod nodes;
 pub mod placement;
 mod placement_group;
 mod reconcile;
+mod record;
 mod replica;
 mod report;
 mod spec;
@@ -28,6 +29,7 @@ pub use deployment::{CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode,
 pub use event::ServingChange;
 pub use handle::{ClusterHandle, ClusterSettings, start};
 pub use nodes::{AgentSession, JoinError, NodeState, Patience};
+pub use record::DeploymentRecord;
 pub use spec::{DeploymentSpec, TensorParallelSize};
 
 use phalanx_proto::{DeploymentName, NodeId, RankKey};

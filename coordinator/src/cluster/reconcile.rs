@@ -8,6 +8,9 @@
 mod agents;
 mod deploying;
 mod ending;
+mod keeping;
+
+pub(super) use keeping::KeptVersion;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -20,6 +23,7 @@ use super::deployment::Deployment;
 use super::event::{ClusterEvent, GroupKey};
 use super::handle::ClusterSettings;
 use super::nodes::{AgentSession, NodeTable};
+use super::record::DeploymentRecord;
 use super::replica::Replica;
 use super::{ClusterError, ServingChange, StatusBoard, report};
 
@@ -57,6 +61,10 @@ pub(super) struct Reconciler {
     deployments: Vec<(DeploymentName, Deployment)>,
     leaving: BTreeMap<NodeId, Leaving>,
     stopping: Option<Stopping>,
+    /// Changes that the store has not answered.
+    num_keeping: usize,
+    /// The next deployment's place among the others.
+    next_order: u64,
     events: mpsc::Sender<ClusterEvent>,
     serving: mpsc::Sender<ServingChange>,
     board: StatusBoard,
@@ -65,22 +73,27 @@ pub(super) struct Reconciler {
 impl Reconciler {
     pub fn new(
         settings: ClusterSettings,
+        restored: Vec<DeploymentRecord>,
         events: mpsc::Sender<ClusterEvent>,
         serving: mpsc::Sender<ServingChange>,
         board: StatusBoard,
     ) -> Self {
-        let reconciler = Self {
+        let mut reconciler = Self {
             nodes: NodeTable::new(settings.patience),
             settings,
             agents: BTreeMap::new(),
             deployments: Vec::new(),
             leaving: BTreeMap::new(),
             stopping: None,
+            num_keeping: 0,
+            next_order: 0,
             events,
             serving,
             board,
         };
-        reconciler.post(Instant::now());
+        let now = Instant::now();
+        reconciler.restore(restored, now);
+        reconciler.post(now);
         reconciler
     }
 
@@ -111,6 +124,7 @@ impl Reconciler {
         self.place_waiting(now);
         self.advance(now);
         self.publish();
+        self.keep();
         self.tell_agents(now);
         self.send_away();
         let ended = self.end_all(now);
@@ -132,6 +146,7 @@ impl Reconciler {
             ClusterEvent::GroupStarted { group, result } => self.group_started(&group, result, now),
             ClusterEvent::GroupFailed { group, reason } => self.group_failed(&group, reason, now),
             ClusterEvent::GroupStopped { group } => self.group_stopped(&group, now),
+            ClusterEvent::Kept { deployment, result } => self.kept(&deployment, result),
             ClusterEvent::Published { deployment, result } => self.published(&deployment, result),
             ClusterEvent::Deploy { checked, watcher } => self.deploy(*checked, watcher, now),
             ClusterEvent::Undeploy { name, reply } => self.undeploy(&name, reply, now),
@@ -152,6 +167,9 @@ impl Reconciler {
 
     /// Sends each agent what should run on its node, if that is not what it was told last.
     fn tell_agents(&mut self, now: Instant) {
+        if self.is_keeping() {
+            return;
+        }
         let mut unreachable = Vec::new();
         let desired: Vec<(NodeId, Vec<DesiredRank>)> =
             self.agents.keys().map(|node| (node.clone(), self.desired(node))).collect();

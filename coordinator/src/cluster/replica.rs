@@ -7,12 +7,12 @@
 
 use std::time::{Duration, Instant};
 
-use phalanx_proto::{Incarnation, NodeId, Phase, Rank, RankCapacity, RankProcess};
+use phalanx_proto::{Epoch, Incarnation, NodeId, Phase, Rank, RankCapacity, RankProcess, RankResumes};
 use tokio::task::AbortHandle;
 
 use super::placement_group::Place;
 use crate::engine::EngineHandle;
-use crate::engine::group::RankLink;
+use crate::engine::group::{Fuse, RankLink};
 use crate::security::LaunchToken;
 
 /// An agent that was told to start a rank and then not to may never speak of it.
@@ -44,8 +44,8 @@ pub(super) enum Stage {
         _starter: Starter,
     },
     /// It takes steps.
-    Serving(EngineHandle),
-    /// It broke; its processes end, and it may start again later.
+    Serving,
+    /// It broke; its processes end, and it may start again later. Its engine waits.
     Broken {
         /// Since when.
         since: Instant,
@@ -53,7 +53,7 @@ pub(super) enum Stage {
         decide_at: Instant,
     },
     /// It drains: its ranks are still wanted, and its engine ends what runs.
-    Draining(EngineHandle),
+    Draining,
     /// Nothing of it is wanted any more.
     Ended {
         /// Since when.
@@ -105,14 +105,17 @@ pub(super) struct RankRecord {
     pub detail: String,
     pub capacity: Option<RankCapacity>,
     pub dialed: bool,
+    /// What it has kept, where it served an earlier head.
+    pub resumes: Option<RankResumes>,
     pub link: Option<RankLink>,
 }
 
 impl RankRecord {
-    fn new(place: Place, now: Instant) -> Self {
+    fn new(place: Place, token: LaunchToken, now: Instant) -> Self {
         Self {
             place,
-            token: LaunchToken::new(),
+            token,
+            resumes: None,
             process: Process::Asked,
             device: String::new(),
             phase: Phase::Connect,
@@ -148,7 +151,17 @@ impl RankRecord {
 #[derive(Debug)]
 pub(super) struct Replica {
     pub incarnation: Incarnation,
+    /// The last epoch that a group of it was started for.
+    pub epoch: Epoch,
     pub stage: Stage,
+    /// Holds the requests, whether or not a group takes steps for them now.
+    pub engine: Option<EngineHandle>,
+    /// Breaks the group that takes steps.
+    pub fuse: Option<Fuse>,
+    /// Since when its group takes steps.
+    pub serves_since: Option<Instant>,
+    /// Since when no machine is there for it.
+    pub unplaced_since: Option<Instant>,
     pub ranks: Vec<RankRecord>,
     /// Why it broke, as far as is known.
     pub cause: String,
@@ -161,7 +174,12 @@ impl Replica {
     pub fn new() -> Self {
         Self {
             incarnation: Incarnation(0),
+            epoch: Epoch(0),
             stage: Stage::Unplaced,
+            engine: None,
+            fuse: None,
+            serves_since: None,
+            unplaced_since: None,
             ranks: Vec::new(),
             cause: String::new(),
             restarts: Vec::new(),
@@ -172,29 +190,41 @@ impl Replica {
     /// Begins a new incarnation on these places.
     pub fn launch(&mut self, places: Vec<Place>, now: Instant) {
         self.incarnation = Incarnation(self.incarnation.0 + 1);
-        self.ranks = places.into_iter().map(|place| RankRecord::new(place, now)).collect();
+        self.ranks = places.into_iter().map(|place| RankRecord::new(place, LaunchToken::new(), now)).collect();
         self.stage = Stage::Connecting { since: now };
+        self.unplaced_since = None;
+    }
+
+    /// Waits for the ranks of the present incarnation, which an earlier head had started.
+    pub fn restore(&mut self, places: Vec<Place>, tokens: Vec<LaunchToken>, now: Instant) {
+        self.ranks = places.into_iter().zip(tokens).map(|(place, token)| RankRecord::new(place, token, now)).collect();
+        self.stage = Stage::Connecting { since: now };
+    }
+
+    /// What all ranks have kept; `Some` and `None` where they differ is an error that names those that are new.
+    ///
+    /// # Errors
+    /// Some ranks have kept their weights and others are new: they cannot be one group.
+    pub fn resumes(&self) -> Result<Option<Vec<RankResumes>>, String> {
+        let kept: Vec<RankResumes> = self.ranks.iter().filter_map(|rank| rank.resumes).collect();
+        if kept.is_empty() {
+            return Ok(None);
+        }
+        let lacks = |(_, rank): &(usize, &RankRecord)| rank.resumes.is_none();
+        match self.ranks.iter().enumerate().find(lacks) {
+            Some((rank, _)) => Err(format!("rank {rank} was started anew while others kept their weights")),
+            None => Ok(Some(kept)),
+        }
     }
 
     /// Whether its ranks' processes should run.
     pub fn wants_processes(&self) -> bool {
-        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting { .. } | Stage::Serving(_) | Stage::Draining(_))
+        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting { .. } | Stage::Serving | Stage::Draining)
     }
 
     /// Its engine, where it takes steps.
     pub fn engine(&self) -> Option<&EngineHandle> {
-        match &self.stage {
-            Stage::Serving(engine) => Some(engine),
-            _ => None,
-        }
-    }
-
-    /// Its engine, where requests still run in it.
-    pub fn busy_engine(&self) -> Option<&EngineHandle> {
-        match &self.stage {
-            Stage::Serving(engine) | Stage::Draining(engine) => Some(engine),
-            _ => None,
-        }
+        self.engine.as_ref().filter(|_| matches!(self.stage, Stage::Serving))
     }
 
     /// One rank of the current incarnation.
@@ -221,13 +251,25 @@ impl Replica {
         };
     }
 
-    /// Gives up what runs, for this cause. Dropping engine and streams ends the ranks' sessions.
+    /// Gives up what runs, for this cause. The engine hears it, and waits for the next group; dropping streams ends the sessions
+    /// of ranks that have not started.
     pub fn break_down(&mut self, cause: String, now: Instant, decide_at: Instant) {
+        if let Some(fuse) = self.fuse.take() {
+            // An engine that saw the break first does not listen any more.
+            let _seen = fuse.send(cause.clone());
+        }
         self.cause = cause;
         for rank in &mut self.ranks {
             rank.link = None;
         }
         self.stage = Stage::Broken { since: now, decide_at };
+    }
+
+    /// Ends the wait of its requests: no group will come.
+    pub fn fail_requests(&mut self, reason: &str) {
+        if let Some(engine) = self.engine.take() {
+            engine.give_up(reason.to_owned());
+        }
     }
 
     /// Whether all its processes are gone. One that an agent never spoke of counts as gone after a second.

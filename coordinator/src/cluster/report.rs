@@ -31,7 +31,7 @@ pub(super) fn snapshot(
                 replica: number as u32,
                 engine: engine.clone(),
             };
-            engines.extend(replica.busy_engine().map(posted));
+            engines.extend(replica.engine.as_ref().map(posted));
             for (rank, record) in replica.ranks.iter().enumerate() {
                 ranks.push(rank_status(name, (number as u32, replica), (rank as u32, record), now));
             }
@@ -89,8 +89,9 @@ fn group_status(group: &PlacementGroup, nodes: &NodeTable) -> PlacementGroupStat
 /// One deployment, without the numbers of its engines.
 pub(super) fn deployment(name: &DeploymentName, deployment: &Deployment) -> DeploymentStatus {
     let spec = &deployment.checked.spec;
+    let epoch = deployment.replicas.iter().map(|replica| replica.epoch.0).max().unwrap_or_default();
     let incarnation = deployment.replicas.iter().map(|replica| replica.incarnation.0).max().unwrap_or_default();
-    let serving = deployment.replicas.iter().filter(|replica| replica.busy_engine().is_some());
+    let serving = deployment.replicas.iter().filter(|replica| replica.engine.is_some());
     DeploymentStatus {
         name: name.to_string(),
         model: spec.model.clone(),
@@ -98,7 +99,7 @@ pub(super) fn deployment(name: &DeploymentName, deployment: &Deployment) -> Depl
         reason: deployment.reason.clone(),
         tensor_parallel_size: deployment.size,
         replicas: spec.replicas,
-        epoch: incarnation,
+        epoch,
         incarnation,
         num_blocks: serving.map(|replica| replica.num_blocks).min().unwrap_or_default(),
         num_blocks_free: 0,
@@ -147,7 +148,7 @@ fn rank_state(replica: &Replica, record: &RankRecord) -> (&'static str, String) 
         (Process::Lost(_), _) => ("exited", "its node is gone".to_owned()),
         (_, Stage::Broken { .. }) => ("failed", "its group broke; it is ending".to_owned()),
         (_, Stage::Ended { .. } | Stage::Unplaced) => ("exited", "it is ending".to_owned()),
-        (_, Stage::Serving(_) | Stage::Draining(_)) => ("ready", String::new()),
+        (_, Stage::Serving | Stage::Draining) => ("ready", String::new()),
         (_, Stage::Connecting { .. } | Stage::Starting { .. }) => {
             let percent = record.fraction.filter(|_| record.phase != Phase::Ready);
             let percent = percent.map(|fraction| format!("{:.0} % ", fraction * 100.0)).unwrap_or_default();

@@ -71,6 +71,12 @@ pub struct DeploymentSpec {
     pub max_num_batched_tokens: u32,
     /// Most requests that wait.
     pub max_queue: u32,
+    /// Longest wait of a request in the queue.
+    #[serde(default)]
+    pub queue_timeout: Option<Duration>,
+    /// No line of throughput and queues in the log.
+    #[serde(default)]
+    pub disable_log_stats: bool,
     /// Blocks of equal prefixes are shared.
     pub enable_prefix_caching: bool,
     /// Never record graphs.
@@ -110,6 +116,8 @@ impl DeploymentSpec {
             max_num_seqs: defaults::MAX_NUM_SEQS,
             max_num_batched_tokens: defaults::MAX_NUM_BATCHED_TOKENS,
             max_queue: defaults::MAX_QUEUE,
+            queue_timeout: None,
+            disable_log_stats: false,
             enable_prefix_caching: true,
             enforce_eager: false,
             seed: 0,

@@ -72,6 +72,7 @@ mod tests {
             enable_prefix_caching: true,
             step_time_budget: Duration::from_millis(10),
             step_deadline_min: Duration::from_secs(5),
+            recovery: crate::engine::RecoveryLimits::default(),
         };
         let request = GenerateRequest {
             request_id: String::new(),

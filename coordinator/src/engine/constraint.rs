@@ -127,6 +127,16 @@ pub(super) enum ConstraintState {
     Away,
 }
 
+impl ConstraintState {
+    /// The plan in flight is lost: its token is drawn again by the same mask. What the pool computes is about tokens that are known.
+    pub(super) fn interrupted(self) -> Self {
+        match self {
+            Self::InFlight(constraint) => Self::Ready(constraint),
+            other => other,
+        }
+    }
+}
+
 /// A committed token that a constraint is to take in.
 #[derive(Debug)]
 pub(super) struct ConstraintWork {

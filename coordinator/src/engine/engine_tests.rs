@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use phalanx_proto::{Incarnation, Phase, Rank, StepId, TokenId};
+use phalanx_proto::{Epoch, Incarnation, Phase, Rank, StepId, TokenId};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::fake_rank::{BLOCK_SIZE, Fault, start};
+use super::fake_rank::{BLOCK_SIZE, Fault, start, start_epoch};
 use super::group::GroupError;
-use super::request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent};
+use super::request::{EngineError, EngineLimits, FinishReason, GenerateRequest, RecoveryLimits, TokenEvent};
 use super::scheduler_tests::{constraint, oracle, prompt, request};
 use super::start::StartDeadlines;
 use super::{EngineHandle, TokenStream, spawn};
@@ -54,9 +54,14 @@ fn failure(event: TokenEvent) -> String {
     }
 }
 
+/// An engine that fails with its group.
+fn without_recovery() -> EngineLimits {
+    EngineLimits { recovery: RecoveryLimits { deadline: Duration::ZERO, ..RecoveryLimits::default() }, ..limits() }
+}
+
 /// Runs requests until the group breaks; every stream, and the handle, must give the same reason.
 async fn reason_of(faults: &[Fault]) -> String {
-    let (engine, _ranks) = engine(faults, limits()).await;
+    let (engine, _ranks) = engine(faults, without_recovery()).await;
     let streams: Vec<_> = (0..10).map(|family| engine.submit(request(prompt(family, 20), 100)).unwrap()).collect();
     let mut reasons = vec![];
     for stream in streams {
@@ -66,7 +71,7 @@ async fn reason_of(faults: &[Fault]) -> String {
     assert_eq!(reasons.len(), 1, "{reasons:?}");
     let reason = reasons.remove(0);
     let expected = EngineError::GroupFailed { reason: reason.clone() };
-    assert_eq!(timeout(PATIENCE, engine.failed()).await, Ok(expected.clone()));
+    assert_eq!(timeout(PATIENCE, engine.broke(Epoch(3))).await, Ok(Some(reason.clone())));
     assert_eq!(engine.submit(request(prompt(1, 1), 1)).err(), Some(expected));
     reason
 }
@@ -178,8 +183,98 @@ async fn a_rank_that_disagrees_breaks_the_group() {
 async fn a_rank_that_dies_while_nothing_runs_breaks_the_group_too() {
     let (engine, ranks) = engine(&[Fault::None, Fault::None], limits()).await;
     ranks[1].abort();
-    let error = timeout(PATIENCE, engine.failed()).await.unwrap();
-    assert_eq!(error, EngineError::GroupFailed { reason: "rank 1 went away in phase ready".into() });
+    let reason = timeout(PATIENCE, engine.broke(Epoch(3))).await.unwrap();
+    assert_eq!(reason.as_deref(), Some("rank 1 went away in phase ready"));
+}
+
+/// Breaks a group under 16 streams and brings the next ones; every stream must end with the text of the oracle.
+async fn survives(faults: &[&[Fault]]) -> EngineHandle {
+    let (engine, _ranks) = engine(faults[0], limits()).await;
+    let constrained = |at| (at % 3 == 0).then(|| constraint(200));
+    let requests: Vec<_> = (0..16)
+        .map(|at| GenerateRequest {
+            constraint: constrained(at),
+            ..request(prompt(at % 5, 1 + 5 * at % 60), 40 + 3 * at)
+        })
+        .collect();
+    let mut streams = tokio::task::JoinSet::new();
+    for request in requests {
+        let stream = engine.submit(request.clone()).unwrap();
+        streams.spawn(async move {
+            let (tokens, last) = read(stream).await;
+            assert_eq!(tokens, oracle(&request, request.max_tokens.get()).0);
+            assert!(matches!(last, TokenEvent::Finished { .. }), "{last:?}");
+        });
+    }
+    for (epoch, faults) in (3..).zip(&faults[1..]) {
+        let reason = timeout(PATIENCE, engine.broke(Epoch(epoch))).await.unwrap();
+        assert!(reason.is_some_and(|reason| reason.contains("rank 1")));
+        let (group, ranks, _) = start_epoch(faults, Epoch(epoch + 1)).await;
+        assert!(engine.adopt(group.unwrap().with_incarnation(Incarnation(epoch))).is_ok());
+        std::mem::forget(ranks);
+    }
+    while let Some(stream) = timeout(PATIENCE, streams.join_next()).await.unwrap() {
+        stream.unwrap();
+    }
+    engine
+}
+
+#[tokio::test]
+async fn streams_go_on_in_the_next_epoch_with_the_same_text() {
+    let dies = Fault::Die(StepId(40));
+    let engine = survives(&[&[Fault::None, dies], &[Fault::None, Fault::None]]).await;
+    let snapshot = engine.snapshot();
+    assert_eq!((snapshot.epoch, snapshot.recovering, snapshot.progress_at), (4, false, None));
+    assert!(snapshot.counters.replays > 0 && snapshot.counters.finished == 16);
+}
+
+#[tokio::test]
+async fn death_divergence_and_lateness_one_after_the_other_change_no_text() {
+    let faults: [&[Fault]; 4] = [
+        &[Fault::None, Fault::Diverge(StepId(25))],
+        &[Fault::None, Fault::Die(StepId(20))],
+        &[Fault::None, Fault::Freeze(StepId(15))],
+        &[Fault::None],
+    ];
+    assert_eq!(survives(&faults).await.snapshot().epoch, 6);
+}
+
+#[tokio::test]
+async fn requests_that_come_while_no_group_is_there_wait_for_it() {
+    let (engine, ranks) = engine(&[Fault::None, Fault::None], limits()).await;
+    ranks[1].abort();
+    timeout(PATIENCE, engine.broke(Epoch(3))).await.unwrap();
+    let stream = engine.submit(request(prompt(1, 9), 20)).unwrap();
+    let cancelled = engine.submit(request(prompt(2, 9), 20)).unwrap();
+    drop(cancelled);
+    while engine.snapshot().waiting != 1 || !engine.snapshot().recovering {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(engine.snapshot().progress_at.is_some(), "work waits");
+    let (group, _ranks, _) = start_epoch(&[Fault::None], Epoch(4)).await;
+    engine.adopt(group.unwrap()).unwrap();
+    assert_eq!(read(stream).await.0, oracle(&request(prompt(1, 9), 20), 20).0);
+}
+
+#[tokio::test]
+async fn a_fuse_breaks_a_group_that_looks_well() {
+    let (group, _ranks, _) = start(&[Fault::None], StartDeadlines::default()).await;
+    let (fuse, given_up) = tokio::sync::oneshot::channel();
+    let engine = spawn(group.unwrap().with_fuse(given_up), limits());
+    fuse.send("node a is gone".into()).unwrap();
+    assert_eq!(timeout(PATIENCE, engine.broke(Epoch(3))).await, Ok(Some("node a is gone".into())));
+}
+
+#[tokio::test]
+async fn streams_that_no_group_comes_for_end_with_the_reason() {
+    let limits = EngineLimits { step_deadline_min: Duration::from_millis(50), ..limits() };
+    let (engine, _ranks) = engine(&[Fault::None, Fault::Die(StepId(9))], limits).await;
+    let stream = engine.submit(request(prompt(1, 9), 100)).unwrap();
+    timeout(PATIENCE, engine.broke(Epoch(3))).await.unwrap();
+    engine.give_up("no machine is left".into());
+    assert_eq!(failure(read(stream).await.1), "no machine is left");
+    let expected = EngineError::GroupFailed { reason: "no machine is left".into() };
+    assert_eq!(engine.submit(request(prompt(1, 1), 1)).err(), Some(expected));
 }
 
 #[tokio::test]

@@ -61,11 +61,20 @@ pub(super) fn load(world_size: u32) -> LoadModel {
     }
 }
 
+/// A group, the tasks of its ranks, and what was said of its start.
+type Started = (Result<TpGroup, GroupError>, Vec<JoinHandle<String>>, Vec<StartProgress>);
+
 /// Starts a group of fake ranks, the later ones first. The tasks end with why they were told to.
-pub(super) async fn start(
-    faults: &[Fault],
-    deadlines: StartDeadlines,
-) -> (Result<TpGroup, GroupError>, Vec<JoinHandle<String>>, Vec<StartProgress>) {
+pub(super) async fn start(faults: &[Fault], deadlines: StartDeadlines) -> Started {
+    start_with(faults, deadlines, load(faults.len() as u32)).await
+}
+
+/// The same for a later epoch.
+pub(super) async fn start_epoch(faults: &[Fault], epoch: Epoch) -> Started {
+    start_with(faults, StartDeadlines::default(), LoadModel { epoch, ..load(faults.len() as u32) }).await
+}
+
+async fn start_with(faults: &[Fault], deadlines: StartDeadlines, load: LoadModel) -> Started {
     let (progress, mut reports) = mpsc::channel(64);
     let mut links = vec![];
     let mut tasks = vec![];
@@ -77,7 +86,7 @@ pub(super) async fn start(
         tasks.push(tokio::spawn(fake.run()));
     }
     tasks.reverse();
-    let group = TpGroup::start(links, load(faults.len() as u32), deadlines, progress).await;
+    let group = TpGroup::start(links, load, deadlines, progress).await;
     let mut all = vec![];
     while let Ok(report) = reports.try_recv() {
         all.push(report);
@@ -113,6 +122,10 @@ impl FakeRank {
                     device = SimulatedRank::new(num_blocks, BLOCK_SIZE);
                     self.progress(Phase::WarmUp).await;
                     self.say(RankEvent::Ready { num_blocks }).await;
+                }
+                HeadMessage::BeginEpoch { .. } => {
+                    device = SimulatedRank::new(60, BLOCK_SIZE);
+                    self.say(RankEvent::Ready { num_blocks: 60 }).await;
                 }
                 HeadMessage::Plan(plan) => {
                     if !self.step(&mut device, &plan).await {

@@ -6,6 +6,8 @@
 //! **Invariant:** a step is finished only when every rank has answered with the same hashes; anything else breaks the group.
 
 use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -13,7 +15,7 @@ use phalanx_proto::{
     Epoch, HeadMessage, Incarnation, PLAN_BYTES_MAX, Phase, Rank, RankCapacity, RankEvent, RankFailure,
     STAGE_TOKENS_MAX, StepId, StepOutput, StepPlan, Term, mask_messages, pb,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use super::scheduler::PlannedStep;
@@ -45,6 +47,12 @@ pub struct RankLink {
 /// Why a group is broken. Each names the rank that failed first.
 #[derive(Debug, Clone, thiserror::Error, PartialEq)]
 pub enum GroupError {
+    /// The cluster gave the group up: a machine or a process of it is gone.
+    #[error("{reason}")]
+    GivenUp {
+        /// What was seen.
+        reason: String,
+    },
     /// A rank's stream ended.
     #[error("rank {rank} went away in phase {phase}")]
     Gone {
@@ -139,6 +147,9 @@ pub struct Launched {
     at: Instant,
 }
 
+/// The end of a group that its owner keeps: who sends a reason through it breaks the group at once.
+pub type Fuse = oneshot::Sender<String>;
+
 /// A group that serves steps.
 #[derive(Debug)]
 pub struct TpGroup {
@@ -154,6 +165,7 @@ pub struct TpGroup {
     finished_at: Instant,
     num_in_flight: usize,
     deadlines: StepDeadlines,
+    given_up: Option<oneshot::Receiver<String>>,
 }
 
 impl TpGroup {
@@ -172,7 +184,15 @@ impl TpGroup {
             finished_at: Instant::now(),
             num_in_flight: 0,
             deadlines: StepDeadlines::new(STEP_DEADLINE_MIN),
+            given_up: None,
         }
+    }
+
+    /// Ties the group to a fuse: it breaks when a reason comes through it. A fuse that is dropped does nothing.
+    #[must_use]
+    pub fn with_fuse(mut self, given_up: oneshot::Receiver<String>) -> Self {
+        self.given_up = Some(given_up);
+        self
     }
 
     /// Names the set of rank processes; plans carry it.
@@ -259,10 +279,15 @@ impl TpGroup {
         self.culprit(error).await
     }
 
-    /// Tells every rank to end. Ranks that are gone do not matter any more.
+    /// How long no step may end, with work there, until the group is called stalled.
+    pub fn stall_limit(&self) -> Duration {
+        self.deadlines.stall()
+    }
+
+    /// Tells every rank to end, and lets go of their streams. Ranks that are gone do not matter any more.
     pub async fn shut_down(&mut self, reason: &str) {
         let message = to_wire(&HeadMessage::Shutdown(reason.into()));
-        for member in &self.members {
+        for member in self.members.drain(..) {
             let _gone = member.link.commands.send_timeout(Ok(message.clone()), SHUTDOWN_DEADLINE).await;
         }
     }
@@ -290,6 +315,14 @@ impl TpGroup {
 
     /// Takes in what every rank has sent. All are looked at, so that the one that fails is named and not the one that waits for it.
     fn poll_members(&mut self, cx: &mut Context<'_>) -> Result<(), GroupError> {
+        if let Some(given_up) = &mut self.given_up
+            && let Poll::Ready(reason) = Pin::new(given_up).poll(cx)
+        {
+            self.given_up = None;
+            if let Ok(reason) = reason {
+                return Err(GroupError::GivenUp { reason });
+            }
+        }
         let num_in_flight = self.num_in_flight;
         for member in &mut self.members {
             let rank = member.link.rank;
@@ -499,6 +532,10 @@ impl Decoder {
             Message::SampleInputs(inputs) => {
                 self.masks.keep(inputs).expect("valid");
                 return None;
+            }
+            Message::BeginEpoch(begin) => {
+                self.masks = phalanx_proto::MaskStaging::default();
+                HeadMessage::BeginEpoch { term: Term(begin.term), epoch: Epoch(begin.epoch) }
             }
             Message::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
         })

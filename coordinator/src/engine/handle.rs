@@ -6,13 +6,14 @@
 //! **Invariant:** a stream yields exactly one `Finished` or `Failed`, whatever becomes of the engine.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use phalanx_proto::SeqId;
+use phalanx_proto::{Epoch, SeqId};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
+use super::group::TpGroup;
 use super::request::{EngineError, EngineLimits, GenerateRequest, TokenEvent};
 use super::scheduler::Counters;
 use super::sequence::Sequence;
@@ -24,6 +25,9 @@ const OPEN_STREAMS_SHARE: usize = 4;
 /// How long an engine may take to end after its drain: a step, and telling the ranks.
 const END_DEADLINE: Duration = Duration::from_secs(60);
 
+/// Groups that may be on their way to an engine: the next one, and word that there is none.
+const NEXT_GROUPS_MAX: usize = 2;
+
 /// The reason of an engine that ended without one, by a broken invariant.
 pub(super) const BROKEN: &str = "the engine broke";
 
@@ -33,10 +37,24 @@ pub(super) enum Command {
     Cancel(SeqId),
 }
 
+/// What becomes of an engine whose group broke.
+#[derive(Debug)]
+pub(super) enum NextGroup {
+    /// It goes on with this one.
+    Ready(Box<TpGroup>),
+    /// There will be none.
+    None(EngineError),
+}
+
 /// Where an engine stands.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum EngineState {
     Serving,
+    /// The group of that epoch broke; requests wait for the next one.
+    Recovering {
+        epoch: Epoch,
+        reason: String,
+    },
     /// No new requests; those in the engine may go on until then.
     Draining(Instant),
     Failed(EngineError),
@@ -58,12 +76,23 @@ pub struct EngineSnapshot {
     pub num_blocks_cached: u32,
     /// This life of sequences and KV blocks.
     pub epoch: u64,
-    /// What was done in this epoch.
+    /// What was done so far, in all epochs.
     pub counters: Counters,
+    /// When a step ended last, or when work came to an engine that had none. None where nothing runs or waits.
+    pub progress_at: Option<Instant>,
+    /// Without a step for so long, with work there, the engine is called stalled.
+    pub stall_limit: Duration,
+    /// The group broke, and the next one is not there yet.
+    pub recovering: bool,
 }
 
 impl EngineSnapshot {
-    /// Steps committed in this epoch.
+    /// How long there has been work and no step has ended.
+    pub fn stalled_for(&self, now: Instant) -> Duration {
+        self.progress_at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at))
+    }
+
+    /// Steps committed so far, in all epochs.
     pub fn steps(&self) -> u64 {
         self.counters.steps
     }
@@ -72,6 +101,8 @@ impl EngineSnapshot {
 /// What handle and engine share.
 pub(super) struct Shared {
     pub(super) limits: EngineLimits,
+    /// KV blocks of the group that serves now, which differ from the first one's.
+    pub(super) num_blocks: AtomicU32,
     /// Requests accepted and not ended.
     pub(super) num_accepted: AtomicU32,
     /// Mean time between two requests that end.
@@ -83,6 +114,7 @@ pub(super) struct Shared {
 impl Shared {
     pub(super) fn new(limits: EngineLimits, snapshot: EngineSnapshot) -> Arc<Self> {
         Arc::new(Self {
+            num_blocks: AtomicU32::new(limits.num_blocks),
             limits,
             num_accepted: AtomicU32::new(0),
             retry_after_us: AtomicU64::new(0),
@@ -120,7 +152,7 @@ impl Shared {
         match &*self.state.borrow() {
             EngineState::Failed(error) => error.clone(),
             EngineState::Draining(_) | EngineState::Stopped => EngineError::Stopping,
-            EngineState::Serving => EngineError::GroupFailed { reason: BROKEN.into() },
+            EngineState::Serving | EngineState::Recovering { .. } => EngineError::GroupFailed { reason: BROKEN.into() },
         }
     }
 }
@@ -130,6 +162,7 @@ impl Shared {
 pub struct EngineHandle {
     shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
+    groups: mpsc::Sender<NextGroup>,
     next_id: Arc<AtomicU64>,
 }
 
@@ -140,12 +173,13 @@ impl std::fmt::Debug for EngineHandle {
 }
 
 impl EngineHandle {
-    pub(super) fn new(shared: Arc<Shared>) -> (Self, mpsc::Receiver<Command>) {
+    pub(super) fn new(shared: Arc<Shared>) -> (Self, mpsc::Receiver<Command>, mpsc::Receiver<NextGroup>) {
         let places = shared.limits.num_accepted_max() as usize;
         // One for each submission under way, and one kept by each open stream for its cancellation.
         let capacity = places.saturating_mul(1 + OPEN_STREAMS_SHARE).min(tokio::sync::Semaphore::MAX_PERMITS);
         let (commands, inbox) = mpsc::channel(capacity);
-        (Self { shared, commands, next_id: Arc::new(AtomicU64::new(1)) }, inbox)
+        let (groups, next_groups) = mpsc::channel(NEXT_GROUPS_MAX);
+        (Self { shared, commands, groups, next_id: Arc::new(AtomicU64::new(1)) }, inbox, next_groups)
     }
 
     /// Hands a request to the engine and gives the stream of its tokens.
@@ -153,10 +187,11 @@ impl EngineHandle {
     /// # Errors
     /// The request can never run (the client must change it), the queue is full (try again later), or the engine has ended.
     pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
-        if *self.shared.state.borrow() != EngineState::Serving {
+        if !matches!(*self.shared.state.borrow(), EngineState::Serving | EngineState::Recovering { .. }) {
             return Err(self.shared.reason());
         }
-        let max_tokens = self.shared.limits.admit(&request)?;
+        let num_blocks = self.shared.num_blocks.load(Ordering::Acquire);
+        let max_tokens = EngineLimits { num_blocks, ..self.shared.limits.clone() }.admit(&request)?;
         let (Ok(submission), Ok(cancellation)) =
             (self.commands.clone().try_reserve_owned(), self.commands.clone().try_reserve_owned())
         else {
@@ -166,8 +201,10 @@ impl EngineHandle {
         let id = SeqId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let capacity = (max_tokens.get() as usize).saturating_add(OTHER_EVENTS_MAX);
         let (stream, events) = mpsc::channel(capacity);
-        submission.send(Command::Submit { sequence: Box::new(Sequence::new(id, request, max_tokens)), stream });
-        Ok(TokenStream { id, events, cancellation: Some(cancellation), shared: Arc::clone(&self.shared) })
+        let sequence = Box::new(Sequence::new(id, request, max_tokens));
+        let started = sequence.started();
+        submission.send(Command::Submit { sequence, stream });
+        Ok(TokenStream { id, events, cancellation: Some(cancellation), started, shared: Arc::clone(&self.shared) })
     }
 
     /// The engine now.
@@ -175,23 +212,54 @@ impl EngineHandle {
         *self.shared.snapshot.borrow()
     }
 
+    /// Requests that it has accepted and that have not ended.
+    pub fn num_accepted(&self) -> u32 {
+        self.shared.num_accepted.load(Ordering::Acquire)
+    }
+
     /// What it accepts.
     pub fn limits(&self) -> &EngineLimits {
         &self.shared.limits
     }
 
-    /// Resolves when the group broke; never after an orderly stop.
-    pub async fn failed(&self) -> EngineError {
+    /// Resolves when the group of `epoch` broke, with the reason; `None` after an orderly stop.
+    pub async fn broke(&self, epoch: Epoch) -> Option<String> {
         let mut state = self.shared.state.subscribe();
+        let reason = |state: &EngineState| match state {
+            EngineState::Failed(EngineError::GroupFailed { reason }) => Some(Some(reason.clone())),
+            EngineState::Failed(error) => Some(Some(error.to_string())),
+            EngineState::Recovering { epoch: broken, reason } if *broken >= epoch => Some(Some(reason.clone())),
+            EngineState::Stopped => Some(None),
+            EngineState::Serving | EngineState::Recovering { .. } | EngineState::Draining(_) => None,
+        };
         loop {
-            if let EngineState::Failed(error) = &*state.borrow_and_update() {
-                return error.clone();
+            if let Some(end) = reason(&state.borrow_and_update()) {
+                return end;
             }
-            if state.changed().await.is_err() {
-                // The sender lives as long as this handle.
-                return EngineError::Stopping;
-            }
+            // The sender lives as long as this handle.
+            state.changed().await.ok()?;
         }
+    }
+
+    /// Gives the next group to an engine whose group broke, or is about to be seen broken.
+    ///
+    /// # Errors
+    /// The engine has ended; the group comes back.
+    pub fn adopt(&self, group: TpGroup) -> Result<(), Box<TpGroup>> {
+        let returned = |next| match next {
+            NextGroup::Ready(group) => Err(group),
+            NextGroup::None(_) => Ok(()),
+        };
+        match self.groups.try_send(NextGroup::Ready(Box::new(group))) {
+            Ok(()) => Ok(()),
+            Err(mpsc::error::TrySendError::Closed(next) | mpsc::error::TrySendError::Full(next)) => returned(next),
+        }
+    }
+
+    /// Tells an engine whose group broke that there will be no other: its streams end with this reason.
+    pub fn give_up(&self, reason: String) {
+        // One that has ended needs no word, and one that was told already ends.
+        let _ended = self.groups.try_send(NextGroup::None(EngineError::GroupFailed { reason }));
     }
 
     /// Refuses new requests, lets those in the engine end for at most `drain`, fails the rest, and ends ranks and thread.
@@ -199,7 +267,7 @@ impl EngineHandle {
         let ends = Instant::now() + drain;
         self.shared.state.send_if_modified(|state| {
             let sooner = match state {
-                EngineState::Serving => true,
+                EngineState::Serving | EngineState::Recovering { .. } => true,
                 EngineState::Draining(at) => ends < *at,
                 EngineState::Failed(_) | EngineState::Stopped => false,
             };
@@ -236,6 +304,7 @@ pub struct TokenStream {
     events: mpsc::Receiver<TokenEvent>,
     /// The place of the cancellation; none once the last event was read.
     cancellation: Option<mpsc::OwnedPermit<Command>>,
+    started: Arc<AtomicBool>,
     shared: Arc<Shared>,
 }
 
@@ -249,6 +318,11 @@ impl TokenStream {
     /// The engine's name for the sequence, for logs.
     pub fn seq_id(&self) -> SeqId {
         self.id
+    }
+
+    /// True once the sequence has left the queue.
+    pub fn has_started(&self) -> bool {
+        self.started.load(Ordering::Acquire)
     }
 
     /// The next event; none after the last one.

@@ -1,6 +1,7 @@
 //! One engine per tensor-parallel group: step loop, sequences, scheduler, KV blocks.
 //!
-//! Knows tokens only: no text, no HTTP, no cluster. Runs on a thread of its own.
+//! Knows tokens only: no text, no HTTP, no cluster. Runs on a thread of its own. It outlives its group: when that breaks, requests
+//! wait for the next one and go on where they were; see `recovery.rs`.
 //!
 //! **Invariant:** every accepted request ends in exactly one event that carries a finish reason or an error.
 //! **Invariant:** nothing but the engine's thread touches scheduler, blocks and group.
@@ -16,6 +17,7 @@ pub mod group;
 mod handle;
 mod outbox;
 pub mod policy;
+mod recovery;
 mod replicas;
 mod request;
 pub mod scheduler;
@@ -41,14 +43,14 @@ use tokio::time::Instant;
 pub use constraint::{Constraint, ConstraintError, NextTokens, TokenConstraint};
 pub use handle::{EngineHandle, EngineSnapshot, TokenStream};
 pub use replicas::Replicas;
-pub use request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent, Usage};
+pub use request::{EngineError, EngineLimits, FinishReason, GenerateRequest, RecoveryLimits, TokenEvent, Usage};
 pub use scheduler::Counters;
 pub use start::{StartDeadlines, StartProgress};
 
 use block_manager::BlockManager;
 use constraint::ConstraintPool;
 use group::{GroupError, Launched, TpGroup};
-use handle::{Command, EngineState, Shared};
+use handle::{Command, EngineState, NextGroup, Shared};
 use outbox::{Outbox, is_last};
 use scheduler::{Scheduler, SeqEvent};
 
@@ -67,6 +69,7 @@ enum Progress {
 /// The step loop and all that it owns.
 struct Engine {
     inbox: mpsc::Receiver<Command>,
+    next_groups: mpsc::Receiver<NextGroup>,
     state: watch::Receiver<EngineState>,
     scheduler: Scheduler,
     blocks: BlockManager,
@@ -76,6 +79,29 @@ struct Engine {
     outbox: Outbox,
     shared: Arc<Shared>,
     last_end: Instant,
+    /// When a step ended last, or work came; none while there is none.
+    progress_at: Option<Instant>,
+    recovering: bool,
+}
+
+/// Why an epoch ends.
+enum EpochEnd {
+    /// Its group broke: another one may go on.
+    Broken(GroupError),
+    /// The engine cannot go on with any group.
+    Failed(EngineError),
+}
+
+impl From<GroupError> for EpochEnd {
+    fn from(error: GroupError) -> Self {
+        Self::Broken(error)
+    }
+}
+
+impl From<EngineError> for EpochEnd {
+    fn from(error: EngineError) -> Self {
+        Self::Failed(error)
+    }
 }
 
 impl From<GroupError> for EngineError {
@@ -99,11 +125,12 @@ pub fn spawn(mut group: TpGroup, mut limits: EngineLimits) -> EngineHandle {
     );
     let blocks = BlockManager::new(limits.num_blocks, limits.block_size, limits.enable_prefix_caching);
     let shared = Shared::new(limits.clone(), EngineSnapshot::default());
-    let (handle, inbox) = EngineHandle::new(Arc::clone(&shared));
+    let (handle, inbox, next_groups) = EngineHandle::new(Arc::clone(&shared));
     let (outbox, dispatcher) = outbox::outbox();
     let constraints = ConstraintPool::new(limits.num_accepted_max() as usize);
     let engine = Engine {
         inbox,
+        next_groups,
         state: shared.state.subscribe(),
         scheduler: Scheduler::new(limits),
         blocks,
@@ -113,6 +140,8 @@ pub fn spawn(mut group: TpGroup, mut limits: EngineLimits) -> EngineHandle {
         outbox,
         shared: Arc::clone(&shared),
         last_end: Instant::now(),
+        progress_at: None,
+        recovering: false,
     };
     engine.publish();
     match tokio::runtime::Handle::try_current() {
@@ -153,8 +182,8 @@ impl Engine {
     /// Devices work on the queue meanwhile; `steps_in_flight_max` bounds it.
     ///
     /// # Errors
-    /// A failed rank fails the step and its group; every stream then ends with the reason.
-    async fn turn(&mut self) -> Result<Progress, EngineError> {
+    /// A failed rank fails the step and its group: the epoch ends, and the next group replays what runs.
+    async fn turn(&mut self) -> Result<Progress, EpochEnd> {
         self.drain_inbox();
         self.resume_constrained();
         while self.in_flight.len() < self.shared.limits.steps_in_flight_max.max(1) as usize {
@@ -166,6 +195,7 @@ impl Engine {
             return Ok(Progress::Idle);
         };
         let (step, output) = self.group.finish(oldest).await?;
+        self.progress_at = Some(Instant::now());
         let events = self.scheduler.commit(step, output, &mut self.blocks);
         self.constraints.submit(self.scheduler.take_constraint_work());
         self.emit(events).await?;
@@ -195,8 +225,19 @@ impl Engine {
         });
     }
 
-    /// Turns until the engine is stopped or its group breaks.
+    /// Epoch after epoch, until the engine is stopped or no group takes over.
     async fn run(&mut self) -> Result<(), EngineError> {
+        loop {
+            match self.run_epoch().await {
+                Ok(()) => return Ok(()),
+                Err(EpochEnd::Failed(error)) => return Err(error),
+                Err(EpochEnd::Broken(error)) => self.recover(&error).await?,
+            }
+        }
+    }
+
+    /// Turns until the engine is stopped or its group breaks.
+    async fn run_epoch(&mut self) -> Result<(), EpochEnd> {
         loop {
             let progress = self.turn().await?;
             if self.is_drained() {
@@ -215,7 +256,7 @@ impl Engine {
     }
 
     /// Waits for something to do: a command, a mask, a change of state, or the end of the group.
-    async fn rest(&mut self) -> Result<(), EngineError> {
+    async fn rest(&mut self) -> Result<(), EpochEnd> {
         tokio::select! {
             command = self.inbox.recv() => {
                 match command {
@@ -262,6 +303,8 @@ impl Engine {
             self.shared.release(num_ended);
             self.note_ends(num_ended);
         }
+        let has_work = !self.scheduler.is_empty();
+        self.progress_at = has_work.then(|| self.progress_at.unwrap_or_else(Instant::now));
         self.publish();
         self.outbox.send(events).await
     }
@@ -285,6 +328,9 @@ impl Engine {
             num_blocks_cached: self.blocks.num_cached(),
             epoch: self.group.epoch().0,
             counters: self.scheduler.counters(),
+            progress_at: self.progress_at,
+            stall_limit: self.group.stall_limit(),
+            recovering: self.recovering,
         });
     }
 

@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use tokio::time::Instant;
+
 use super::{EngineError, EngineHandle, EngineLimits, EngineSnapshot, GenerateRequest, TokenStream};
 
 /// At least one engine, all of the same limits. Cheap to clone.
@@ -32,7 +34,8 @@ impl Replicas {
     pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
         let work = |engine: &&EngineHandle| {
             let snapshot = engine.snapshot();
-            snapshot.running.saturating_add(snapshot.waiting)
+            // One that waits for its group is asked last.
+            (snapshot.recovering, snapshot.running.saturating_add(snapshot.waiting))
         };
         let mut engines: Vec<&EngineHandle> = self.engines().collect();
         // A stable sort: the same state gives the same order.
@@ -46,6 +49,17 @@ impl Replicas {
             }
         }
         Err(refusal.unwrap_or(EngineError::Stopping))
+    }
+
+    /// Why requests do not go on: every replica waits for its group, or one has work and has not ended a step for long.
+    pub fn trouble(&self, now: Instant) -> Option<String> {
+        let snapshots: Vec<EngineSnapshot> = self.engines().map(EngineHandle::snapshot).collect();
+        if snapshots.iter().all(|engine| engine.recovering) {
+            return Some("its ranks are started again".to_owned());
+        }
+        let stalled = |engine: &&EngineSnapshot| engine.stalled_for(now) > engine.stall_limit;
+        let engine = snapshots.iter().find(stalled)?;
+        Some(format!("no step has ended for {} s, and work waits", engine.stalled_for(now).as_secs()))
     }
 
     /// All of them now, summed up.
@@ -65,8 +79,21 @@ impl Replicas {
             sum.counters.generated_tokens += one.counters.generated_tokens;
             sum.counters.preemptions += one.counters.preemptions;
             sum.counters.finished += one.counters.finished;
+            sum.counters.replays += one.counters.replays;
+            sum.stall_limit = sum.stall_limit.max(one.stall_limit);
         }
         sum
+    }
+
+    /// How many there are.
+    #[expect(clippy::len_without_is_empty, reason = "there is always one")]
+    pub fn len(&self) -> u32 {
+        self.others.len() as u32 + 1
+    }
+
+    /// Requests that they have accepted and that have not ended.
+    pub fn num_accepted(&self) -> u32 {
+        self.engines().map(EngineHandle::num_accepted).sum()
     }
 
     /// What each accepts.
@@ -116,6 +143,7 @@ mod tests {
             enable_prefix_caching: true,
             step_time_budget: Duration::from_millis(10),
             step_deadline_min: Duration::from_secs(5),
+            recovery: crate::engine::RecoveryLimits::default(),
         }
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use phalanx_proto::{SamplingParams, TokenId, TokenLogprobs};
 
 use super::constraint::Constraint;
+use crate::config::defaults;
 
 /// A request as the engine sees it: validated, tokenized, without text.
 #[derive(Debug, Clone)]
@@ -155,4 +156,21 @@ pub struct EngineLimits {
     pub step_time_budget: Duration,
     /// Shortest deadline of a step.
     pub step_deadline_min: Duration,
+    /// What happens when the group breaks.
+    pub recovery: RecoveryLimits,
+}
+
+/// How often and how long an engine goes on after its group broke.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecoveryLimits {
+    /// Most epochs that may end under one request: with the next one it fails.
+    pub replays_max: u32,
+    /// Longest wait for the next group; zero: the engine fails with its group.
+    pub deadline: Duration,
+}
+
+impl Default for RecoveryLimits {
+    fn default() -> Self {
+        Self { replays_max: defaults::REPLAYS_MAX, deadline: defaults::RECOVERY_DEADLINE }
+    }
 }

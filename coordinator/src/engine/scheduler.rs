@@ -7,6 +7,8 @@
 //! **Invariant:** `running` is in order of start; a sequence that gives way has no row in the plan that is being made.
 //! **Invariant:** if a sequence waits and no step is in flight, [`Scheduler::plan`] gives a plan, unless constraints are away.
 
+mod replay;
+
 use std::collections::{HashMap, VecDeque};
 
 use phalanx_proto::{
@@ -62,6 +64,8 @@ pub struct Counters {
     pub preemptions: u64,
     /// Sequences that ended, whatever the reason.
     pub finished: u64,
+    /// Sequences that went on in another epoch than they had run in.
+    pub replays: u64,
 }
 
 /// Sequences of one engine, and the order of their work.
@@ -76,6 +80,7 @@ pub struct Scheduler {
     /// Slots whose release no plan has told yet.
     released_slots: Vec<SeqSlot>,
     last_step: StepId,
+    committed_step: StepId,
     step_time: StepTime,
     events: Vec<SeqEvent>,
     constraint_work: Vec<ConstraintWork>,
@@ -91,6 +96,8 @@ struct Draft {
     masks: Vec<TokenMask>,
     sampler: SamplerVariant,
     num_decode: u32,
+    /// The sequence that has this step for itself.
+    alone: Option<SeqId>,
     tokens_left: u32,
     prefill_left: u32,
     bytes_left: usize,
@@ -114,6 +121,11 @@ impl Draft {
         self.sequences.push(sequence.id);
     }
 
+    /// Whether the step may have rows of this sequence.
+    fn admits(&self, id: SeqId) -> bool {
+        self.alone.is_none_or(|alone| alone == id)
+    }
+
     /// Blocks that fit in the plan beside `bytes`.
     fn num_blocks_max(&self, bytes: usize) -> usize {
         self.bytes_left.saturating_sub(bytes) / BLOCK_BYTES_MAX
@@ -133,6 +145,7 @@ impl Scheduler {
             free_slots,
             released_slots: Vec::new(),
             last_step: StepId(0),
+            committed_step: StepId(0),
             step_time: StepTime::default(),
             events: Vec::new(),
             constraint_work: Vec::new(),
@@ -162,8 +175,10 @@ impl Scheduler {
 
     /// Takes a new sequence in.
     pub fn enqueue(&mut self, sequence: Sequence) {
-        self.policy.enqueue(&mut self.waiting, sequence.id);
-        self.sequences.insert(sequence.id, sequence);
+        let id = sequence.id;
+        self.policy.enqueue(&mut self.waiting, id);
+        self.sequences.insert(id, sequence);
+        self.fit(id);
     }
 
     /// The client is gone: the sequence leaves at the next plan, its tokens in flight are dropped. Unknown ids have ended before.
@@ -190,9 +205,16 @@ impl Scheduler {
     /// The next step, if there is work: every decoding sequence first, then chunks of prompts, then new sequences.
     pub fn plan(&mut self, blocks: &mut BlockManager) -> Option<PlannedStep> {
         let mut draft = self.draft();
+        draft.alone = self.suspect(blocks);
+        if draft.alone.is_some_and(|id| self.has_others_in_flight(id)) {
+            return None;
+        }
         self.plan_decodes(&mut draft, blocks);
         draft.num_decode = draft.rows.len() as u32;
-        let prefill_max = self.step_time.num_prefill_tokens(draft.num_decode, self.limits.step_time_budget);
+        let num_behind =
+            self.running.len() as u32 - draft.num_decode + self.waiting.len().min(self.free_slots.len()) as u32;
+        let budget = self.limits.step_time_budget;
+        let prefill_max = self.step_time.num_prefill_tokens(draft.num_decode, num_behind, budget);
         draft.prefill_left = prefill_max.min(draft.tokens_left);
         self.plan_chunks(&mut draft);
         self.start_waiting(&mut draft, blocks);
@@ -211,6 +233,7 @@ impl Scheduler {
             self.commit_token(*id, sampled, blocks);
         }
         blocks.commit(plan.step);
+        self.committed_step = plan.step;
         self.counters.steps += 1;
         self.take_events()
     }
@@ -252,6 +275,7 @@ impl Scheduler {
             masks: Vec::new(),
             sampler: SamplerVariant::Greedy,
             num_decode: 0,
+            alone: None,
             tokens_left: self.limits.max_num_batched_tokens,
             prefill_left: 0,
             bytes_left: PLAN_BYTES_MAX - PLAN_RESERVED_BYTES - num_released * BLOCK_BYTES_MAX,
@@ -265,7 +289,7 @@ impl Scheduler {
         while let Some(&id) = self.running.get(next) {
             next += 1;
             let fits = draft.tokens_left > 0 && draft.bytes_left >= ROW_BYTES_MAX + BLOCK_BYTES_MAX;
-            if !fits || !self.sequences.get(&id).is_some_and(Sequence::can_decode) {
+            if !fits || !draft.admits(id) || !self.sequences.get(&id).is_some_and(Sequence::can_decode) {
                 continue;
             }
             if !self.make_room(id, draft, blocks) {
@@ -291,7 +315,9 @@ impl Scheduler {
                 draft.num_stalled += 1;
                 return false;
             }
-            let Some(victim) = self.policy.victim(&self.running) else { return false };
+            // One that has the step for itself gives way to nobody: it would start again and lack the same block.
+            let others: Vec<SeqId> = self.running.iter().copied().filter(|other| draft.alone != Some(*other)).collect();
+            let Some(victim) = self.policy.victim(&others) else { return false };
             self.preempt(victim, blocks);
             draft.preempted = true;
         }
@@ -300,7 +326,7 @@ impl Scheduler {
     fn plan_chunks(&mut self, draft: &mut Draft) {
         for id in &self.running {
             let Some(sequence) = self.sequences.get_mut(id) else { continue };
-            if sequence.num_prefill_left() > 0 {
+            if sequence.num_prefill_left() > 0 && draft.admits(*id) {
                 plan_chunk(sequence, draft, self.limits.block_size);
             }
         }
@@ -308,18 +334,25 @@ impl Scheduler {
 
     fn start_waiting(&mut self, draft: &mut Draft, blocks: &mut BlockManager) {
         while draft.prefill_left > 0 && !draft.preempted && draft.num_stalled == 0 {
-            let Some(id) = self.policy.next(&self.waiting) else { return };
+            let Some(id) = self.policy.next(&self.waiting).filter(|id| draft.admits(*id)) else { return };
             if self.is_being_computed(id, draft, blocks) {
                 return;
             }
             let Some(sequence) = self.sequences.get_mut(&id) else { return };
+            if sequence.runs_alone() && draft.alone != Some(id) {
+                return;
+            }
             if sequence.num_in_flight() > 0
                 || !sequence.may_sample()
                 || draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX) == 0
             {
                 return;
             }
-            let reserve = if self.running.is_empty() { 0 } else { blocks.num_blocks().div_ceil(RESERVE_SHARE) };
+            let reserve = if self.running.is_empty() || draft.alone.is_some() {
+                0
+            } else {
+                blocks.num_blocks().div_ceil(RESERVE_SHARE)
+            };
             let Some(slot) = self.free_slots.pop() else { return };
             let Some(table) = open_table(sequence, draft, blocks, reserve) else {
                 self.free_slots.push(slot);

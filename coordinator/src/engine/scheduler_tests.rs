@@ -28,6 +28,7 @@ pub(super) fn limits() -> EngineLimits {
         enable_prefix_caching: true,
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
+        recovery: crate::engine::RecoveryLimits::default(),
     }
 }
 
@@ -93,6 +94,7 @@ enum Operation {
     Answer,
     Plan,
     Commit,
+    Break,
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -106,6 +108,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         8 => Just(Operation::Plan),
         8 => Just(Operation::Commit),
         4 => Just(Operation::Answer),
+        1 => Just(Operation::Break),
     ]
 }
 
@@ -195,6 +198,7 @@ impl Harness {
             Operation::Commit => {
                 self.commit();
             }
+            Operation::Break => self.break_group(u32::MAX, self.limits.num_blocks),
         }
         self.scheduler.check_invariants(&self.blocks);
     }
@@ -206,6 +210,15 @@ impl Harness {
         let max_tokens = max_tokens.get();
         let (tokens, end) = (vec![], None);
         self.cases.push(Case { request, max_tokens, tokens, num_prompt_logprobs: None, end, cancelled: false });
+    }
+
+    /// The group is gone with all that was in flight; another one takes over.
+    fn break_group(&mut self, replays_max: u32, num_blocks: u32) {
+        self.scheduler.end_epoch(replays_max, &EngineError::GroupFailed { reason: "rank 1".into() });
+        self.limits.num_blocks = num_blocks;
+        self.blocks = BlockManager::new(num_blocks, self.limits.block_size, self.limits.enable_prefix_caching);
+        self.group = SimulatedGroup::new(num_blocks, self.limits.block_size);
+        self.scheduler.begin_epoch(num_blocks);
     }
 
     fn plan(&mut self) -> bool {
@@ -303,7 +316,12 @@ impl Harness {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        // More where PROPTEST_CASES says so.
+        cases: ProptestConfig::default().cases.max(400),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
     #[test]
     fn text_equals_that_of_the_oracle(
         setting in setting(),
@@ -370,6 +388,31 @@ fn others_run_ahead_of_a_sequence_whose_mask_is_not_there() {
     harness.group.launch(both);
     harness.run_out();
     assert_eq!(harness.cases[0].end, Some(FinishReason::Complete));
+}
+
+#[test]
+fn constraints_go_on_in_the_next_epoch_wherever_they_were() {
+    let mut harness = Harness::new(Setting { steps_in_flight: 1, ..ROOMY });
+    for family in 0..2 {
+        harness.submit(GenerateRequest { constraint: Some(constraint(6)), ..request(prompt(family, 4), 20) });
+    }
+    harness.plan();
+    harness.commit();
+    // One mask is known and its token in flight, the other one is still computed.
+    let work = harness.away.remove(0);
+    harness.scheduler.resume(work.run(), &mut harness.blocks);
+    assert_eq!(harness.scheduler.plan(&mut harness.blocks).map(|step| step.sequences.len()), Some(1));
+    harness.break_group(9, 64);
+    let replayed = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert_eq!(
+        (replayed.sequences.len(), replayed.plan.masks.len()),
+        (1, 1),
+        "the lost token is drawn by the same mask"
+    );
+    harness.group.launch(replayed);
+    harness.commit();
+    harness.run_out();
+    assert!(harness.cases.iter().all(|case| case.end == Some(FinishReason::Complete)));
 }
 
 #[test]
@@ -478,6 +521,95 @@ fn a_plan_of_long_prompts_stays_small() {
 }
 
 #[test]
+fn what_ran_when_the_group_broke_goes_on_first_and_in_its_order() {
+    let mut harness = Harness::new(Setting { max_num_seqs: 3, ..ROOMY });
+    for family in 0..6 {
+        harness.submit(request(prompt(family, 4), 28));
+    }
+    for _ in 0..6 {
+        harness.plan();
+        harness.commit();
+    }
+    assert_eq!((harness.scheduler.num_running(), harness.scheduler.num_waiting()), (3, 3));
+    harness.plan();
+    harness.break_group(9, 64);
+    assert_eq!((harness.scheduler.num_running(), harness.scheduler.num_waiting()), (0, 6));
+    assert_eq!(harness.scheduler.counters().replays, 3);
+    let step = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert_eq!(step.plan.step, phalanx_proto::StepId(1), "an epoch counts its steps from the first");
+    assert_eq!(step.sequences, [SeqId(0), SeqId(1), SeqId(2)]);
+    assert!(step.plan.new_sequences.iter().all(|new| new.tokens.len() > new.num_prompt_tokens as usize));
+    harness.group.launch(step);
+    harness.run_out();
+}
+
+#[test]
+fn sequences_in_two_broken_batches_have_their_steps_for_themselves_for_a_while() {
+    let mut harness = Harness::new(ROOMY);
+    for family in 0..3 {
+        harness.submit(request(prompt(family, 4), 28));
+    }
+    for _ in 0..2 {
+        harness.plan();
+        harness.break_group(9, 64);
+    }
+    let mut alone = Vec::new();
+    for _ in 0..100 {
+        let Some(step) = harness.scheduler.plan(&mut harness.blocks) else { break };
+        if step.sequences.len() > 1 {
+            harness.group.launch(step);
+            break;
+        }
+        alone.push(step.sequences[0].0);
+        harness.group.launch(step);
+        assert!(harness.commit());
+    }
+    assert_eq!(alone, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]);
+    harness.run_out();
+}
+
+#[test]
+fn a_sequence_that_breaks_every_group_fails_alone() {
+    let mut harness = Harness::new(ROOMY);
+    for family in 0..3 {
+        harness.submit(request(prompt(family, 4), 28));
+    }
+    // Sequence 1 ends every group that has it in its batch.
+    let mut failed = Vec::new();
+    for _ in 0..1000 {
+        let Some(step) = harness.scheduler.plan(&mut harness.blocks) else { break };
+        let is_poisoned = step.sequences.contains(&SeqId(1));
+        harness.group.launch(step);
+        if is_poisoned {
+            harness.break_group(3, 64);
+            failed.append(&mut harness.scheduler.take_events());
+        } else {
+            harness.commit();
+        }
+    }
+    assert!(matches!(failed[..], [(SeqId(1), TokenEvent::Failed(EngineError::GroupFailed { .. }))]), "{failed:?}");
+    for case in [0, 2] {
+        assert_eq!(harness.cases[case].end, Some(FinishReason::Length), "the others go on");
+        assert_eq!(harness.cases[case].tokens, oracle(&harness.cases[case].request, 28).0);
+    }
+}
+
+#[test]
+fn a_smaller_group_ends_sequences_sooner_and_fails_what_cannot_fit() {
+    let mut harness = Harness::new(ROOMY);
+    harness.submit(request(prompt(1, 40), 100));
+    harness.submit(request(prompt(2, 10), 100));
+    harness.plan();
+    harness.break_group(9, 8);
+    let events = harness.scheduler.take_events();
+    let too_few = EngineError::TooFewBlocks { needed: 10, total: 8 };
+    assert!(matches!(&events[..], [(SeqId(0), TokenEvent::Failed(error))] if *error == too_few), "{events:?}");
+    (harness.cases[0].cancelled, harness.cases[0].end) = (true, Some(FinishReason::Aborted));
+    harness.cases[1].max_tokens = 8 * 4 + 1 - 10;
+    harness.run_out();
+}
+
+#[test]
 fn a_broken_group_ends_every_sequence_once() {
     let mut harness = Harness::new(ROOMY);
     for family in 0..6 {
@@ -490,4 +622,20 @@ fn a_broken_group_ends_every_sequence_once() {
     assert_eq!(events.len(), 6);
     assert!(events.iter().all(|(_, event)| matches!(event, TokenEvent::Failed(_))));
     assert!(harness.scheduler.is_empty());
+}
+
+#[test]
+fn a_sequence_that_runs_alone_is_not_preempted_for_one_that_rests() {
+    let mut harness = Harness::new(Setting { num_blocks: 20, ..ROOMY });
+    harness.submit(request(prompt(0, 30), 30));
+    harness.submit(request(prompt(1, 31), 30));
+    for _ in 0..3 {
+        while harness.scheduler.num_running() < 2 {
+            harness.plan();
+            harness.commit();
+        }
+        harness.plan();
+        harness.break_group(9, 20);
+    }
+    harness.run_out();
 }

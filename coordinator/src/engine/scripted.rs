@@ -36,7 +36,7 @@ pub(crate) fn spawn(
     snapshot: EngineSnapshot,
     mut script: impl FnMut(Submitted) + Send + 'static,
 ) -> (EngineHandle, Cancelled) {
-    let (handle, mut inbox) = EngineHandle::new(Shared::new(limits, snapshot));
+    let (handle, mut inbox, _groups) = EngineHandle::new(Shared::new(limits, snapshot));
     let cancelled = Cancelled::default();
     let seen = cancelled.clone();
     tokio::spawn(async move {

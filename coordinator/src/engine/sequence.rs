@@ -7,6 +7,8 @@
 //! **Invariant:** a constrained sequence has at most one token in flight, drawn by the mask of all tokens before it.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use phalanx_proto::{
     PlanRow, PromptLogprobs, SamplingParams, SeqId, SeqSlot, StepId, TokenId, TokenLogprobs, TokenMask,
@@ -15,6 +17,11 @@ use phalanx_proto::{
 use super::block_manager::{BlockHash, BlockTable};
 use super::constraint::{Constraint, ConstraintState, ConstraintWork, NextTokens};
 use super::request::{FinishReason, GenerateRequest, TokenEvent, Usage};
+
+/// With so many broken epochs behind it a sequence runs alone for a while.
+const BREAKS_UNTIL_ALONE: u32 = 2;
+/// Tokens that it generates alone beyond those that it had: what broke its group twice has shown itself by then.
+const TOKENS_ALONE: usize = 4;
 
 /// Where a sequence stands. A finished one is no longer a `Sequence`.
 #[derive(Debug)]
@@ -65,6 +72,12 @@ pub struct Sequence {
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
     hashes: Vec<BlockHash>,
     constraint: Option<ConstraintState>,
+    /// Epochs that ended while it was in the batch.
+    num_breaks: u32,
+    /// It has its steps for itself until it has so many tokens.
+    alone_until: usize,
+    /// True once it has been in the batch; the stream's side reads it.
+    started: Arc<AtomicBool>,
 }
 
 impl Sequence {
@@ -84,7 +97,47 @@ impl Sequence {
             num_cached_tokens: None,
             hashes: Vec::new(),
             constraint: request.constraint.map(ConstraintState::Ready),
+            num_breaks: 0,
+            alone_until: 0,
+            started: Arc::default(),
         }
+    }
+
+    /// True once it has been in the batch, for whoever waits for it.
+    pub fn started(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.started)
+    }
+
+    /// Its epoch has ended: what it held and what was in flight is gone. Where it was in the batch, gives how many epochs have
+    /// ended so far while a step of it was in flight.
+    pub fn interrupt(&mut self, committed: StepId) -> Option<u32> {
+        let was_in_flight = self.is_in_flight(committed);
+        self.num_in_flight = 0;
+        self.constraint = self.constraint.take().map(ConstraintState::interrupted);
+        self.stop()?;
+        if was_in_flight {
+            self.num_breaks += 1;
+            if self.num_breaks >= BREAKS_UNTIL_ALONE {
+                self.alone_until = self.tokens.len() + TOKENS_ALONE;
+            }
+        }
+        Some(self.num_breaks)
+    }
+
+    /// True where a plan behind the committed step has a row of it.
+    pub fn is_in_flight(&self, committed: StepId) -> bool {
+        matches!(&self.phase, Phase::Running(residence) if residence.last_planned > committed)
+    }
+
+    /// True while it must have its steps for itself.
+    pub fn runs_alone(&self) -> bool {
+        self.tokens.len() < self.alone_until
+    }
+
+    /// Ends it within a context of so many tokens. False: what is known does not fit.
+    pub fn shorten(&mut self, context: u32) -> bool {
+        self.num_tokens_max = self.num_tokens_max.min(context);
+        (self.tokens.len() as u32) < context
     }
 
     /// Prompt and committed tokens.
@@ -142,6 +195,7 @@ impl Sequence {
 
     /// Enters the batch. The first positions of the table that come from the cache are computed already.
     pub fn start(&mut self, slot: SeqSlot, blocks: BlockTable, block_size: u32) {
+        self.started.store(true, Ordering::Release);
         let num_cached = blocks.num_cached() as u32 * block_size;
         self.num_cached_tokens.get_or_insert(num_cached.min(self.num_prompt_tokens));
         self.phase = Phase::Running(Residence {

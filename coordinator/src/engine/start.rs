@@ -8,11 +8,14 @@ use std::collections::VecDeque;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use phalanx_proto::{HeadMessage, LoadModel, Phase, Rank, RankCapacity, RankEvent};
+use phalanx_proto::{HeadMessage, LoadModel, Phase, Rank, RankCapacity, RankEvent, RankResumes};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
 use super::group::{GroupError, Member, RankLink, SendFailure, TpGroup, event_name, to_wire};
+
+/// How long ranks that have kept their weights may take to end the steps that they were at and begin an epoch.
+const RESUME_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long each phase of a rank's start may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +120,32 @@ impl TpGroup {
         start.tell(&HeadMessage::InitKvCache { num_blocks }, Phase::KvCache).await?;
         start.wait_for(Wanted::Ready).await?;
         let mut group = TpGroup::new(start.members, term, epoch, start.capacities);
+        group.num_blocks = num_blocks;
+        Ok(group)
+    }
+
+    /// Makes a group of ranks that were ready under an earlier head and have kept their weights: they forget their sequences
+    /// and begin an epoch.
+    ///
+    /// # Errors
+    /// As [`TpGroup::start`]: ranks whose device or communicator did not come to rest do not answer in time.
+    pub async fn resume(
+        links: Vec<RankLink>,
+        load: &LoadModel,
+        kept: Vec<RankResumes>,
+        progress: mpsc::Sender<StartProgress>,
+    ) -> Result<TpGroup, GroupError> {
+        let deadlines = StartDeadlines { warm_up: RESUME_DEADLINE, ..StartDeadlines::default() };
+        let mut start = Start::new(links, load.world_size, deadlines, progress)?;
+        for (rank, kept) in (0..).map(Rank).zip(&kept) {
+            let (phase, detail) = (Phase::WarmUp, "weights were kept".to_owned());
+            start.report(StartProgress { rank, phase, fraction: None, detail, capacity: Some(kept.capacity) });
+        }
+        start.tell(&HeadMessage::BeginEpoch { term: load.term, epoch: load.epoch }, Phase::WarmUp).await?;
+        start.wait_for(Wanted::Ready).await?;
+        let num_blocks = kept.iter().map(|kept| kept.num_blocks).min().unwrap_or(0);
+        let capacities = kept.iter().map(|kept| kept.capacity).collect();
+        let mut group = TpGroup::new(start.members, load.term, load.epoch, capacities);
         group.num_blocks = num_blocks;
         Ok(group)
     }

@@ -11,13 +11,15 @@ const MEAN_WEIGHT: f64 = 0.2;
 /// A measurement counts at most this many times the mean: the first step of a size is slow on every device.
 const OUTLIER_FACTOR: f64 = 4.0;
 /// Tokens of a first chunk, before anything is known.
-const FIRST_CHUNK_TOKENS: u32 = 64;
+const FIRST_CHUNK_TOKENS: u32 = 256;
 /// No chunk is smaller: below, reading the weights costs more than the tokens.
 const CHUNK_TOKENS_MIN: u32 = 16;
 /// Where nothing decodes nobody waits for the next token, and a step may take this many budgets.
-const PREFILL_ONLY_BUDGETS: u32 = 8;
+const BUDGETS_MAX: u32 = 8;
 /// A step of a class is late after this many times the slowest recent one.
 const DEADLINE_FACTOR: u32 = 20;
+/// A group stands still after this many times its slowest recent step.
+const STALL_FACTOR: u32 = 10;
 /// A class that has not been seen yet gets this many times the shortest deadline.
 const FIRST_DEADLINE_FACTOR: u32 = 6;
 /// The moving maximum forgets this share with each step.
@@ -58,10 +60,13 @@ impl StepTime {
 
     /// Prefill tokens that fit in a step beside `num_decode` decode rows so that it takes about `budget`.
     ///
-    /// Where decode rows alone take most of the budget, a chunk may double the step: prefill must go on.
-    pub fn num_prefill_tokens(&self, num_decode: u32, budget: Duration) -> u32 {
+    /// Where decode rows alone take most of the budget, a chunk may double the step: prefill must go on. Where `num_behind`
+    /// sequences wait for their first token, the step grows with their number over those that decode: many who have nothing
+    /// yet gain more than few lose, and large chunks are cheaper by the token.
+    pub fn num_prefill_tokens(&self, num_decode: u32, num_behind: u32, budget: Duration) -> u32 {
         let Some(token_us) = self.prefill_token_us else { return FIRST_CHUNK_TOKENS };
-        let budget = if num_decode == 0 { budget * PREFILL_ONLY_BUDGETS } else { budget };
+        let budgets = num_behind.checked_div(num_decode).map_or(BUDGETS_MAX, |more| more.saturating_add(1));
+        let budget = budget * budgets.min(BUDGETS_MAX);
         let fixed = self.decode_us.unwrap_or(0.0);
         let left = (budget.as_micros() as f64 - fixed).max(fixed);
         ((left / token_us) as u32).max(CHUNK_TOKENS_MIN)
@@ -94,6 +99,15 @@ impl StepDeadlines {
         self.min.max(Duration::from_micros(slowest as u64) * DEADLINE_FACTOR)
     }
 
+    /// How long no step may end, with work there, until the group is called stalled: sooner than any step is given up.
+    pub fn stall(&self) -> Duration {
+        let slowest = self.slowest_us.iter().copied().fold(0.0, f64::max);
+        if slowest == 0.0 {
+            return self.min * FIRST_DEADLINE_FACTOR;
+        }
+        self.min.max(Duration::from_micros(slowest as u64) * STALL_FACTOR)
+    }
+
     /// A step of `num_tokens` took `elapsed`.
     pub fn observe(&mut self, num_tokens: u32, elapsed: Duration) {
         let slowest = &mut self.slowest_us[Self::class(num_tokens)];
@@ -110,14 +124,17 @@ mod tests {
     #[test]
     fn chunks_follow_the_measured_cost() {
         let mut time = StepTime::default();
-        assert_eq!(time.num_prefill_tokens(0, BUDGET), FIRST_CHUNK_TOKENS);
+        assert_eq!(time.num_prefill_tokens(0, 1, BUDGET), FIRST_CHUNK_TOKENS);
         for _ in 0..50 {
             time.observe(4, 0, 2_000);
             time.observe(4, 100, 6_000);
         }
-        let chunk = time.num_prefill_tokens(4, BUDGET);
+        let chunk = time.num_prefill_tokens(4, 1, BUDGET);
         assert!((190..=210).contains(&chunk), "8 ms at 40 us a token, not {chunk}");
-        assert!(time.num_prefill_tokens(0, BUDGET) > 1_500);
+        assert!(time.num_prefill_tokens(0, 1, BUDGET) > 1_500);
+        let crowded = time.num_prefill_tokens(4, 9, BUDGET);
+        assert!((670..=730).contains(&crowded), "28 ms at 40 us a token, not {crowded}");
+        assert_eq!(time.num_prefill_tokens(4, 400, BUDGET), time.num_prefill_tokens(0, 0, BUDGET));
     }
 
     #[test]
@@ -127,7 +144,7 @@ mod tests {
             time.observe(8, 0, 30_000);
             time.observe(8, 64, 62_000);
         }
-        let chunk = time.num_prefill_tokens(8, BUDGET);
+        let chunk = time.num_prefill_tokens(8, 1, BUDGET);
         assert!((55..=65).contains(&chunk), "30 ms at 500 us a token, not {chunk}");
     }
 
@@ -136,19 +153,22 @@ mod tests {
         let mut time = StepTime::default();
         time.observe(0, 1, u64::MAX);
         time.observe(0, 0, 0);
-        assert_eq!(time.num_prefill_tokens(1, BUDGET), CHUNK_TOKENS_MIN);
+        assert_eq!(time.num_prefill_tokens(1, 0, BUDGET), CHUNK_TOKENS_MIN);
         time.observe(0, u32::MAX, 0);
-        assert!(time.num_prefill_tokens(1, BUDGET) >= CHUNK_TOKENS_MIN);
+        assert!(time.num_prefill_tokens(1, 0, BUDGET) >= CHUNK_TOKENS_MIN);
     }
 
     #[test]
     fn deadlines_follow_the_slowest_of_their_class() {
         let mut deadlines = StepDeadlines::new(Duration::from_secs(5));
         assert_eq!(deadlines.deadline(1), Duration::from_secs(30));
+        assert_eq!(deadlines.stall(), Duration::from_secs(30));
         deadlines.observe(1, Duration::from_millis(10));
+        assert_eq!(deadlines.stall(), Duration::from_secs(5));
         assert_eq!(deadlines.deadline(1), Duration::from_secs(5));
         deadlines.observe(500, Duration::from_secs(1));
         assert_eq!(deadlines.deadline(511), Duration::from_secs(20));
+        assert_eq!(deadlines.stall(), Duration::from_secs(10));
         assert_eq!(deadlines.deadline(512), Duration::from_secs(30));
     }
 }

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::warn;
 
-use crate::api::{ServedModel, ServedModels};
+use crate::api::{Admission, ServedModel, ServedModels};
 use crate::cluster::{CheckedSpec, ServingChange};
 use crate::constraint::GrammarCompiler;
 use crate::engine::{EngineHandle, Replicas};
@@ -109,6 +109,9 @@ fn insert(
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         defaults: side.defaults,
         end_token_ids: side.end_token_ids,
+        queue_timeout: spec.queue_timeout,
+        admission: Admission::default(),
+        log_stats: !spec.disable_log_stats,
     });
     Ok(())
 }

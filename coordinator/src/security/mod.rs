@@ -1,7 +1,10 @@
-//! Secrets of one life of the head: launch tokens for ranks and keys for groups.
+//! Secrets: of one life of the head, launch tokens for ranks and keys for groups; of the store, API keys.
 //!
 //! **Invariant:** a secret comes from the operating system's random numbers, is never logged and never leaves the
 //! process except to the agent or rank that it is for.
+
+pub mod key_file;
+pub mod keys;
 
 use std::fmt;
 
@@ -15,6 +18,11 @@ impl LaunchToken {
     /// A new one.
     pub fn new() -> Self {
         Self(format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple()))
+    }
+
+    /// One that was given to a rank earlier.
+    pub fn known(text: String) -> Self {
+        Self(text)
     }
 
     /// The text for the agent.

@@ -1,35 +1,137 @@
-//! What survives a restart of the head. So far: the head's term.
+//! What survives a restart of the head: its term, and one record for each deployment.
+//!
+//! Owns the database file and the thread that writes it. Knows names and bytes; what the records say is the cluster's business.
 //!
 //! **Invariant:** a term is on disk before the head that has it listens, so no two lives of a head share one.
+//! **Invariant:** a change is answered only when it is on disk, and changes are written in the order in which they came.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::Path;
+mod writer;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use phalanx_proto::Term;
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
-/// Takes the next term: reads the last one, writes its successor, and returns that.
-///
-/// # Errors
-/// The folder cannot be written, or the record is not a number.
-pub fn next_term(dir: &Path) -> io::Result<Term> {
-    fs::create_dir_all(dir)?;
-    let path = dir.join("term");
-    let last = match fs::read_to_string(&path) {
-        Ok(text) => text.trim().parse::<u64>().map_err(|error| {
-            io::Error::new(io::ErrorKind::InvalidData, format!("{} is damaged: {error}", path.display()))
-        })?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
-        Err(error) => return Err(error),
-    };
-    let next = last + 1;
-    let fresh = dir.join("term.new");
-    let mut file = File::create(&fresh)?;
-    writeln!(file, "{next}")?;
-    file.sync_all()?;
-    fs::rename(&fresh, &path)?;
-    File::open(dir)?.sync_all()?;
-    Ok(Term(next))
+pub use writer::{Change, StoreWriter};
+
+/// The file in the store's folder.
+const FILE: &str = "head.redb";
+/// Numbers of the head itself.
+const NUMBERS: TableDefinition<&str, u64> = TableDefinition::new("numbers");
+/// Records of deployments by name.
+const DEPLOYMENTS: TableDefinition<&str, &[u8]> = TableDefinition::new("deployments");
+/// The head's term among the numbers.
+const TERM: &str = "term";
+
+/// Why the store cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Its folder cannot be made.
+    #[error("cannot use {path}: {source}")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The database says no: a full or read-only disk, another process, damage.
+    #[error("cannot use {path}: {source}")]
+    Database {
+        /// The file.
+        path: PathBuf,
+        /// What the database said.
+        #[source]
+        source: Box<redb::Error>,
+    },
+}
+
+/// The open store.
+#[derive(Debug)]
+pub struct Store {
+    database: Database,
+    path: PathBuf,
+}
+
+impl Store {
+    /// Opens the store in a folder; makes both where they are not there.
+    ///
+    /// # Errors
+    /// Folder or file cannot be used.
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        fs::create_dir_all(dir).map_err(|source| StoreError::Folder { path: dir.to_owned(), source })?;
+        let path = dir.join(FILE);
+        let database = Database::create(&path).map_err(|error| failed(&path, error))?;
+        Ok(Self { database, path })
+    }
+
+    /// Takes the next term: it is on disk when this returns.
+    ///
+    /// # Errors
+    /// The database cannot be written.
+    pub fn next_term(&self) -> Result<Term, StoreError> {
+        self.transact(|transaction| {
+            let mut numbers = transaction.open_table(NUMBERS)?;
+            let next = numbers.get(TERM)?.map_or(0, |term| term.value()) + 1;
+            numbers.insert(TERM, next)?;
+            Ok(Term(next))
+        })
+    }
+
+    /// All records of deployments, by name.
+    ///
+    /// # Errors
+    /// The database cannot be read.
+    pub fn deployments(&self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        let read = || -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+            let transaction = self.database.begin_read()?;
+            let table = match transaction.open_table(DEPLOYMENTS) {
+                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
+                table => table?,
+            };
+            let mut records = Vec::new();
+            for entry in table.iter()? {
+                let (name, record) = entry?;
+                records.push((name.value().to_owned(), record.value().to_owned()));
+            }
+            Ok(records)
+        };
+        read().map_err(|error| failed(&self.path, error))
+    }
+
+    /// Writes a record, or removes it where there is none; on disk when this returns.
+    ///
+    /// # Errors
+    /// The database cannot be written.
+    pub fn keep(&self, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
+        self.transact(|transaction| {
+            let mut table = transaction.open_table(DEPLOYMENTS)?;
+            match record {
+                Some(record) => table.insert(name, record)?,
+                None => table.remove(name)?,
+            };
+            Ok(())
+        })
+    }
+
+    fn transact<T>(
+        &self,
+        change: impl FnOnce(&redb::WriteTransaction) -> Result<T, redb::Error>,
+    ) -> Result<T, StoreError> {
+        let write = || {
+            let transaction = self.database.begin_write()?;
+            let value = change(&transaction)?;
+            transaction.commit()?;
+            Ok(value)
+        };
+        write().map_err(|error: redb::Error| failed(&self.path, error))
+    }
+}
+
+fn failed(path: &Path, error: impl Into<redb::Error>) -> StoreError {
+    StoreError::Database { path: path.to_owned(), source: Box::new(error.into()) }
 }
 
 #[cfg(test)]
@@ -37,12 +139,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn terms_grow_and_damage_is_said() {
+    fn terms_grow_and_records_come_back() {
         let dir = tempfile::tempdir().expect("a folder");
-        let store = dir.path().join("store");
-        assert_eq!(next_term(&store).expect("writes"), Term(1));
-        assert_eq!(next_term(&store).expect("writes"), Term(2));
-        fs::write(store.join("term"), "two").expect("writes");
-        assert!(next_term(&store).expect_err("damaged").to_string().contains("damaged"));
+        let folder = dir.path().join("store");
+        let store = Store::open(&folder).expect("opens");
+        assert_eq!(store.deployments().expect("reads"), []);
+        assert_eq!(store.next_term().expect("writes"), Term(1));
+        store.keep("m", Some(b"one")).expect("writes");
+        store.keep("n", Some(b"two")).expect("writes");
+        store.keep("m", Some(b"three")).expect("writes");
+        store.keep("n", None).expect("writes");
+        assert!(Store::open(&folder).is_err(), "one process has it");
+        drop(store);
+        let store = Store::open(&folder).expect("opens again");
+        assert_eq!(store.next_term().expect("writes"), Term(2));
+        assert_eq!(store.deployments().expect("reads"), [("m".to_owned(), b"three".to_vec())]);
+    }
+
+    #[test]
+    fn damage_is_said() {
+        let dir = tempfile::tempdir().expect("a folder");
+        fs::write(dir.path().join(FILE), "two").expect("writes");
+        assert!(Store::open(dir.path()).expect_err("damaged").to_string().contains(FILE));
     }
 }

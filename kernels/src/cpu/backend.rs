@@ -8,7 +8,7 @@ use phalanx_formats::StoredType;
 
 use super::{Activations, CpuBuffer, CpuInputs, CpuKvLayer, CpuMatrix, Pool, Scratch, lanes::Simd, memory::AlignedVec};
 use crate::{
-    AttentionShape, Collective, HostMatrix, InputLimits, KernelError, KvShape, Ops, Partial, RopeTable, SamplerKind,
+    AttentionShape, Collective, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial, RopeTable, SamplerKind,
     StepInputs, StepResult, VocabSlice,
     ops::{
         add, attend, embed, gate_up_act, host_sampler::HostSampler, linear as linear_op, logits, reduce, rms_norm,
@@ -90,13 +90,18 @@ impl Ops for CpuOps {
         CpuBuffer::new(rows_max, width)
     }
 
-    fn matrix(&mut self, parts: Vec<HostMatrix>) -> Result<CpuMatrix, KernelError> {
+    fn matrix<'a>(&mut self, parts: Vec<impl Into<MatrixSource<'a>>>) -> Result<CpuMatrix, KernelError> {
+        let parts = parts.into_iter().map(|part| part.into().load()).collect();
         let matrix = CpuMatrix::pack(parts, self.products.activations)?;
         Ok(self.planned(matrix))
     }
 
-    fn gate_up_matrix(&mut self, gate: HostMatrix, up: HostMatrix) -> Result<CpuMatrix, KernelError> {
-        let matrix = CpuMatrix::pack_gate_up(gate, up, self.products.activations)?;
+    fn gate_up_matrix<'a>(
+        &mut self,
+        gate: impl Into<MatrixSource<'a>>,
+        up: impl Into<MatrixSource<'a>>,
+    ) -> Result<CpuMatrix, KernelError> {
+        let matrix = CpuMatrix::pack_gate_up(gate.into().load(), up.into().load(), self.products.activations)?;
         Ok(self.planned(matrix))
     }
 

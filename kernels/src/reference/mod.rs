@@ -12,8 +12,8 @@ use candle_core::{D, Device, Tensor};
 use dequantize::dequantize;
 
 use crate::{
-    AttentionShape, Collective, HostMatrix, InputLimits, KernelError, KvShape, Ops, Partial, RopeTable, SamplerKind,
-    StepInputs, StepResult, VocabSlice,
+    AttentionShape, Collective, HostMatrix, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial, RopeTable,
+    SamplerKind, StepInputs, StepResult, VocabSlice,
     cpu::inputs::check,
     ops::{fit, host_sampler::HostSampler},
 };
@@ -112,11 +112,16 @@ impl Ops for ReferenceOps {
         Ok(ReferenceBuffer { data: vec![0.0; rows_max * width], rows_max, width })
     }
 
-    fn matrix(&mut self, parts: Vec<HostMatrix>) -> Result<ReferenceMatrix, KernelError> {
-        stack(parts)
+    fn matrix<'a>(&mut self, parts: Vec<impl Into<MatrixSource<'a>>>) -> Result<ReferenceMatrix, KernelError> {
+        stack(parts.into_iter().map(|part| part.into().load()).collect())
     }
 
-    fn gate_up_matrix(&mut self, gate: HostMatrix, up: HostMatrix) -> Result<ReferenceMatrix, KernelError> {
+    fn gate_up_matrix<'a>(
+        &mut self,
+        gate: impl Into<MatrixSource<'a>>,
+        up: impl Into<MatrixSource<'a>>,
+    ) -> Result<ReferenceMatrix, KernelError> {
+        let (gate, up) = (gate.into().load(), up.into().load());
         let same = (gate.rows, gate.cols) == (up.rows, up.cols);
         fit("gate_up_matrix", same, || format!("{} x {} beside {} x {}", gate.rows, gate.cols, up.rows, up.cols))?;
         stack(vec![gate, up])

@@ -187,7 +187,10 @@ impl<R: FnMut(&Report)> Agent<R> {
             if let Some(end) = self.rest(pause).await? {
                 return Ok(end);
             }
-            pause = (pause * 2).min(defaults::RETRY_PAUSE_MAX);
+            // While ranks wait with their weights, every moment counts.
+            let pause_max =
+                if self.orphaned_at.is_some() { defaults::RETRY_PAUSE_ORPHANED } else { defaults::RETRY_PAUSE_MAX };
+            pause = (pause * 2).min(pause_max);
         }
     }
 

@@ -137,6 +137,7 @@ pub(super) fn out_of_order(expected: &'static str, found: &HeadMessage) -> Worke
         HeadMessage::InitKvCache { .. } => "the number of KV blocks",
         HeadMessage::Stage { .. } => "a staged part",
         HeadMessage::Plan(_) => "a plan",
+        HeadMessage::BeginEpoch { .. } => "the beginning of an epoch",
         HeadMessage::Shutdown(_) => "shutdown",
     };
     WorkerError::OutOfOrder { expected, found }

@@ -10,6 +10,7 @@ use super::RankSetup;
 use super::channel::{Head, out_of_order};
 use crate::backend::{self, DeviceKind};
 use crate::collective;
+use crate::epoch::EpochRecord;
 use crate::error::WorkerError;
 use crate::kv_cache::host_bytes_available;
 use crate::runner::Runner;
@@ -68,6 +69,10 @@ fn serve_on<B: Ops + 'static>(ops: B, setup: &RankSetup, load: &LoadModel, head:
                     head.send(RankEvent::Output(runner.finish()?))?;
                 }
                 runner.launch(&plan)?;
+            }
+            HeadMessage::BeginEpoch { term, epoch } => {
+                runner.begin(EpochRecord::new(term, setup.incarnation, epoch, load.steps_in_flight_max as usize))?;
+                head.send(RankEvent::Ready { num_blocks })?;
             }
             other => return Err(out_of_order("a plan", &other)),
         }

@@ -23,7 +23,7 @@ pub use norm::RmsNorm;
 pub use rotary::rope_table;
 
 use phalanx_formats::{Geometry, ModelError, ShardPlan};
-use phalanx_kernels::{HostMatrix, InputLimits, KernelError, Ops, Partial};
+use phalanx_kernels::{InputLimits, KernelError, MatrixSource, Ops, Partial};
 
 use crate::weights::{Rows, ShardLoader};
 
@@ -61,7 +61,7 @@ impl<B: Ops> Build<'_, B> {
     ///
     /// # Errors
     /// The device does not take it.
-    pub fn matrix(&mut self, parts: Vec<HostMatrix>) -> Result<B::Matrix, BuildError> {
+    pub fn matrix(&mut self, parts: Vec<MatrixSource<'_>>) -> Result<B::Matrix, BuildError> {
         let matrix = self.ops.matrix(parts)?;
         self.weight_bytes += self.ops.matrix_bytes(&matrix);
         Ok(matrix)

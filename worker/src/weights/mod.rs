@@ -16,7 +16,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use phalanx_formats::{Geometry, ModelError, ModelFiles, ShardPlan, Split, StoredType};
-use phalanx_kernels::HostMatrix;
+use phalanx_kernels::MatrixSource;
 
 use dummy::DummyModel;
 use source::{Source, SourceTensor};
@@ -95,16 +95,16 @@ impl<'a> ShardLoader<'a> {
         padded_rows(self.plan.vocab.owned.clone(), self.plan.vocab.padded)
     }
 
-    /// Takes rows of a matrix, whole.
+    /// Takes rows of a matrix, whole. They are read when the device wants them.
     ///
     /// # Errors
     /// The tensor is absent, or has no such rows.
-    pub fn rows(&self, name: &str, rows: &[Rows]) -> Result<HostMatrix, ModelError> {
+    pub fn rows(&self, name: &str, rows: &[Rows]) -> Result<MatrixSource<'_>, ModelError> {
         let tensor = self.source.tensor(name)?;
-        let (count, cols) = (num_rows(&tensor, name, rows)?, tensor.cols());
-        let data = copy_rows(&tensor, rows, count);
-        self.taken(data.len());
-        Ok(HostMatrix { dtype: tensor.dtype(), rows: count, cols, data })
+        let (count, cols, dtype) = (num_rows(&tensor, name, rows)?, tensor.cols(), tensor.dtype());
+        self.taken(count * tensor.row_bytes());
+        let rows = rows.to_vec();
+        Ok(MatrixSource::new(dtype, count, cols, move |range, out| copy_rows(&tensor, &rows, range, out)))
     }
 
     /// Takes a vector, as floats.
@@ -117,7 +117,9 @@ impl<'a> ShardLoader<'a> {
             return Err(ModelError::tensor(name, format!("has {} columns, but should be a vector", tensor.cols())));
         }
         let count = num_rows(&tensor, name, rows)?;
-        let floats = to_floats(name, tensor.dtype(), &copy_rows(&tensor, rows, count))?;
+        let mut bytes = vec![0; count * tensor.row_bytes()];
+        copy_rows(&tensor, rows, 0..count, &mut bytes);
+        let floats = to_floats(name, tensor.dtype(), &bytes)?;
         self.taken(size_of_val(floats.as_slice()));
         Ok(floats)
     }
@@ -127,22 +129,25 @@ impl<'a> ShardLoader<'a> {
     ///
     /// # Errors
     /// The tensor is absent or has no such columns, or its blocks do not fit into the split.
-    pub fn cols(&self, name: &str, split: &Split) -> Result<HostMatrix, ModelError> {
+    pub fn cols(&self, name: &str, split: &Split) -> Result<MatrixSource<'_>, ModelError> {
         let tensor = self.source.tensor(name)?;
         let place = Placement::new(name, &tensor, split)?;
-        let rows = tensor.num_rows();
-        let mut data = vec![0u8; rows * place.row_bytes];
-        if !place.from.is_empty() {
+        let (rows, dtype) = (tensor.num_rows(), tensor.dtype());
+        self.taken(rows * place.row_bytes);
+        Ok(MatrixSource::new(dtype, rows, split.padded, move |range, out| {
             let mut release = Release::default();
-            for (row, out) in data.chunks_exact_mut(place.row_bytes).enumerate() {
-                let to = place.to..place.to + place.from.len();
-                tensor.copy_part(row, place.from.clone(), &mut out[to]);
-                release.touched(&tensor, row);
+            for (row, out) in range.zip(out.chunks_exact_mut(place.row_bytes)) {
+                let (before, rest) = out.split_at_mut(place.to);
+                let (taken, behind) = rest.split_at_mut(place.from.len());
+                before.fill(0);
+                behind.fill(0);
+                if !taken.is_empty() {
+                    tensor.copy_part(row, place.from.clone(), taken);
+                    release.touched(&tensor, row);
+                }
             }
             release.finish(&tensor);
-        }
-        self.taken(data.len());
-        Ok(HostMatrix { dtype: tensor.dtype(), rows, cols: split.padded, data })
+        }))
     }
 
     fn taken(&self, bytes: usize) {
@@ -175,25 +180,38 @@ fn num_rows(tensor: &SourceTensor<'_>, name: &str, rows: &[Rows]) -> Result<usiz
     Ok(count)
 }
 
-fn copy_rows(tensor: &SourceTensor<'_>, rows: &[Rows], count: usize) -> Vec<u8> {
+/// Writes the local rows of `range`; `out` holds their bytes.
+fn copy_rows(tensor: &SourceTensor<'_>, rows: &[Rows], range: Range<usize>, out: &mut [u8]) {
     let row_bytes = tensor.row_bytes();
-    let mut data = vec![0u8; count * row_bytes];
-    let mut at = 0;
+    let mut first = 0;
     for part in rows {
-        match part {
-            Rows::Zero(count) => at += count * row_bytes,
-            Rows::Take(range) => {
-                let mut release = Release::default();
-                for row in range.clone() {
-                    tensor.copy_part(row, 0..row_bytes, &mut data[at..at + row_bytes]);
-                    release.touched(tensor, row);
-                    at += row_bytes;
+        let count = match part {
+            Rows::Zero(count) => *count,
+            Rows::Take(taken) => taken.len(),
+        };
+        // What of this part lies in the range, in local rows.
+        let (begin, end) = (range.start.max(first), range.end.min(first + count));
+        if begin < end {
+            let out = &mut out[(begin - range.start) * row_bytes..(end - range.start) * row_bytes];
+            match part {
+                Rows::Zero(_) => out.fill(0),
+                Rows::Take(taken) => {
+                    copy_run(tensor, taken.start + begin - first..taken.start + end - first, row_bytes, out);
                 }
-                release.finish(tensor);
             }
         }
+        first += count;
     }
-    data
+}
+
+/// Writes whole rows of a tensor and gives their pages back.
+fn copy_run(tensor: &SourceTensor<'_>, rows: Range<usize>, row_bytes: usize, out: &mut [u8]) {
+    let mut release = Release::default();
+    for (row, out) in rows.zip(out.chunks_exact_mut(row_bytes)) {
+        tensor.copy_part(row, 0..row_bytes, out);
+        release.touched(tensor, row);
+    }
+    release.finish(tensor);
 }
 
 /// Where a row's bytes go when columns are taken.

@@ -104,10 +104,10 @@ fn check_model(files: &ModelFiles) {
             let loader = ShardLoader::new(files, &plan);
             for spec in files.geometry().tensors() {
                 if let Some(split) = split(&plan, spec.sharding) {
-                    check_cols(files, &spec.name, split, &loader.cols(&spec.name, split).unwrap());
+                    check_cols(files, &spec.name, split, &loader.cols(&spec.name, split).unwrap().load());
                 } else {
                     let rows = local_rows(&loader, spec.sharding, spec.rows);
-                    check_rows(files, &spec.name, &rows, &loader.rows(&spec.name, &rows).unwrap());
+                    check_rows(files, &spec.name, &rows, &loader.rows(&spec.name, &rows).unwrap().load());
                 }
             }
         }
@@ -140,8 +140,8 @@ fn a_shared_block_is_held_by_both_ranks() {
     let name = "model.layers.0.self_attn.o_proj.weight";
     let (first, second) = (files.shard_plan(2, 0), files.shard_plan(2, 1));
     assert_eq!(second.attention, Split { owned: 80..160, lead: 16, padded: 128 });
-    let left = ShardLoader::new(&files, &first).cols(name, &first.attention).unwrap();
-    let right = ShardLoader::new(&files, &second).cols(name, &second.attention).unwrap();
+    let left = ShardLoader::new(&files, &first).cols(name, &first.attention).unwrap().load();
+    let right = ShardLoader::new(&files, &second).cols(name, &second.attention).unwrap().load();
     // Columns 64..96 are the third block of one and the first block of the other.
     let shared: Vec<u8> = (68..102).map(|at| byte_at(name, 0, at)).collect();
     assert_eq!((&left.data[68..102], &right.data[..34]), (&shared[..], &shared[..]));
@@ -155,7 +155,7 @@ fn shorter_blocks_fit_into_a_plan_for_longer_ones() {
         let plan = ShardPlan::new(files.geometry(), 2, rank, 256, 256);
         let loader = ShardLoader::new(&files, &plan);
         let name = "model.layers.1.self_attn.o_proj.weight";
-        check_cols(&files, name, &plan.attention, &loader.cols(name, &plan.attention).unwrap());
+        check_cols(&files, name, &plan.attention, &loader.cols(name, &plan.attention).unwrap().load());
     }
 }
 
@@ -237,12 +237,13 @@ fn made_up_models_are_the_same_for_every_world_size() {
     load_all(&part, &files, &plan);
 
     let name = "model.layers.1.mlp.down_proj.weight";
-    let (full, half) = (whole.cols(name, &whole_plan.inner).unwrap(), part.cols(name, &plan.inner).unwrap());
+    let (full, half) =
+        (whole.cols(name, &whole_plan.inner).unwrap().load(), part.cols(name, &plan.inner).unwrap().load());
     let owned = plan.inner.owned.clone();
     assert_eq!(full.data[owned.start * 2..owned.end * 2], half.data[..owned.len() * 2]);
-    let rows = part.rows(EMBEDDING, &[Rows::Take(300..301)]).unwrap();
-    assert_eq!(rows.data, whole.rows(EMBEDDING, &[Rows::Take(300..301)]).unwrap().data);
-    assert_ne!(rows.data, whole.rows(EMBEDDING, &[Rows::Take(301..302)]).unwrap().data);
+    let rows = part.rows(EMBEDDING, &[Rows::Take(300..301)]).unwrap().load();
+    assert_eq!(rows.data, whole.rows(EMBEDDING, &[Rows::Take(300..301)]).unwrap().load().data);
+    assert_ne!(rows.data, whole.rows(EMBEDDING, &[Rows::Take(301..302)]).unwrap().load().data);
 
     let floats: Vec<f32> =
         full.data.as_chunks::<2>().0.iter().map(|pair| half::bf16::from_le_bytes(*pair).to_f32()).collect();

@@ -156,14 +156,3 @@ async fn fields_that_change_nothing_are_accepted_and_unknown_ones_named() {
     assert_eq!(answer.status, 200, "{}", answer.body);
     assert_eq!(answer.headers["x-phalanx-ignored"], "user, strange");
 }
-
-/// Waits for what another task does.
-async fn settled(done: impl Fn() -> bool) {
-    for _ in 0..200 {
-        if done() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    panic!("it did not come about within a second");
-}

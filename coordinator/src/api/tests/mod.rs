@@ -1,8 +1,11 @@
 //! The routes against an engine whose answers are written beforehand.
 
+mod admission;
 mod chat;
 mod completions;
 mod errors;
+mod openapi;
+mod responses;
 mod structured;
 mod surroundings;
 mod tools;
@@ -18,10 +21,11 @@ use phalanx_formats::{GenerationDefaults, ModelFiles};
 use phalanx_proto::{SamplingParams, StatusSnapshot, TokenId, TokenLogprobs};
 use tower::ServiceExt;
 
-use super::{ApiState, ServedModel, ServedModels, router};
+use super::{Admission, ApiState, ServedModel, ServedModels, router};
 use crate::constraint::GrammarCompiler;
 use crate::engine::scripted::{self, Cancelled, Submitted};
-use crate::engine::{EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
+use crate::engine::{EngineError, EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
+use crate::security::keys::KeyRing;
 use crate::text::TextModel;
 
 /// The end token of the tiny tokenizer.
@@ -50,6 +54,7 @@ fn limits() -> EngineLimits {
         enable_prefix_caching: true,
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
+        recovery: crate::engine::RecoveryLimits::default(),
     }
 }
 
@@ -129,6 +134,9 @@ struct Setup {
     api_keys: Vec<String>,
     /// In place of the model's own.
     template: Option<&'static str>,
+    queue_timeout: Option<Duration>,
+    keys: Option<KeyRing>,
+    status: StatusSnapshot,
 }
 
 impl Default for Setup {
@@ -140,6 +148,9 @@ impl Default for Setup {
             defaults: GenerationDefaults::default(),
             api_keys: Vec::new(),
             template: None,
+            queue_timeout: None,
+            keys: None,
+            status: StatusSnapshot::default(),
         }
     }
 }
@@ -171,9 +182,13 @@ impl Server {
             created: 7,
             defaults: setup.defaults,
             end_token_ids: vec![END],
+            queue_timeout: setup.queue_timeout,
+            admission: Admission::default(),
+            log_stats: false,
         });
-        let mut state = ApiState::new(models.clone(), Arc::new(StatusSnapshot::default));
-        state.api_keys = setup.api_keys.into();
+        let status = setup.status;
+        let mut state = ApiState::new(models.clone(), Arc::new(move || status.clone()));
+        state.keys = Arc::new(setup.keys.unwrap_or_else(|| KeyRing::new(&setup.api_keys, None).unwrap()));
         Self { router: router(state), models, cancelled, submitted }
     }
 
@@ -233,4 +248,15 @@ fn without_times(body: &str) -> String {
         out.push_str(part.trim_start_matches(|c: char| c.is_ascii_digit()));
     }
     out
+}
+
+/// Waits for what another task does.
+async fn settled(done: impl Fn() -> bool) {
+    for _ in 0..200 {
+        if done() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("it did not come about within a second");
 }

@@ -3,6 +3,8 @@
 
 mod rig;
 
+pub use rig::checked;
+
 use std::time::Duration;
 
 use phalanx_proto::{DeploymentName, NodeId};
@@ -112,7 +114,8 @@ async fn a_killed_rank_fails_the_deployment_which_starts_again() {
     let pid = rig.cluster_status().ranks[1].pid;
     agent.kill(1).await;
     let why = format!("rank 1 (pid {pid} on a) was ended by signal 9 (SIGKILL)");
-    rig.until("it says why", |s| s.deployments[0].state == "failed" && s.deployments[0].reason.starts_with(&why)).await;
+    rig.until("it says why", |s| s.deployments[0].state == "recovering" && s.deployments[0].reason.starts_with(&why))
+        .await;
     rig.until("it is ready again", |s| s.deployments[0].state == "ready").await;
     let status = rig.cluster_status();
     assert_eq!((status.deployments[0].incarnation, status.deployments[0].reason.as_str()), (2, ""));
@@ -141,7 +144,7 @@ async fn a_dead_agent_is_seen_at_once_and_its_group_moves() {
     a.die().await;
     rig.until("the node is dead", |s| s.nodes[0].state == "dead" && !s.nodes[0].reason.is_empty()).await;
     rig.until("the deployment says so", |s| {
-        s.deployments[0].state == "failed" && s.deployments[0].reason.contains("node a")
+        s.deployments[0].state == "recovering" && s.deployments[0].reason.contains("node a")
     })
     .await;
     rig.until("its group waits", |s| s.placement_groups[0].state == "rescheduling").await;

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::super::event::{GroupKey, RankStep, StartedGroup};
 use super::super::nodes::{AgentSession, JoinError};
-use super::super::replica::Stage;
+use super::super::replica::{Process, Stage};
 use super::super::{ClusterError, launch};
 use super::{AgentLink, Reconciler};
 use crate::engine::group::RankLink;
@@ -145,6 +145,10 @@ impl Reconciler {
         }
         record.dialed = true;
         record.device = hello.device;
+        record.resumes = hello.resumes;
+        if record.process == Process::Asked {
+            record.process = Process::Running(hello.pid);
+        }
         record.link = Some(link);
         record.enter(Phase::Device, None, String::new(), now);
         info!(group_id = %group.deployment, rank = rank.0, pid = hello.pid, "rank connected");
@@ -174,22 +178,28 @@ impl Reconciler {
                 for rank in &mut replica.ranks {
                     rank.enter(Phase::Ready, None, String::new(), now);
                 }
-                replica.num_blocks = group.num_blocks;
-                launch::watch_engine(key.clone(), group.engine.clone(), events);
-                replica.stage = Stage::Serving(group.engine);
+                let StartedGroup { engine, num_blocks, epoch, is_new } = group;
+                replica.num_blocks = num_blocks;
+                launch::watch_engine(key.clone(), engine.clone(), epoch, events);
+                replica.stage = Stage::Serving;
+                replica.serves_since = Some(now);
+                replica.engine = Some(engine);
+                info!(group_id = %key.deployment, incarnation = key.incarnation.0, epoch = epoch.0, "group ready");
                 if let Some(deployment) = self.deployment_mut(&key.deployment) {
-                    deployment.stale = true;
+                    deployment.stale |= is_new;
+                    deployment.settle_state();
                 }
-                info!(group_id = %key.deployment, incarnation = key.incarnation.0, "group ready");
             }
             (Some(_), Err(cause)) => self.break_group(key, cause, now),
-            (None, Ok(group)) => launch::discard_engine(group.engine),
+            // An engine that went on is not ours to end: it hears of the break through its group.
+            (None, Ok(group)) if group.is_new => launch::discard_engine(group.engine),
+            (None, Ok(_)) => {}
             (None, Err(_)) => {}
         }
     }
 
     pub(super) fn group_failed(&mut self, key: &GroupKey, reason: String, now: Instant) {
-        let serving = self.replica_mut(key).is_some_and(|replica| matches!(replica.stage, Stage::Serving(_)));
+        let serving = self.replica_mut(key).is_some_and(|replica| matches!(replica.stage, Stage::Serving));
         if serving {
             self.break_group(key, reason, now);
         }

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
 use super::super::deployment::{
-    CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode, Deployment, DeploymentState, recent_restarts,
+    CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode, Deployment, recent_restarts,
 };
 use super::super::event::{ClusterEvent, GroupKey};
 use super::super::launch::{self, GroupStart};
@@ -69,6 +69,8 @@ impl Reconciler {
         }
         info!(group_id = %name, model = %deployment.checked.spec.model, world_size = size, "deployment accepted");
         self.deployments.retain(|(known, _)| *known != name);
+        deployment.order = self.next_order;
+        self.next_order += 1;
         self.deployments.push((name, deployment));
         Ok(())
     }
@@ -210,11 +212,19 @@ impl Reconciler {
         match replica.stage {
             Stage::Connecting { since } => {
                 if let Some(links) = replica.take_links() {
+                    let kept = match replica.resumes() {
+                        Ok(kept) => kept,
+                        Err(cause) => return self.break_group(&key, cause, now),
+                    };
                     let nodes = replica.ranks.iter().map(|rank| rank.place.node.clone()).collect();
-                    let epoch = Epoch(replica.incarnation.0);
+                    replica.epoch = Epoch(replica.epoch.0 + 1);
+                    let epoch = replica.epoch;
                     let load = launch::load_model(&deployment.checked, self.settings.term, epoch, nodes);
                     let limits = launch::engine_limits(&deployment.checked);
-                    let start = GroupStart { key, links, load, limits };
+                    let (fuse, given_up) = oneshot::channel();
+                    replica.fuse = Some(fuse);
+                    let engine = replica.engine.clone();
+                    let start = GroupStart { key, links, load, kept, limits, engine, given_up };
                     replica.stage = Stage::Starting { _starter: launch::start_group(start, self.events.clone()) };
                 } else if now.saturating_duration_since(since) >= self.settings.connect_deadline {
                     let cause = late_ranks(replica, self.settings.connect_deadline.as_secs());
@@ -227,21 +237,36 @@ impl Reconciler {
                     self.decide(index, number, now);
                 }
             }
-            Stage::Unplaced | Stage::Starting { .. } | Stage::Serving(_) | Stage::Draining(_) | Stage::Ended { .. } => {
+            Stage::Unplaced => {
+                let since = *replica.unplaced_since.get_or_insert(now);
+                if now.saturating_duration_since(since) >= self.settings.no_machine_deadline {
+                    let waited = self.settings.no_machine_deadline.as_secs();
+                    replica.fail_requests(&format!(
+                        "{}; no machine to start again on within {waited} s",
+                        replica.reason()
+                    ));
+                }
             }
+            Stage::Starting { .. } | Stage::Serving | Stage::Draining | Stage::Ended { .. } => {}
         }
     }
 
     /// A group broke: its processes end, and after a while its fate is decided.
     pub(super) fn break_group(&mut self, key: &GroupKey, cause: String, now: Instant) {
         let (settle, window) = (self.settings.settle, self.settings.restart_window);
+        let forgiven_after = self.settings.forgiven_after;
         let Some(deployment) = self.deployment_mut(&key.deployment) else { return };
         let stopping = deployment.stopping_since.is_some();
         let Some(replica) = deployment.replicas.get_mut(key.replica as usize) else { return };
         warn!(group_id = %key.deployment, incarnation = key.incarnation.0, reason = cause, "group broke");
         if stopping {
             replica.stage = Stage::Ended { since: now };
+            replica.fail_requests(&cause);
             return;
+        }
+        if replica.serves_since.take().is_some_and(|since| now.saturating_duration_since(since) >= forgiven_after) {
+            // What served well for a while is not what breaks at each start.
+            replica.restarts.clear();
         }
         let doublings = (recent_restarts(&mut replica.restarts, now, window) as u32).min(BACKOFF_DOUBLINGS_MAX);
         replica.break_down(cause, now, now + settle * 2u32.pow(doublings));
@@ -322,10 +347,7 @@ impl Reconciler {
             return;
         }
         deployment.published = true;
-        deployment.state = deployment.derive_state();
-        if deployment.state == DeploymentState::Ready {
-            deployment.has_served = true;
-            deployment.reason.clear();
+        if deployment.settle_state() {
             let mut status = report::deployment(name, deployment);
             let engines = deployment.replicas.iter().filter_map(|replica| replica.engine());
             status.num_blocks_free = engines.map(|engine| engine.snapshot().num_blocks_free).sum();

@@ -38,13 +38,16 @@ impl Reconciler {
         info!(group_id = %name, "deployment stops");
         for (number, replica) in deployment.replicas.iter_mut().enumerate() {
             let key = GroupKey { deployment: name.clone(), replica: number as u32, incarnation: replica.incarnation };
-            match std::mem::replace(&mut replica.stage, Stage::Ended { since: now }) {
-                Stage::Serving(engine) => {
-                    replica.stage = Stage::Draining(engine.clone());
-                    launch::stop_engine(key, engine, drain, events.clone());
+            match (&replica.stage, &replica.engine) {
+                (Stage::Serving, Some(engine)) => {
+                    launch::stop_engine(key, engine.clone(), drain, events.clone());
+                    replica.stage = Stage::Draining;
                 }
-                draining @ Stage::Draining(_) => replica.stage = draining,
-                _ => {}
+                (Stage::Draining, _) => {}
+                (_, engine) => {
+                    engine.iter().for_each(|engine| launch::discard_engine((*engine).clone()));
+                    replica.stage = Stage::Ended { since: now };
+                }
             }
         }
         let _ = self.serving.try_send(ServingChange::Gone(name.clone()));
@@ -55,9 +58,10 @@ impl Reconciler {
         let Some(deployment) = self.deployment_mut(&key.deployment) else { return };
         let stopping = deployment.stopping_since.is_some();
         let Some(replica) = deployment.replicas.get_mut(key.replica as usize) else { return };
-        if replica.incarnation != key.incarnation || !matches!(replica.stage, Stage::Draining(_)) {
+        if replica.incarnation != key.incarnation || !matches!(replica.stage, Stage::Draining) {
             return;
         }
+        replica.engine = None;
         if stopping {
             replica.stage = Stage::Ended { since: now };
         } else {
@@ -99,6 +103,10 @@ impl Reconciler {
                 warn!(%error, "undeploy is late");
                 let _ = reply.send(Err(error));
             }
+        }
+        if self.is_keeping() {
+            // An end that was told must not come back.
+            return;
         }
         for (_, deployment) in self.deployments.iter_mut().filter(|(_, deployment)| has_ended(deployment)) {
             let message = "it was removed".to_owned();
@@ -146,8 +154,8 @@ impl Reconciler {
                 if let Some(engine) = replica.engine().cloned() {
                     let (deployment, incarnation) = (name.clone(), replica.incarnation);
                     let key = GroupKey { deployment, replica: number as u32, incarnation };
-                    launch::stop_engine(key, engine.clone(), drain, events.clone());
-                    replica.stage = Stage::Draining(engine);
+                    launch::stop_engine(key, engine, drain, events.clone());
+                    replica.stage = Stage::Draining;
                 }
             }
         }

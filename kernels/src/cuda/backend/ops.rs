@@ -12,7 +12,7 @@ use crate::cuda::linear_plan::Epilogue;
 use crate::cuda::{DeviceMemory, LaunchConfig};
 use crate::ops::fit;
 use crate::{
-    AttentionShape, DeviceMemoryInfo, HostMatrix, InputLimits, KernelError, KvShape, Ops, Partial, RopeTable,
+    AttentionShape, DeviceMemoryInfo, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial, RopeTable,
     SamplerKind, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep, kernel_args,
 };
 use phalanx_formats::StoredType;
@@ -41,12 +41,16 @@ impl Ops for CudaOps {
         self.planned(rows_max, width, Dtype::F32)
     }
 
-    fn matrix(&mut self, parts: Vec<HostMatrix>) -> Result<CudaMatrix, KernelError> {
-        self.upload_matrix(parts)
+    fn matrix<'a>(&mut self, parts: Vec<impl Into<MatrixSource<'a>>>) -> Result<CudaMatrix, KernelError> {
+        self.upload_matrix(&parts.into_iter().map(Into::into).collect::<Vec<_>>())
     }
 
-    fn gate_up_matrix(&mut self, gate: HostMatrix, up: HostMatrix) -> Result<CudaMatrix, KernelError> {
-        self.upload_gate_up(gate, up)
+    fn gate_up_matrix<'a>(
+        &mut self,
+        gate: impl Into<MatrixSource<'a>>,
+        up: impl Into<MatrixSource<'a>>,
+    ) -> Result<CudaMatrix, KernelError> {
+        self.upload_gate_up(&gate.into(), &up.into())
     }
 
     fn matrix_bytes(&self, matrix: &CudaMatrix) -> u64 {

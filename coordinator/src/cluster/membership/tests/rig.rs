@@ -59,6 +59,11 @@ fn geometry() -> Geometry {
     }
 }
 
+/// The same, checked.
+pub fn checked(name: &str, size: u32) -> CheckedSpec {
+    CheckedSpec { spec: spec(name, size), geometry: geometry() }
+}
+
 /// The last event of a deployment.
 pub async fn last(events: &mut mpsc::Receiver<DeployEvent>) -> DeployEvent {
     loop {
@@ -82,7 +87,7 @@ impl Rig {
         settings.drain = Duration::from_millis(200);
         change(&mut settings);
         let (serving, changes) = mpsc::channel(16);
-        let (cluster, board) = cluster::start(settings, serving);
+        let (cluster, board) = cluster::start(settings, Vec::new(), serving);
         let served = Arc::new(Mutex::new(Vec::new()));
         tokio::spawn(keep_names(changes, Arc::clone(&served)));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -328,6 +333,7 @@ type RankStream = (mpsc::Sender<pb::RankMessage>, tonic::Streaming<pb::HeadToRan
 async fn dial(head: &str, key: &RankKey, node: &str, launch_token: &str) -> Result<RankStream, String> {
     let (says, outbound) = mpsc::channel(64);
     let hello = RankHello {
+        resumes: None,
         deployment: key.deployment.clone(),
         replica: key.replica,
         rank: key.rank,
