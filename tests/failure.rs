@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use harness::{Cluster, Processes, Stream, StreamEnd, golden, wait_for};
+use harness::{Cluster, Lasting, Processes, Random, Stream, StreamEnd, Work, golden, wait_for};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -29,51 +29,6 @@ fn running(cluster: &Cluster) -> Stream {
     stream
 }
 
-/// Streams that run while something happens to their ranks, with the text that each must have in the end.
-struct Company {
-    streams: Vec<std::thread::JoinHandle<(StreamEnd, Vec<u32>, Duration)>>,
-    expected: Vec<Value>,
-}
-
-impl Company {
-    /// Asks alone first, greedy and sampled in turn, then starts all of them together.
-    fn start(cluster: &Cluster, num_streams: usize, max_tokens: u32) -> Self {
-        let mut random = Random(11);
-        let bodies: Vec<Value> = (0..num_streams)
-            .map(|index| {
-                let length = 1 + random.below(200);
-                let prompt: Vec<u64> = (0..length).map(|_| random.below(500)).collect();
-                let temperature = if index % 2 == 0 { 0.0 } else { 0.9 };
-                json!({"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature,
-                    "seed": index, "ignore_eos": true, "return_token_ids": true})
-            })
-            .collect();
-        let alone = |body| cluster.http.ask("/v1/completions", body)["choices"][0]["token_ids"].clone();
-        let expected = bodies.iter().map(alone).collect();
-        let read = |body: Value| {
-            let http = cluster.http.clone();
-            std::thread::spawn(move || {
-                let mut stream = http.stream("/v1/completions", &body);
-                let end = stream.finish();
-                (end, stream.token_ids, stream.longest_gap)
-            })
-        };
-        Self { streams: bodies.into_iter().map(read).collect(), expected }
-    }
-
-    /// Every stream ends as it should, with the right text. Gives the longest pause of any.
-    fn check(self) -> Duration {
-        let ends = self.streams.into_iter().map(|stream| stream.join().expect("a stream"));
-        let mut longest = Duration::ZERO;
-        for ((end, token_ids, gap), expected) in ends.zip(self.expected) {
-            assert_eq!(end, StreamEnd::Done);
-            assert_eq!(json!(token_ids), expected, "the text is that of a run without the failure");
-            longest = longest.max(gap);
-        }
-        longest
-    }
-}
-
 fn wait_ready(cluster: &Cluster, epoch: u64) {
     wait_for("the deployment to be ready in a new epoch", || {
         let deployment = cluster.status().deployments.remove(0);
@@ -85,7 +40,7 @@ fn wait_ready(cluster: &Cluster, epoch: u64) {
 fn a_killed_rank_is_a_pause_and_no_lost_text() {
     let cluster = served("2");
     let before = cluster.ranks("m");
-    let company = Company::start(&cluster, 16, 200);
+    let company = Work::ask_alone(&cluster.http, 16, 200, 200).start(&cluster.http);
     wait_for("all streams to run", || (cluster.status().queue.running >= 12).then_some(()));
     Processes::kill(before[1].pid);
     let status = wait_for("the deployment to say so", || {
@@ -108,7 +63,7 @@ fn a_killed_rank_is_a_pause_and_no_lost_text() {
 fn a_frozen_rank_is_seen_by_health_and_replaced() {
     let cluster = served("2");
     let before = cluster.ranks("m");
-    let company = Company::start(&cluster, 4, 300);
+    let company = Work::ask_alone(&cluster.http, 4, 200, 300).start(&cluster.http);
     wait_for("all streams to run", || (cluster.status().queue.running == 4).then_some(()));
     Processes::signal(before[0].pid, Signal::SIGSTOP);
     let frozen = std::time::Instant::now();
@@ -133,51 +88,9 @@ fn a_killed_head_without_grace_takes_agent_and_ranks_with_it() {
     assert!(took < Duration::from_secs(5), "it took {took:?}");
 }
 
-/// A cluster whose head can be started again where it was.
-struct Lasting {
-    cluster: Cluster,
-    ports: Vec<String>,
-}
-
-impl Lasting {
-    fn start() -> Self {
-        let free = |_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let listeners: Vec<_> = (0..3).map(free).collect();
-        let port = |listener: &std::net::TcpListener| listener.local_addr().expect("an address").port().to_string();
-        let numbers = listeners.iter().map(port);
-        let flags = ["--port", "--http-port", "--dashboard-port"];
-        let ports: Vec<String> = flags.into_iter().zip(numbers).flat_map(|(flag, port)| [flag.into(), port]).collect();
-        drop(listeners);
-        let words: Vec<&str> = ports.iter().map(String::as_str).collect();
-        Self { cluster: Cluster::start_with(2, &words), ports }
-    }
-
-    fn kill_head(&self) {
-        let pid = self.cluster.status().head.pid;
-        Processes::kill(pid);
-        Processes::wait_gone(&[pid]);
-    }
-
-    /// Starts the head again; gives the time until the deployment is ready.
-    fn restart_head(&self) -> Duration {
-        let started = std::time::Instant::now();
-        let mut arguments = vec!["start", "--head", "--num-gpus", "2", "--json"];
-        arguments.extend(self.ports.iter().map(String::as_str));
-        let again = self.cluster.node.run("coordinator", &arguments);
-        assert_eq!(again.code, 0, "{again:?}");
-        wait_for("the deployment to be ready", || (self.cluster.deployment_state("m") == "ready").then_some(()));
-        started.elapsed()
-    }
-
-    fn pids(&self) -> Vec<u32> {
-        let status = self.cluster.status();
-        status.ranks.iter().map(|rank| rank.pid).chain(status.nodes.iter().map(|node| node.pid)).collect()
-    }
-}
-
 #[test]
 fn a_head_that_is_started_again_finds_ranks_and_weights_where_they_were() {
-    let lasting = Lasting::start();
+    let lasting = Lasting::start(2);
     serve_tiny(&lasting.cluster, "2");
     let before = lasting.pids();
     lasting.kill_head();
@@ -192,15 +105,13 @@ fn a_head_that_is_started_again_finds_ranks_and_weights_where_they_were() {
     check_text(&lasting.cluster);
     assert_eq!(lasting.cluster.node.run("coordinator", &["undeploy", "m"]).code, 0);
     lasting.kill_head();
-    let arguments: Vec<&str> = lasting.ports.iter().map(String::as_str).collect();
-    let arguments = [&["start", "--head", "--num-gpus", "2"], &arguments[..]].concat();
-    assert_eq!(lasting.cluster.node.run("coordinator", &arguments).code, 0);
+    lasting.start_head();
     assert!(lasting.cluster.status().deployments.is_empty(), "what was removed stays away");
 }
 
 #[test]
 fn a_head_that_is_killed_under_load_comes_back_and_serves() {
-    let lasting = Lasting::start();
+    let lasting = Lasting::start(2);
     serve_tiny(&lasting.cluster, "2");
     let streams: Vec<_> = (0..8)
         .map(|_| {
@@ -253,16 +164,6 @@ fn a_client_that_goes_away_frees_its_blocks() {
         let now = deployment();
         (now.running == 0 && now.num_blocks_free == now.num_blocks).then_some(())
     });
-}
-
-/// A small generator, so that a failing run can be repeated.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound
-    }
 }
 
 /// 32 streams with prompts of 1 to 600 tokens, half of them cancelled: the rest give the text that they give alone.

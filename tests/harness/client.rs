@@ -88,12 +88,19 @@ impl Http {
 
     /// Opens a stream.
     pub fn stream(&self, path: &str, body: &Value) -> Stream {
+        self.try_stream(path, body).expect("a stream")
+    }
+
+    /// The same, where the server may be away or may refuse.
+    pub fn try_stream(&self, path: &str, body: &Value) -> Option<Stream> {
         let mut body = body.clone();
         body["stream"] = true.into();
-        let response = self.agent.post(format!("{}{path}", self.base)).send_json(&body).expect("an answer");
-        assert_eq!(response.status().as_u16(), 200);
+        let response = self.agent.post(format!("{}{path}", self.base)).send_json(&body).ok()?;
+        if response.status().as_u16() != 200 {
+            return None;
+        }
         let now = Instant::now();
-        Stream {
+        Some(Stream {
             lines: BufReader::new(response.into_body().into_reader()).lines(),
             text: String::new(),
             token_ids: Vec::new(),
@@ -102,7 +109,7 @@ impl Http {
             longest_gap: Duration::ZERO,
             error: None,
             last: now,
-        }
+        })
     }
 }
 

@@ -130,10 +130,9 @@ fn finish(mut command: Command) -> Finished {
     }
 }
 
-/// One of the two programs: `cargo test --workspace` builds them beside the folder of the tests.
+/// One of the two programs.
 fn binary(program: &str) -> PathBuf {
-    let exe = std::env::current_exe().expect("this test's own path");
-    exe.parent().and_then(Path::parent).expect("a folder with the programs").join(program)
+    crate::places::programs().join(program)
 }
 
 /// A head with its own agent.

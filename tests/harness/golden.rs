@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::places;
+
 /// A tiny model with what it should compute.
 pub struct Golden {
     /// Its name.
@@ -33,10 +35,6 @@ pub struct GoldenPrompt {
     pub margins: Vec<f64>,
 }
 
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens")
-}
-
 fn read(path: &Path) -> Value {
     let bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
@@ -49,16 +47,16 @@ pub fn goldens() -> Vec<Golden> {
 
 /// One tiny model.
 pub fn golden(name: &str) -> Golden {
-    let folder = folder().join(name);
+    let folder = places::goldens().join(name);
     let prompts = prompts(&read(&folder.join("goldens.json"))["prompts"]);
     Golden { name: name.to_owned(), folder, prompts }
 }
 
 /// SmolLM2-135M-Instruct as GGUF with its prompts, or `None` where no registry had it.
 pub fn smollm2() -> Option<Golden> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let file = places::models().join("SmolLM2-135M-Instruct.Q4_1.gguf");
     if !file.exists() {
-        eprintln!("SmolLM2 is not in .cache/models: run `cargo xtask fetch`");
+        eprintln!("NOT RUN: there is no {}; `cargo xtask fetch` obtains it", file.display());
         return None;
     }
     Some(Golden { name: "smollm2".into(), folder: file, prompts: smollm2_prompts("gguf") })
@@ -71,7 +69,7 @@ pub fn smollm2_bf16() -> Option<Golden> {
 }
 
 fn smollm2_prompts(reference: &str) -> Vec<GoldenPrompt> {
-    let goldens = read(&folder().join("smollm2/goldens-A.json"));
+    let goldens = read(&places::goldens().join("smollm2/goldens-A.json"));
     let mut list = prompts(&goldens["references"][reference]);
     // The token ids stand once, with the first reference.
     for (prompt, first) in list.iter_mut().zip(prompts(&goldens["references"]["gguf"])) {

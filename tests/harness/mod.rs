@@ -7,11 +7,19 @@
 
 mod client;
 mod cluster;
+mod company;
 mod convert;
 mod golden;
+mod judge;
+mod lasting;
 mod network;
+mod places;
 
 pub use client::{Completion, Http, Stream, StreamEnd};
 pub use cluster::{Cluster, Finished, Node, Processes, wait_for};
+pub use company::{Company, Random, Work};
 pub use golden::{Golden, GoldenPrompt, golden, goldens, smollm2, smollm2_bf16};
+pub use judge::{Precision, check_agreement, check_model, token_ids};
+pub use lasting::Lasting;
 pub use network::TwoHosts;
+pub use places::model_config;

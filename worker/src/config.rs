@@ -6,6 +6,7 @@
 //! **Invariant:** nothing else in this crate reads the environment, and nothing changes a `Config` later. A key or a value
 //! that is not understood stops the start.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -256,6 +257,8 @@ pub struct Environment {
     pub hip_visible: Option<String>,
     /// `CUDA_HOME`: a toolkit whose libraries and headers are looked at first.
     pub cuda_home: Option<PathBuf>,
+    /// Names of NCCL's own settings that the user has made.
+    nccl: BTreeSet<String>,
 }
 
 impl Environment {
@@ -273,6 +276,10 @@ impl Environment {
             cuda_visible: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
             hip_visible: std::env::var("HIP_VISIBLE_DEVICES").ok(),
             cuda_home: text("CUDA_HOME").map(PathBuf::from),
+            nccl: std::env::vars_os()
+                .filter_map(|(name, _)| name.into_string().ok())
+                .filter(|name| name.starts_with("NCCL_"))
+                .collect(),
         }
     }
 }
@@ -321,6 +328,7 @@ pub struct Config {
     pub hip_visible: Option<String>,
     /// `CUDA_HOME`: a toolkit whose libraries and headers are looked at first.
     pub cuda_home: Option<PathBuf>,
+    nccl: BTreeSet<String>,
 }
 
 impl Config {
@@ -353,7 +361,19 @@ impl Config {
             cuda_visible: environment.cuda_visible,
             hip_visible: environment.hip_visible,
             cuda_home: environment.cuda_home,
+            nccl: environment.nccl,
         })
+    }
+
+    /// What processes that use NCCL get to hear besides what the user has set.
+    ///
+    /// NVLink multicast (`NCCL_NVLS_ENABLE`) is off: its objects live in the switches that all devices of a host share, so a
+    /// process that ends badly while it holds one can take devices away from others until somebody resets them. The sums that
+    /// it forms in a switch are also not the ranks' in rank order. Whoever sets the variable decides otherwise.
+    pub fn nccl_defaults(&self) -> Vec<(&'static str, String)> {
+        let defaults = [("NCCL_NVLS_ENABLE", "0")];
+        let unset = defaults.into_iter().filter(|(name, _)| !self.nccl.contains(*name));
+        unset.map(|(name, value)| (name, value.to_owned())).collect()
     }
 
     /// The head.
@@ -432,6 +452,16 @@ mod tests {
         let config = load(file, flags, environment).unwrap();
         assert_eq!(config.head().unwrap().as_str(), "c:3");
         assert_eq!(config.num_gpus, NonZeroU32::new(1));
+    }
+
+    #[test]
+    fn multicast_is_off_unless_the_user_says_otherwise() {
+        let defaults = |set: &[&str]| {
+            let nccl = set.iter().map(|name| (*name).to_owned()).collect();
+            load("{}", Flags::default(), Environment { nccl, ..Environment::default() }).unwrap().nccl_defaults()
+        };
+        assert_eq!(defaults(&["NCCL_DEBUG"]), [("NCCL_NVLS_ENABLE", "0".to_owned())]);
+        assert!(defaults(&["NCCL_NVLS_ENABLE"]).is_empty());
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod layers;
 pub mod logging;
 pub mod models;
 pub mod rank;
+pub mod reduce_bench;
 pub mod runner;
 pub mod session;
 pub mod shard;

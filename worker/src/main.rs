@@ -14,13 +14,14 @@ use phalanx_kernels::cuda;
 use phalanx_proto::{AgentHello, NodeId, VERSION};
 use phalanx_worker::agent::background::{self, Started};
 use phalanx_worker::agent::devices::{Devices, Machine};
+use phalanx_worker::agent::doctor::{self, Doctor};
 use phalanx_worker::agent::process::Launcher;
 use phalanx_worker::agent::record::{self, AgentLock, AgentRecord, Claim};
 use phalanx_worker::agent::{Agent, AgentSetup, End, Report, node, supervisor};
 use phalanx_worker::backend::presence;
 use phalanx_worker::config::{Config, ConfigError, DeviceChoice, Environment, Flags, LogFormat, defaults};
 use phalanx_worker::logging::{self, BoundedLog, LogTarget};
-use phalanx_worker::rank;
+use phalanx_worker::{rank, reduce_bench};
 
 /// Wrong usage, as for clap's own errors.
 const EXIT_USAGE: u8 = 2;
@@ -71,7 +72,19 @@ enum Subcommands {
         /// Ordinal among the visible devices
         #[arg(long, value_name = "N", default_value_t = 0)]
         device: u32,
+        /// Leave out what compiles device code that this program holds already
+        #[arg(long)]
+        quick: bool,
     },
+    /// Says whether this machine can serve, and what to do where it cannot; fails where something does
+    #[command(after_help = "Example:\n  worker doctor\n  worker doctor --json")]
+    Doctor(DoctorArgs),
+    /// Times sums over this machine's devices; `coordinator bench allreduce` shows them
+    #[command(hide = true)]
+    ReduceBench(ReduceBenchArgs),
+    /// One process of those sums; started by the two above
+    #[command(hide = true)]
+    ReduceBenchRank,
     /// One rank; started by the agent
     #[command(hide = true)]
     Rank {
@@ -109,6 +122,23 @@ struct JoinArgs {
 }
 
 #[derive(Args)]
+struct DoctorArgs {
+    /// Print one object in place of lines
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ReduceBenchArgs {
+    /// Devices that exchange [default: all GPUs, or two processes on the CPU]
+    #[arg(long, value_name = "N")]
+    world: Option<NonZeroU32>,
+    /// auto, cuda or cpu
+    #[arg(long, value_name = "KIND")]
+    device: Option<DeviceChoice>,
+}
+
+#[derive(Args)]
 struct LeaveArgs {
     /// Only if this is the node's id
     #[arg(long, value_name = "ID")]
@@ -127,7 +157,10 @@ fn main() -> ExitCode {
     let (result, as_json) = match command {
         Subcommands::Join(args) => (join(&args, flags), args.json),
         Subcommands::Leave(args) => (leave(&args, flags), false),
-        Subcommands::CudaCheck { device } => (cuda_check(device, flags), false),
+        Subcommands::CudaCheck { device, quick } => (cuda_check(device, quick, flags), false),
+        Subcommands::Doctor(args) => (doctor(&args, flags), false),
+        Subcommands::ReduceBench(args) => (reduce_bench(&args, flags), false),
+        Subcommands::ReduceBenchRank => (reduce_bench_rank(), false),
         Subcommands::Rank { .. } => (run_rank(flags), false),
     };
     let Err(error) = result else { return ExitCode::SUCCESS };
@@ -347,12 +380,16 @@ fn leave(args: &LeaveArgs, flags: Flags) -> anyhow::Result<()> {
 
 // ---- cuda-check ----
 
-fn cuda_check(device: u32, flags: Flags) -> anyhow::Result<()> {
+fn cuda_check(device: u32, quick: bool, flags: Flags) -> anyhow::Result<()> {
     let config = Config::load(flags, Environment::read())?;
     if let Some(home) = &config.cuda_home {
         cuda::search_also(cuda::toolkit_folders(home));
     }
-    let settings = cuda::ModuleSettings::new(config.home.kernel_cache_dir(), config.cuda_home.as_deref());
+    let mut settings = cuda::ModuleSettings::new(config.home.kernel_cache_dir(), config.cuda_home.as_deref());
+    if quick && cuda::has_images() {
+        // Without a folder for it, nothing is compiled for the sake of the check.
+        settings.cache_dir = None;
+    }
     let mut num_failed = 0;
     cuda::self_check(device, &settings, |line| {
         match &line.outcome {
@@ -364,6 +401,53 @@ fn cuda_check(device: u32, flags: Flags) -> anyhow::Result<()> {
     if num_failed > 0 {
         bail!("{num_failed} checks failed");
     }
+    Ok(())
+}
+
+// ---- doctor, reduce-bench ----
+
+fn doctor(args: &DoctorArgs, flags: Flags) -> anyhow::Result<()> {
+    let config = Config::load(flags, Environment::read())?;
+    let doctor = Doctor { config, program: std::env::current_exe().context("this program's path")? };
+    let mut checks = Vec::new();
+    doctor.examine(|check| {
+        if !args.json {
+            println!("{}", check.line());
+        }
+        checks.push(check);
+    });
+    if args.json {
+        println!("{}", doctor::object(&checks));
+    } else {
+        println!("{}", doctor::summary(&checks));
+    }
+    let num_failed = checks.iter().filter(|check| check.state == doctor::State::Fail).count();
+    if num_failed > 0 { bail!("{num_failed} checks failed") } else { Ok(()) }
+}
+
+fn reduce_bench(args: &ReduceBenchArgs, flags: Flags) -> anyhow::Result<()> {
+    let config = Config::load(Flags { device: args.device, ..flags }, Environment::read())?;
+    let devices = offer(&config)?;
+    let (setup, names) = reduce_bench::Setup::of_this_machine(&config, &devices, args.world)?;
+    let measured = setup.run(|timing| {
+        let blocks = if timing.blocks > 0 { format!(" ({})", timing.blocks) } else { String::new() };
+        let mark = if timing.right { "" } else { "  WRONG SUMS" };
+        eprintln!("{}{blocks} {} bytes: {:.1} us{mark}", timing.way, timing.bytes, timing.us);
+    })?;
+    let object = serde_json::json!({
+        "device": setup.device,
+        "devices": names,
+        "world_size": setup.slots.len(),
+        "notes": devices.note.into_iter().chain(measured.notes).collect::<Vec<_>>(),
+        "timings": measured.timings,
+    });
+    println!("{object}");
+    if measured.timings.iter().all(|timing| timing.right) { Ok(()) } else { bail!("some sums are wrong") }
+}
+
+fn reduce_bench_rank() -> anyhow::Result<()> {
+    let launch = rank::bind_to_parent(|launch: &reduce_bench::BenchLaunch| launch.parent_pid)?;
+    reduce_bench::child::run(&launch)?;
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, raise};
 use nix::unistd::getppid;
 use phalanx_proto::{DeviceKind, RankHello, VERSION};
+use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
@@ -26,7 +27,7 @@ const LAUNCH_BYTES_MAX: u64 = 64 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum RankError {
     /// It was not started by an agent.
-    #[error("`worker rank` is started by an agent, never by hand: {reason}")]
+    #[error("this is started by another process of this program, never by hand: {reason}")]
     NotLaunched {
         /// What is missing.
         reason: String,
@@ -47,14 +48,22 @@ pub enum RankError {
 /// # Errors
 /// No agent started this process.
 pub fn bind_to_agent() -> Result<RankLaunch, RankError> {
+    bind_to_parent(|launch: &RankLaunch| launch.agent_pid)
+}
+
+/// Ties this process to the one that started it, and takes its one line of JSON. `parent` is where the line names that process.
+///
+/// # Errors
+/// No such line, or its author is gone.
+pub fn bind_to_parent<T: DeserializeOwned>(parent: impl Fn(&T) -> u32) -> Result<T, RankError> {
     let refused = |reason: String| RankError::NotLaunched { reason };
     set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)?;
     let mut line = String::new();
     io::stdin().lock().take(LAUNCH_BYTES_MAX).read_line(&mut line).map_err(|e| refused(e.to_string()))?;
-    let launch: RankLaunch = serde_json::from_str(&line).map_err(|e| refused(format!("no launch line ({e})")))?;
-    // The agent may have ended before the kernel was asked to tell.
-    if getppid().as_raw() != launch.agent_pid.cast_signed() {
-        return Err(refused("its agent is gone".into()));
+    let launch: T = serde_json::from_str(&line).map_err(|e| refused(format!("no launch line ({e})")))?;
+    // The parent may have ended before the kernel was asked to tell.
+    if getppid().as_raw() != parent(&launch).cast_signed() {
+        return Err(refused("whoever started it is gone".into()));
     }
     std::thread::Builder::new().name("bond".into()).spawn(end_with_pipe)?;
     Ok(launch)

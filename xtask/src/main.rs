@@ -1,13 +1,17 @@
-//! The commands of this repository: `cargo xtask demo | test | fetch | bench`.
+//! The commands of this repository: `cargo xtask demo | test | soak | fetch | gpu-test | bench`.
 //!
 //! Knows how to build, obtain what tests need, and drive the two binaries as a user does. Holds no product code.
 //!
 //! **Invariant:** whatever `test` needs and a machine with Rust, a C compiler and Python 3 lacks, `fetch` obtains.
 
+mod bench;
 mod demo;
 mod fetch;
+mod gpu;
 mod process;
 mod test;
+
+use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
@@ -31,14 +35,57 @@ enum Command {
     },
     /// Format, clippy and every test, those with real processes included.
     Test,
+    /// A cluster under load whose processes are killed and frozen at random; every answer is compared.
+    Soak {
+        /// How long.
+        #[arg(long, default_value_t = 60.0)]
+        minutes: f64,
+        /// Repeats a run: which process is hit when.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// Obtains the model and the tokenizers that tests use, with their checksums.
     Fetch,
+    /// Builds what needs a GPU and runs it, or packs it for a machine without Rust.
+    GpuTest {
+        /// Write programs, tests, reference data and `run.sh` here, and run nothing.
+        #[arg(long, value_name = "DIR")]
+        pack: Option<PathBuf>,
+        /// Profile of the build.
+        #[arg(long, default_value = "release")]
+        profile: String,
+        /// What to run: as `run.sh` takes it.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        what: Vec<String>,
+    },
+    /// Builds, serves models with made-up weights on the GPUs here and measures them, or packs what does.
+    Bench {
+        /// Write programs, tests, reference data and `run.sh` here, and run nothing.
+        #[arg(long, value_name = "DIR")]
+        pack: Option<PathBuf>,
+        /// Profile of the build.
+        #[arg(long, default_value = "release")]
+        profile: String,
+        #[command(flatten)]
+        flags: bench::BenchFlags,
+    },
+    /// What `run.sh bench` runs, with programs that were built elsewhere.
+    #[command(hide = true)]
+    BenchRun {
+        #[command(flatten)]
+        flags: bench::BenchFlags,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Demo { keep, question } => demo::run(keep, &question),
         Command::Test => test::run(),
+        Command::Soak { minutes, seed } => test::soak(minutes, seed),
         Command::Fetch => fetch::model().and(fetch::tokenizers()).map(|_| ()),
+        Command::GpuTest { pack, profile, what } => gpu::run(pack.as_deref(), &profile, &what),
+        Command::Bench { pack: Some(folder), profile, .. } => gpu::run(Some(&folder), &profile, &[]),
+        Command::Bench { pack: None, profile, flags } => bench::run_here(&flags, &profile),
+        Command::BenchRun { flags } => bench::run_packed(&flags),
     }
 }

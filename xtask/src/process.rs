@@ -45,8 +45,13 @@ pub fn output(command: &mut Command) -> anyhow::Result<String> {
 
 /// Builds the two programs and returns the folder that they are in.
 pub fn build_binaries() -> anyhow::Result<PathBuf> {
+    build_with("dev")
+}
+
+/// The same in another profile.
+pub fn build_with(profile: &str) -> anyhow::Result<PathBuf> {
     // The whole workspace: features of shared dependencies are then those of `cargo test --workspace`, and one build serves both.
-    let what = ["build", "--workspace", "--bins", "--message-format", "json-render-diagnostics"];
+    let what = ["build", "--workspace", "--bins", "--profile", profile, "--message-format", "json-render-diagnostics"];
     let messages = output(cargo().args(what))?;
     let executable = messages
         .lines()

@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use crate::fetch;
-use crate::process::{cache, cargo, check, root};
+use crate::process::{build_binaries, cache, cargo, check, root};
 
 /// Checks licences, bans and sources.
 const CARGO_DENY: &str = "0.20.2";
@@ -17,6 +17,9 @@ pub fn run() -> anyhow::Result<()> {
     check(cargo().args(["fmt", "--all", "--check"]))?;
     step("lints");
     check(cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    // Tests that need a GPU are no part of `--all-targets`; that they compile can be seen anywhere.
+    let gpu_tests = ["clippy", "--workspace", "--test", "cuda", "--test", "gpu", "--quiet", "--", "-D", "warnings"];
+    check(cargo().args(gpu_tests))?;
     step("licences, bans, sources");
     deny()?;
     step("what tests need");
@@ -27,6 +30,13 @@ pub fn run() -> anyhow::Result<()> {
     check(cargo().args(["test", "--workspace", "--no-fail-fast"]))?;
     step("all green");
     Ok(())
+}
+
+/// Builds the programs, and runs the soak beside them.
+pub fn soak(minutes: f64, seed: u64) -> anyhow::Result<()> {
+    check(cargo().args(["build", "--workspace", "--bins", "--examples"]))?;
+    let soak = build_binaries()?.join("examples/soak");
+    check(Command::new(soak).args([minutes.to_string(), seed.to_string()]))
 }
 
 /// `cargo deny`, installed below `.cache` on first use. Advisories are left out: their database is not a package.

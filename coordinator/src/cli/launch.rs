@@ -35,7 +35,8 @@ pub enum DeviceChoice {
 }
 
 impl DeviceChoice {
-    fn as_str(self) -> &'static str {
+    /// The word of the flag.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Auto => "auto",
             Self::Cuda => "cuda",
@@ -317,7 +318,10 @@ pub fn local_address(record: &HeadRecord) -> crate::cluster::membership::HeadAdd
 }
 
 /// The `worker` program beside this one.
-fn worker_program() -> Result<PathBuf, CliError> {
+///
+/// # Errors
+/// It is not there.
+pub fn worker_program() -> Result<PathBuf, CliError> {
     let this = std::env::current_exe()?;
     let beside = this.with_file_name("worker");
     if beside.is_file() {

@@ -10,6 +10,7 @@ mod bench;
 mod chat;
 mod completions;
 mod connection;
+mod doctor;
 mod failure;
 mod generate;
 mod head_process;
@@ -72,6 +73,7 @@ enum Command {
     Chat(Box<chat::ChatFlags>),
     Key(key::KeyFlags),
     Bench(bench::BenchFlags),
+    Doctor(doctor::DoctorFlags),
     Completions(completions::CompletionsFlags),
     #[command(hide = true)]
     HeadProcess(head_process::HeadProcessFlags),
@@ -107,6 +109,7 @@ pub fn main() -> ExitCode {
         Command::Key(flags) => (flags.json(), key::run(&surroundings, &flags)),
         Command::Chat(flags) => (false, chat::run(&surroundings, &flags)),
         Command::Bench(flags) => (false, bench::run(&surroundings, &flags)),
+        Command::Doctor(flags) => (flags.json, doctor::run(&surroundings, &flags)),
         Command::Completions(flags) => (false, completions::run(&flags)),
         Command::HeadProcess(flags) => (true, head_process::run(&surroundings, &flags)),
     };
@@ -160,6 +163,8 @@ mod tests {
             "serve ./m --max-queue 8 --queue-timeout 30s --api-key a --api-key b",
             "bench latency ./m --input-len 512 --output-len 128 --batch-size 1 --num-iters 3 --load-format dummy",
             "bench throughput ./m --num-prompts 200 --lengths l.json --json",
+            "bench allreduce --world 4 --json --output r.json --device cuda",
+            "doctor --json",
             "bench serve --base-url h:8000 --request-rate 2.5 --max-concurrency 8 --output r.json",
         ] {
             let words = std::iter::once("coordinator").chain(line.split(' '));
@@ -182,6 +187,7 @@ mod tests {
             "key create --name a --rate often",
             "key create --name a --scopes everything",
             "run-batch -i x",
+            "bench allreduce --world 1",
         ] {
             let words = std::iter::once("coordinator").chain(line.split(' '));
             let error = Cli::try_parse_from(words).expect_err(line);

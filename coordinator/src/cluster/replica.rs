@@ -158,8 +158,8 @@ pub(super) struct Replica {
     pub engine: Option<EngineHandle>,
     /// Breaks the group that takes steps.
     pub fuse: Option<Fuse>,
-    /// Since when its group takes steps.
-    pub serves_since: Option<Instant>,
+    /// Since when its group takes steps, and how many sequences had ended then.
+    pub serves_since: Option<(Instant, u64)>,
     /// Since when no machine is there for it.
     pub unplaced_since: Option<Instant>,
     pub ranks: Vec<RankRecord>,
@@ -249,6 +249,14 @@ impl Replica {
                 Process::Exited { pid, code, signal, by_agent, last_lines }
             }
         };
+    }
+
+    /// Whether the group that broke had done any good: a request that ended, or some time without trouble. What serves is not
+    /// what breaks at each start.
+    pub fn has_proved_itself(&mut self, now: Instant, forgiven_after: Duration) -> bool {
+        let Some((since, num_ended)) = self.serves_since.take() else { return false };
+        let has_ended_some = self.engine.as_ref().is_some_and(|engine| engine.snapshot().counters.finished > num_ended);
+        has_ended_some || now.saturating_duration_since(since) >= forgiven_after
     }
 
     /// Gives up what runs, for this cause. The engine hears it, and waits for the next group; dropping streams ends the sessions

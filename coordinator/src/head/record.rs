@@ -6,11 +6,17 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Home;
+
+/// A head that was killed may hold its lock for so long: its last thread ends after the process is gone.
+const DYING: Duration = Duration::from_secs(3);
+/// Time between two looks at it.
+const DYING_LOOK: Duration = Duration::from_millis(10);
 
 /// A process of this machine that cannot be mistaken for a later one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,14 +105,19 @@ impl HomeLock {
         fs::create_dir_all(&dir).map_err(|source| HomeError::Io { path: dir.clone(), source })?;
         let path = dir.join("head.lock");
         let opened = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
-        let file = opened.map_err(|source| HomeError::Io { path: path.clone(), source })?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self { _lock: lock, record: home.head_record() }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-                let running = running_head(home).map(Box::new);
-                Err(HomeError::Running { home: home.path().to_owned(), running })
+        let mut file = opened.map_err(|source| HomeError::Io { path: path.clone(), source })?;
+        let started = Instant::now();
+        loop {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(Self { _lock: lock, record: home.head_record() }),
+                Err((file, nix::errno::Errno::EWOULDBLOCK)) => file,
+                Err((_, error)) => return Err(HomeError::Io { path, source: error.into() }),
+            };
+            let running = running_head(home).map(Box::new);
+            if running.is_some() || started.elapsed() >= DYING {
+                return Err(HomeError::Running { home: home.path().to_owned(), running });
             }
-            Err((_, error)) => Err(HomeError::Io { path, source: error.into() }),
+            std::thread::sleep(DYING_LOOK);
         }
     }
 

@@ -24,13 +24,15 @@ mod library;
 mod linear_plan;
 mod memory;
 mod module;
+mod nvml;
 mod nvrtc;
 pub mod peer_memory;
 pub mod peer_plan;
 mod stream;
 
 pub use backend::{
-    CudaBuffer, CudaInputs, CudaKvLayer, CudaMatrix, CudaOps, CudaRope, CudaSettings, CudaVector, Dtype,
+    CudaBuffer, CudaInputs, CudaKvLayer, CudaMatrix, CudaOps, CudaRope, CudaSettings, CudaVector, Dtype, ReduceBench,
+    ReduceTiming, ReduceWay,
 };
 pub use blaslt::{BlasLt, MatmulOperands, MatmulPlan, MatmulShape, Scalar, WORKSPACE_BYTES};
 pub use check::{CheckLine, self_check};
@@ -41,5 +43,6 @@ pub use graph::GraphExec;
 pub use launch::{ARGS_MAX, KernelArg, LaunchConfig};
 pub use library::{FoundLibrary, LibraryReport, libraries, search_also, toolkit_folders};
 pub use memory::{DeviceMemory, IpcHandle, PeerMemory, PinnedMemory, Plain, Span};
-pub use module::{Kernel, KernelAttributes, Module, ModuleSet, ModuleSettings, Origin, build_line};
+pub use module::{Kernel, KernelAttributes, Module, ModuleSet, ModuleSettings, Origin, build_line, has_images};
+pub use nvml::{driver_release, num_nvlinks};
 pub use stream::{Event, PinnedRing, Priority, ReadBack, RingEntry, Rows, Stream};

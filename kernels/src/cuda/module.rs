@@ -46,6 +46,11 @@ pub fn build_line() -> &'static str {
     BUILT
 }
 
+/// Whether this program holds images of all its device code, so that nothing is compiled where it runs.
+pub fn has_images() -> bool {
+    SOURCES.iter().all(|source| source.fatbin.is_some())
+}
+
 /// Where device code is compiled on this machine, if it must be.
 #[derive(Debug, Clone, Default)]
 pub struct ModuleSettings {

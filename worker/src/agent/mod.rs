@@ -8,6 +8,7 @@
 
 pub mod background;
 pub mod devices;
+pub mod doctor;
 pub mod launch;
 pub mod link;
 pub mod node;

@@ -25,6 +25,11 @@ pub(super) fn address(interface: &str) -> Result<IpAddr, CollectiveError> {
     })
 }
 
+/// The interface that has an address, as NCCL wants it named; `None` where none has it.
+pub fn name_of(ip: IpAddr) -> Option<String> {
+    addresses().ok()?.into_iter().find(|(_, of_it)| *of_it == ip).map(|(name, _)| name)
+}
+
 /// The source address of packets that leave this machine. Nothing is sent: connecting a datagram socket only asks the
 /// routes, and the address is one that is kept for documents (RFC 5737).
 fn outward() -> Option<IpAddr> {
@@ -94,5 +99,7 @@ mod tests {
         let error = address("no-such-link").unwrap_err().to_string();
         assert!(error.contains("no-such-link") && error.contains("lo"), "{error}");
         address("").unwrap();
+        assert_eq!(name_of(IpAddr::V4(Ipv4Addr::LOCALHOST)).as_deref(), Some("lo"));
+        assert_eq!(name_of(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1))), None);
     }
 }

@@ -27,6 +27,7 @@ use std::time::Duration;
 use phalanx_kernels::{Collective, CollectiveError};
 use phalanx_proto::{LoadModel, Rank};
 
+pub use interface::name_of;
 use segment::Segment;
 
 /// Longest wait of one call, where `PendingGroup::with_call_deadline` says nothing else.
@@ -49,12 +50,25 @@ pub struct PendingGroup {
 
 /// Where a rank stands in its group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Place {
-    rank: usize,
-    world_size: usize,
+pub struct Place {
+    /// Which of them.
+    pub rank: usize,
+    /// How many there are.
+    pub world_size: usize,
 }
 
 impl Place {
+    /// A place outside the group, and a key that keeps nobody out, are refused.
+    fn check(self, group_key: &[u8]) -> Result<(), CollectiveError> {
+        if self.rank >= self.world_size {
+            return Err(setup(format!("rank {} is not in a group of {}", self.rank, self.world_size)));
+        }
+        if self.world_size > 1 && group_key.len() < GROUP_KEY_BYTES_MIN {
+            return Err(setup(format!("the group's key is shorter than {GROUP_KEY_BYTES_MIN} bytes")));
+        }
+        Ok(())
+    }
+
     fn peers(self) -> impl Iterator<Item = usize> {
         (0..self.world_size).filter(move |peer| *peer != self.rank)
     }
@@ -79,26 +93,48 @@ enum Pending {
 /// A rank outside the group, a short key, no address or port to listen on.
 pub fn prepare(load: &LoadModel, rank: Rank) -> Result<PendingGroup, CollectiveError> {
     let place = Place { rank: rank.0 as usize, world_size: load.world_size as usize };
-    if place.rank >= place.world_size {
-        return Err(setup(format!("rank {rank} is not in a group of {}", place.world_size)));
-    }
-    if place.world_size > 1 && load.group_key.len() < GROUP_KEY_BYTES_MIN {
-        return Err(setup(format!("the group's key is shorter than {GROUP_KEY_BYTES_MIN} bytes")));
-    }
     let one_node = load.rank_nodes.iter().all(|node| Some(node) == load.rank_nodes.first());
-    let transport = if place.world_size == 1 {
-        Pending::Local
-    } else if one_node {
-        Pending::Shm(segment::Rendezvous::open(&load.group_key, place)?)
-    } else {
-        let ip = interface::address(&load.collective_interface)?;
-        Pending::Tcp(tcp::Listening::bind(&load.group_key, place, ip, load.collective_ports)?)
-    };
-    let abort = AbortHandle::default();
-    Ok(PendingGroup { place, transport, num_threads: 1, call_deadline: CALL_DEADLINE, abort })
+    if one_node || place.world_size == 1 {
+        return prepare_here(&load.group_key, place);
+    }
+    prepare_between(&load.group_key, place, &load.collective_interface, load.collective_ports)
+}
+
+/// Readies a rank for a group whose ranks are all on this machine: alone, or through shared memory.
+///
+/// # Errors
+/// As `prepare`.
+pub fn prepare_here(group_key: &[u8], place: Place) -> Result<PendingGroup, CollectiveError> {
+    place.check(group_key)?;
+    Ok(PendingGroup::new(
+        place,
+        match place.world_size {
+            1 => Pending::Local,
+            _ => Pending::Shm(segment::Rendezvous::open(group_key, place)?),
+        },
+    ))
+}
+
+/// Readies a rank for a group over TCP: it listens on an interface (its name or an address), on a port of a range.
+///
+/// # Errors
+/// As `prepare`.
+pub fn prepare_between(
+    group_key: &[u8],
+    place: Place,
+    interface: &str,
+    ports: (u16, u16),
+) -> Result<PendingGroup, CollectiveError> {
+    place.check(group_key)?;
+    let ip = interface::address(interface)?;
+    Ok(PendingGroup::new(place, Pending::Tcp(tcp::Listening::bind(group_key, place, ip, ports)?)))
 }
 
 impl PendingGroup {
+    fn new(place: Place, transport: Pending) -> Self {
+        Self { place, transport, num_threads: 1, call_deadline: CALL_DEADLINE, abort: AbortHandle::default() }
+    }
+
     /// Where this rank listens; empty where nothing needs to be known.
     pub fn address(&self) -> String {
         match &self.transport {

@@ -414,7 +414,7 @@ struct TextBlock {
 #[schemars(untagged)]
 enum BlockContent {
     Text(String),
-    Blocks(#[schemars(length(min = 1))] Vec<TextBlock>),
+    Blocks(Vec<TextBlock>),
 }
 
 /// One message of a conversation with `/v1/messages`.

@@ -1,9 +1,10 @@
-//! `coordinator bench`: measures a served model from outside, through the API that everybody uses.
+//! `coordinator bench`: measures a served model from outside, through the API that everybody uses; and sums over devices.
 //!
 //! Prompts are random token ids; end tokens are ignored, so that every answer has the length that was asked for.
 //!
 //! **Invariant:** what is reported was measured by this client; a run in which a request failed is an error.
 
+mod allreduce;
 mod latency;
 mod load;
 mod serve;
@@ -12,7 +13,7 @@ mod table;
 mod throughput;
 mod trace;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -24,11 +25,12 @@ use super::{CliError, Outcome, Surroundings};
 use load::{Lengths, Random};
 use table::Table;
 
-/// Measure latency, throughput, or a server under load
+/// Measure latency, throughput, a server under load, or sums over devices
 #[derive(Debug, Clone, Args)]
 #[command(
     after_help = "Example:\n  coordinator bench latency ./model --input-len 512 --output-len 128\n  coordinator bench \
-                        throughput ./model --num-prompts 200\n  coordinator bench serve ./model --request-rate 4"
+                        throughput ./model --num-prompts 200\n  coordinator bench serve ./model --request-rate 4\n  \
+                        coordinator bench allreduce --world 2"
 )]
 pub struct BenchFlags {
     #[command(subcommand)]
@@ -41,6 +43,7 @@ enum What {
     Latency(Box<latency::LatencyFlags>),
     Throughput(Box<throughput::ThroughputFlags>),
     Serve(Box<serve::ServeFlags>),
+    Allreduce(allreduce::AllreduceFlags),
 }
 
 /// Flags of every benchmark.
@@ -138,19 +141,24 @@ impl CommonFlags {
 
     /// Shows a result, and writes it where that was asked for.
     fn report(&self, title: &str, table: &Table, result: &impl Serialize) -> Outcome {
-        let object = json!({"benchmark": title, "version": phalanx_proto::VERSION, "result": result});
-        let text = serde_json::to_string_pretty(&object).map_err(std::io::Error::other)?;
-        if let Some(path) = &self.output {
-            let named = |error| CliError::failed("io", format!("{}: {error}", path.display()));
-            std::fs::write(path, format!("{text}\n")).map_err(named)?;
-        }
-        if self.json {
-            println!("{text}")
-        } else {
-            print!("{}", table.render(title))
-        }
-        Ok(())
+        report_as(title, &table.render(title), result, self.output.as_deref(), self.json)
     }
+}
+
+/// Prints a result as a table, or as JSON, and writes it where that was asked for.
+fn report_as(title: &str, table: &str, result: &impl Serialize, output: Option<&Path>, as_json: bool) -> Outcome {
+    let object = json!({"benchmark": title, "version": phalanx_proto::VERSION, "result": result});
+    let text = serde_json::to_string_pretty(&object).map_err(std::io::Error::other)?;
+    if let Some(path) = output {
+        let named = |error| CliError::failed("io", format!("{}: {error}", path.display()));
+        std::fs::write(path, format!("{text}\n")).map_err(named)?;
+    }
+    if as_json {
+        println!("{text}")
+    } else {
+        print!("{table}")
+    }
+    Ok(())
 }
 
 pub(super) fn run(surroundings: &Surroundings, flags: &BenchFlags) -> Outcome {
@@ -173,6 +181,7 @@ pub(super) fn run(surroundings: &Surroundings, flags: &BenchFlags) -> Outcome {
                 let outcome = serve::run(&target, flags, &lengths).await;
                 target.end_with(outcome).await
             }
+            What::Allreduce(flags) => allreduce::run(surroundings, flags),
         }
     })
 }

@@ -182,7 +182,7 @@ impl Reconciler {
                 replica.num_blocks = num_blocks;
                 launch::watch_engine(key.clone(), engine.clone(), epoch, events);
                 replica.stage = Stage::Serving;
-                replica.serves_since = Some(now);
+                replica.serves_since = Some((now, engine.snapshot().counters.finished));
                 replica.engine = Some(engine);
                 info!(group_id = %key.deployment, incarnation = key.incarnation.0, epoch = epoch.0, "group ready");
                 if let Some(deployment) = self.deployment_mut(&key.deployment) {

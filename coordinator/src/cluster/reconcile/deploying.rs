@@ -264,8 +264,7 @@ impl Reconciler {
             replica.fail_requests(&cause);
             return;
         }
-        if replica.serves_since.take().is_some_and(|since| now.saturating_duration_since(since) >= forgiven_after) {
-            // What served well for a while is not what breaks at each start.
+        if replica.has_proved_itself(now, forgiven_after) {
             replica.restarts.clear();
         }
         let doublings = (recent_restarts(&mut replica.restarts, now, window) as u32).min(BACKOFF_DOUBLINGS_MAX);

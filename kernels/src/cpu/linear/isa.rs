@@ -44,6 +44,15 @@ impl Isa {
         Self::available().first().copied().unwrap_or(Self(Tier::Scalar))
     }
 
+    /// What people call it.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Tier::Avx512 => "AVX-512 with VNNI",
+            Tier::Avx2 => "AVX2",
+            Tier::Scalar => "any processor",
+        }
+    }
+
     pub(super) fn tier(self) -> Tier {
         self.0
     }

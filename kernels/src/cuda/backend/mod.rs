@@ -23,6 +23,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 pub use buffers::{CudaBuffer, CudaKvLayer, CudaMatrix, CudaRope, CudaVector, Dtype};
+pub use group::{ReduceBench, ReduceTiming, ReduceWay};
 pub use inputs::CudaInputs;
 
 use crate::cuda::{
@@ -67,7 +68,8 @@ pub struct CudaOps {
     scratch: Scratch,
     uploader: Uploader,
     group: Group,
-    collective: Box<dyn Collective>,
+    /// The host's group: its connections live as long as the device's.
+    _collective: Box<dyn Collective>,
     blas: Option<BlasLt>,
     kernels: Kernels,
     stream: Rc<Stream>,
@@ -104,7 +106,7 @@ impl CudaOps {
             scratch: Scratch::default(),
             uploader: Uploader::new(&context)?,
             group,
-            collective,
+            _collective: collective,
             blas,
             kernels,
             stream,

@@ -251,7 +251,7 @@ impl Ops for CudaOps {
     ) -> Result<(), KernelError> {
         let (op, m) = ("gate_up_act", inputs.shape.tokens);
         fit(op, x.width == gate_up.cols && out.width * 2 == gate_up.rows, || shapes(x, gate_up, out.width))?;
-        if m > super::linear::STREAMED_ROWS_MAX || self.dtype == Dtype::F32 {
+        if m > super::linear::STREAMED_ROWS_MAX && self.dtype != Dtype::F32 {
             self.plan_gate_up(out.rows_max, gate_up.rows)?;
         }
         self.product(&Product {

@@ -93,22 +93,27 @@ impl Sampling {
     }
 }
 
+/// Two records are a multiple of 16 bytes.
+const _: () = assert!((2 * RECORD_BYTES).is_multiple_of(16));
+
 impl Scores {
     /// Behind `rows` tokens. Own records come first, then those of all ranks.
     fn at(rows: usize, num: usize, world_size: usize) -> Self {
         let counts = (rows * 4).next_multiple_of(256);
         let count_bytes = (num * 4).next_multiple_of(16);
         let records = (counts + (1 + world_size) * count_bytes).next_multiple_of(256);
-        let record_bytes = (num * RECORD_BYTES).next_multiple_of(16);
-        Self { num, counts, records, end: records + (1 + world_size) * record_bytes }
+        let mut scores = Self { num, counts, records, end: records };
+        scores.end += (1 + world_size) * scores.record_bytes();
+        scores
     }
 
     fn count_bytes(&self) -> usize {
         (self.num * 4).next_multiple_of(16)
     }
 
+    /// Bytes of a rank's records: whole records, which kernels count in, and a multiple of 16, as gathers want it.
     fn record_bytes(&self) -> usize {
-        (self.num * RECORD_BYTES).next_multiple_of(16)
+        self.num.next_multiple_of(2) * RECORD_BYTES
     }
 }
 

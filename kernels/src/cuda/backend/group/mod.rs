@@ -6,6 +6,7 @@
 //! **Invariant:** which way is taken, and every launch's size, is the same on all ranks: it was agreed when the group formed,
 //! and depends on padded shapes only.
 
+mod bench;
 mod nccl;
 mod peers;
 
@@ -13,6 +14,7 @@ use super::CudaOps;
 use super::buffers::Dtype;
 use crate::cuda::{Context, ModuleSet, Span, Stream};
 use crate::{Collective, KernelError};
+pub use bench::{ReduceBench, ReduceTiming, ReduceWay};
 use nccl::NcclGroup;
 use peers::Peers;
 

@@ -22,8 +22,6 @@ use crate::{Collective, CollectiveError, KernelError, kernel_args};
 
 /// Longest wait of a kernel for another rank.
 const WAIT_MAX: Duration = Duration::from_secs(30);
-/// Most rows whose sum is fused with the norm.
-const ROWS_MAX: u32 = 512;
 /// Most bytes of a rank in a gather of small records.
 const GATHER_BYTES_MAX: u32 = 64 << 10;
 /// Bytes of a piece of a one-shot reduction, and of a two-shot one.
@@ -88,6 +86,9 @@ fn boot_id() -> [u8; BOOT_ID_BYTES] {
 }
 
 impl Peers {
+    /// Most rows whose sum is fused with the norm.
+    pub(super) const ROWS_MAX: usize = 512;
+
     /// Forms the group, or finds on all ranks alike that the devices do not reach each other. Collective.
     pub(super) fn form(
         context: &Context,
@@ -100,7 +101,7 @@ impl Peers {
         let row_bytes_max = (exchange.hidden * exchange.dtype.bytes()) as u32;
         let layout = PeerLayout::new(PeerLimits {
             world_size: world_size.min(u32::MAX as usize) as u32,
-            rows_max: ROWS_MAX,
+            rows_max: Self::ROWS_MAX as u32,
             row_bytes_max,
             gather_bytes_max: GATHER_BYTES_MAX,
             staging_bytes_max: STAGING_BYTES,
@@ -140,6 +141,11 @@ impl Peers {
             _mapped: mapped,
             _own: own,
         }))
+    }
+
+    /// Takes another table; all ranks take the same one.
+    pub(super) fn set_plan(&mut self, plan: PeerPlan) {
+        self.plan = plan;
     }
 
     pub(super) fn world_size(&self) -> usize {

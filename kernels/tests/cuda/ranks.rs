@@ -1,0 +1,211 @@
+//! Two devices, two processes: sums over ranks, the fused block op, gathers of the sampler.
+//!
+//! The test starts itself once more as rank 1; the ranks set their group up over a socket. All of it runs only where two
+//! devices are visible, and says so where it does not.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use phalanx_kernels::cuda::{CudaOps, CudaSettings, Dtype, devices};
+use phalanx_kernels::reference::ReferenceOps;
+use phalanx_kernels::{Collective, CollectiveError, Ops, SamplerKind, VocabSlice};
+
+use crate::bench::{Bench, Findings, Random, SOME_HEADS, open, settings, tolerance, turn};
+use crate::sampling::{Case, compare_scores, program, scores};
+
+/// Names the socket to the process that plays rank 1.
+const SOCKET: &str = "PHALANX_TEST_SOCKET";
+/// Longest wait of one rank for the other.
+const PATIENCE: Duration = Duration::from_secs(120);
+const WIDTH: usize = 576;
+
+/// The host's collectives of two ranks.
+struct Pair {
+    rank: usize,
+    peer: UnixStream,
+}
+
+impl Collective for Pair {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world_size(&self) -> usize {
+        2
+    }
+
+    fn all_reduce_sum(&mut self, data: &mut [f32]) -> Result<(), CollectiveError> {
+        let part: Vec<u8> = data.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let mut all = vec![0; 2 * part.len()];
+        self.all_gather(&part, &mut all)?;
+        let (first, second) = all.split_at(part.len());
+        let value = |bytes: &[u8], index: usize| f32::from_le_bytes(*bytes[index * 4..].first_chunk().unwrap());
+        data.iter_mut().enumerate().for_each(|(index, sum)| *sum = value(first, index) + value(second, index));
+        Ok(())
+    }
+
+    fn all_gather(&mut self, part: &[u8], out: &mut [u8]) -> Result<(), CollectiveError> {
+        let (first, second) = out.split_at_mut(part.len());
+        let (own, other) = if self.rank == 0 { (first, second) } else { (second, first) };
+        own.copy_from_slice(part);
+        // Both send and receive at once: no buffer of the socket need hold a whole part.
+        let (mut to, mut from) = (&self.peer, &self.peer);
+        let exchanged = std::thread::scope(|scope| {
+            let sent = scope.spawn(move || to.write_all(part));
+            let received = from.read_exact(other);
+            received.and(sent.join().unwrap())
+        });
+        let gone =
+            |e: std::io::Error| CollectiveError::PeerGone { op: "gather", peer: 1 - self.rank, reason: e.to_string() };
+        exchanged.map_err(gone)
+    }
+}
+
+impl Pair {
+    fn again(&self) -> Box<Self> {
+        Box::new(Self { rank: self.rank, peer: self.peer.try_clone().unwrap() })
+    }
+
+    /// Whether both ranks hold the same bits.
+    fn agree(&mut self, values: &[f32]) -> bool {
+        let own: Vec<u8> = values.iter().flat_map(|x| x.to_bits().to_le_bytes()).collect();
+        let mut all = vec![0; 2 * own.len()];
+        self.all_gather(&own, &mut all).unwrap();
+        all[..own.len()] == all[own.len()..]
+    }
+}
+
+/// The other process; it does not outlive the test.
+struct Other(Child);
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.0.kill();
+        }
+        let ended = self.0.wait();
+        assert!(std::thread::panicking() || ended.unwrap().success(), "rank 1 failed: its words are above");
+    }
+}
+
+/// Runs the checks on both ranks.
+pub fn check(dtype: Dtype) {
+    let _turn = turn();
+    #[expect(clippy::disallowed_methods, reason = "how the test tells itself to be rank 1")]
+    let socket = std::env::var_os(SOCKET).map(PathBuf::from);
+    if let Some(socket) = socket {
+        return run(Pair { rank: 1, peer: patient(UnixStream::connect(socket).unwrap()) }, dtype);
+    }
+    let found = devices().unwrap_or_else(|e| panic!("these tests need an NVIDIA device: {e}")).len();
+    if found < 2 {
+        println!("NOT RUN: two ranks need two devices, and {found} is visible");
+        return;
+    }
+    let socket = std::env::temp_dir().join(format!("phalanx-ranks-{}-{dtype:?}", std::process::id()));
+    let listener = UnixListener::bind(&socket).unwrap();
+    let name = format!("two_ranks::{}", format!("{dtype:?}").to_lowercase());
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let other = Other(command.args(["--exact", &name, "--nocapture"]).env(SOCKET, &socket).spawn().unwrap());
+    let peer = accept(&listener);
+    std::fs::remove_file(&socket).unwrap();
+    run(Pair { rank: 0, peer: patient(peer) }, dtype);
+    drop(other);
+}
+
+fn accept(listener: &UnixListener) -> UnixStream {
+    listener.set_nonblocking(true).unwrap();
+    for _ in 0..PATIENCE.as_millis() / 10 {
+        if let Ok((peer, _)) = listener.accept() {
+            return peer;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("rank 1 did not come within {PATIENCE:?}");
+}
+
+fn patient(stream: UnixStream) -> UnixStream {
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+fn run(mut pair: Pair, dtype: Dtype) {
+    let settings = CudaSettings { ordinal: pair.rank as u32, hidden_size: WIDTH, ..settings(dtype, SOME_HEADS) };
+    let mut device = Bench::new(open(&settings, pair.again()), SOME_HEADS);
+    let mut reference = Bench::new(ReferenceOps::new(pair.again()), SOME_HEADS);
+    let mut findings = Findings::default();
+    check_sums(&mut pair, &mut device, &mut reference, dtype, &mut findings);
+    check_sampling(&mut pair, &mut device, &mut reference, dtype, &mut findings);
+    findings.finish(&format!("rank {}", pair.rank));
+}
+
+/// `reduce` into the residual stream, then `reduce_add_norm`: rows of every algorithm.
+fn sums<O: Ops>(bench: &mut Bench<O>, terms: &[f32], again: &[f32], weight: &[f32]) -> Vec<f32> {
+    let (rows, width) = (terms.len() / weight.len(), weight.len());
+    let (mut partial, mut second) = (bench.terms(terms, width), bench.terms(again, width));
+    let mut stream = bench.ops.wide_buffer(rows, width).unwrap();
+    let mut normed = bench.ops.buffer(rows, width).unwrap();
+    let weight = bench.ops.vector(weight).unwrap();
+    bench.load_rows(rows);
+    let Bench { ops, inputs, .. } = bench;
+    ops.reduce(inputs, &mut partial, &mut stream).unwrap();
+    let mut values = bench.read(&stream, rows);
+    let Bench { ops, inputs, .. } = bench;
+    ops.reduce_add_norm(inputs, &mut second, &mut stream, &weight, 1e-5, &mut normed).unwrap();
+    values.extend(bench.read(&stream, rows));
+    values.extend(bench.read(&normed, rows));
+    values
+}
+
+fn check_sums(
+    pair: &mut Pair,
+    device: &mut Bench<CudaOps>,
+    reference: &mut Bench<ReferenceOps>,
+    dtype: Dtype,
+    findings: &mut Findings,
+) {
+    for rows in [1, 2, 3, 7, 16, 33, 64, 100, 257, 512, 513, 600, 1] {
+        let mut random = Random::new((rows * 2 + pair.rank) as u64, dtype);
+        let (terms, again) = (random.floats(rows * WIDTH, 1.0), random.floats(rows * WIDTH, 1.0));
+        let weight = Random::new(9, dtype).floats(WIDTH, 1.0);
+        let got = sums(device, &terms, &again, &weight);
+        let expected = sums(reference, &terms, &again, &weight);
+        findings.close(&format!("{rows} rows"), &got, &expected, tolerance(dtype));
+        findings.holds(pair.agree(&got), || format!("{rows} rows: the ranks differ"));
+    }
+}
+
+/// A vocabulary in two parts: what the sampler gathers, in every kind, and scores of an odd and an even number of rows.
+fn check_sampling(
+    pair: &mut Pair,
+    device: &mut Bench<CudaOps>,
+    reference: &mut Bench<ReferenceOps>,
+    dtype: Dtype,
+    findings: &mut Findings,
+) {
+    for (index, vocab) in [1003, 20_011].into_iter().enumerate() {
+        for kind in [SamplerKind::Greedy, SamplerKind::NoCut, SamplerKind::Cut] {
+            for rows in [1, 2, 7, 40] {
+                // What is drawn must be the same on both ranks, and the logits must not.
+                let mut shared = Random::new((index * 100 + rows) as u64, dtype);
+                let mut own = Random::new((index * 100 + rows * 2 + pair.rank) as u64 + 7000, dtype);
+                let mut case = Case::new(&mut own, rows, vocab, kind);
+                let first_id = 5 + (pair.rank * (vocab - 2)) as u32;
+                case.slice = VocabSlice { columns: 1..vocab - 1, first_id };
+                case.scores = scores(&mut shared, rows, rows, 2 * (vocab - 2));
+                (0..4).for_each(|step| case.draw(&mut shared, step));
+                let got = program(device, &case, dtype);
+                let expected = program(reference, &case, dtype);
+                let label = format!("{kind:?} {rows} rows of 2 x {vocab}");
+                compare_scores(&label, &got, &expected, findings);
+                let tokens: Vec<f32> =
+                    got.iter().flat_map(|step| &step.tokens).map(|t| t.map_or(-1.0, |t| t as f32)).collect();
+                findings.holds(pair.agree(&tokens), || format!("{label}: the ranks sampled other tokens"));
+            }
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! A cluster whose head can be started again where it was.
+
+use std::time::{Duration, Instant};
+
+use crate::{Cluster, Processes, wait_for};
+
+/// A cluster on ports that it keeps.
+pub struct Lasting {
+    /// The cluster.
+    pub cluster: Cluster,
+    /// The flags of its ports.
+    pub ports: Vec<String>,
+}
+
+impl Lasting {
+    /// Starts a head that offers `slots` CPU slots.
+    ///
+    /// # Panics
+    /// If there are no ports.
+    pub fn start(slots: u32) -> Self {
+        let free = |_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let listeners: Vec<_> = (0..3).map(free).collect();
+        let port = |listener: &std::net::TcpListener| listener.local_addr().expect("an address").port().to_string();
+        let numbers = listeners.iter().map(port);
+        let flags = ["--port", "--http-port", "--dashboard-port"];
+        let ports: Vec<String> = flags.into_iter().zip(numbers).flat_map(|(flag, port)| [flag.into(), port]).collect();
+        drop(listeners);
+        let words: Vec<&str> = ports.iter().map(String::as_str).collect();
+        Self { cluster: Cluster::start_with(slots, &words), ports }
+    }
+
+    /// `kill -9` of the head.
+    pub fn kill_head(&self) {
+        let pid = self.cluster.status().head.pid;
+        Processes::kill(pid);
+        Processes::wait_gone(&[pid]);
+    }
+
+    /// Starts the head again.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn start_head(&self) {
+        let mut arguments = vec!["start", "--head", "--num-gpus", "2", "--json"];
+        arguments.extend(self.ports.iter().map(String::as_str));
+        let again = self.cluster.node.run("coordinator", &arguments);
+        assert_eq!(again.code, 0, "{again:?}");
+    }
+
+    /// Starts the head again; gives the time until deployment `m` is ready.
+    pub fn restart_head(&self) -> Duration {
+        let started = Instant::now();
+        self.start_head();
+        wait_for("the deployment to be ready", || (self.cluster.deployment_state("m") == "ready").then_some(()));
+        started.elapsed()
+    }
+
+    /// Process ids of all ranks and agents.
+    pub fn pids(&self) -> Vec<u32> {
+        let status = self.cluster.status();
+        status.ranks.iter().map(|rank| rank.pid).chain(status.nodes.iter().map(|node| node.pid)).collect()
+    }
+}
