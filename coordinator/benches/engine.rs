@@ -43,6 +43,7 @@ fn sequence(id: u64, limits: &EngineLimits) -> Result<Sequence, Box<dyn Error>> 
         sampling: SamplingParams::default(),
         max_tokens: NonZeroU32::MAX,
         stop_token_ids: vec![TokenId(0)],
+        constraint: None,
     };
     let max_tokens = limits.admit(&request)?;
     Ok(Sequence::new(SeqId(id), request, max_tokens))

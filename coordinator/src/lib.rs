@@ -3,13 +3,15 @@
 //! Owns membership, placement, scheduling, the OpenAI-compatible API, the dashboard and the command line.
 //! Never sees a device: device work is asked of the `worker` binary.
 //!
-//! Rooms: `api -> text, engine`; `cluster -> engine`; `engine` knows neither; `dashboard` only reads.
+//! Rooms: `api -> text, constraint, engine`; `constraint -> text, engine`; `cluster -> engine`; `engine` knows none of them;
+//! `dashboard` only reads.
 #![forbid(unsafe_code)]
 
 pub mod api;
 pub mod cli;
 pub mod cluster;
 pub mod config;
+pub mod constraint;
 pub mod dashboard;
 pub mod engine;
 pub mod head;

@@ -7,7 +7,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use phalanx_coordinator::text::{ChatPrompt, ChatTemplate, Detokenizer, Tokenizer};
+use phalanx_coordinator::text::tools::{ToolFormat, knows_tools};
+use phalanx_coordinator::text::{ChatPrompt, ChatTemplate, Detokenizer, TokenBytes, Tokenizer};
 use phalanx_formats::ModelFiles;
 use phalanx_proto::TokenId;
 use serde_json::Value;
@@ -112,6 +113,53 @@ fn texts_survive_the_tokenizers_and_stream_in_whole_characters() {
     }
     println!("{checked} round trips checked");
     assert!(checked >= 46);
+}
+
+/// Grammars see a text as the bytes of its tokens.
+#[test]
+fn the_bytes_of_tokens_join_to_the_text() {
+    let goldens = read_json(&root().join("tests/goldens/text/tokenizer_roundtrip.json"));
+    for name in TOKENIZERS {
+        let Some(tokenizer) = tokenizer(name) else { continue };
+        let rows = goldens["tokenizers"][name]["rows"].as_array().unwrap();
+        let rows: Vec<Vec<TokenId>> = rows.iter().map(|row| ids(&row["ids"])).collect();
+        let num_tokens = rows.iter().flatten().map(|id| id.0 + 1).max().unwrap();
+        let bytes = tokenizer.token_bytes(num_tokens);
+        for row in rows {
+            let mut joined = Vec::new();
+            for id in &row {
+                match &bytes[id.0 as usize] {
+                    TokenBytes::Text(text) => joined.extend_from_slice(text),
+                    TokenBytes::Special(text) => joined.extend_from_slice(text.as_bytes()),
+                    TokenBytes::Absent => panic!("{name}: token {id} is absent"),
+                }
+            }
+            let joined = String::from_utf8_lossy(&joined).into_owned();
+            let decoded = tokenizer.decode(&row, false);
+            // Vocabularies of pieces begin a text with a space that decoding takes away, also behind control tokens.
+            let without_spaces = |text: &str| text.replace(' ', "");
+            assert_eq!(without_spaces(&joined), without_spaces(&decoded), "{name}");
+        }
+    }
+}
+
+#[test]
+fn real_templates_show_how_their_models_call_tools() {
+    let goldens = read_json(&root().join("tests/goldens/text/chat_templates.json"));
+    for (name, format, knows) in [
+        ("qwen1_5", "hermes", false),
+        ("qwen2_5", "hermes", true),
+        ("llama3", "hermes", false),
+        ("llama3_1", "llama3_json", true),
+        ("internlm2", "internlm", false),
+        ("smollm2", "hermes", false),
+    ] {
+        let golden = &goldens["templates"][name];
+        let tokenizer = tokenizer(golden["tokenizer"].as_str().unwrap());
+        let (Some(tokenizer), Some(template)) = (tokenizer, template(name, golden)) else { continue };
+        let found = ToolFormat::of_model(Some(&template), |token| tokenizer.token_id(token).is_some());
+        assert_eq!((found.name, knows_tools(&template)), (format, knows), "{name}");
+    }
 }
 
 #[test]

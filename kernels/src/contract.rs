@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 use phalanx_formats::StoredType;
 
@@ -276,8 +277,19 @@ pub struct StepInputs {
     pub logit_rows: Vec<u32>,
     /// How the first of the logit rows are drawn.
     pub samples: Vec<SampleRow>,
+    /// Which of them may draw certain tokens only.
+    pub masks: Vec<SampleMask>,
     /// What is scored.
     pub scores: Vec<ScoreRow>,
+}
+
+/// The tokens that a sampled row may draw. Scores are those of the raw logits, as without a mask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SampleMask {
+    /// Index into [`StepInputs::samples`].
+    pub row: u32,
+    /// Token `t` of the whole vocabulary is allowed where bit `t % 32` of word `t / 32` is set.
+    pub words: Arc<[u32]>,
 }
 
 /// Largest step that a backend must hold.

@@ -9,6 +9,7 @@
 mod agent;
 mod error;
 mod ids;
+mod masks;
 mod plan;
 mod session;
 mod status;
@@ -19,6 +20,7 @@ pub use agent::{
 };
 pub use error::WireError;
 pub use ids::{BlockId, DeploymentName, Epoch, Incarnation, NodeId, Rank, SeqId, SeqSlot, StepId, Term, TokenId};
+pub use masks::{MaskStaging, TokenMask, mask_messages};
 pub use plan::{
     Fnv, NewSequence, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SamplingParams, StepOutput, StepPlan,
     TokenLogprobs,

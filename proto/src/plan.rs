@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BlockId, Epoch, Incarnation, SeqId, SeqSlot, StepId, Term, TokenId, WireError, pb};
+use crate::{BlockId, Epoch, Incarnation, SeqId, SeqSlot, StepId, Term, TokenId, TokenMask, WireError, pb};
 
 /// Which sampler a step runs; the same on every rank, since it changes the sequence of collectives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -113,6 +113,8 @@ pub struct StepPlan {
     pub new_sequences: Vec<NewSequence>,
     /// The work, in batch order.
     pub rows: Vec<PlanRow>,
+    /// Rows that may draw certain tokens only, in the order of the rows. They travel ahead of the plan.
+    pub masks: Vec<TokenMask>,
 }
 
 /// A token with its log-probability (of the raw logits) and the best alternatives.
@@ -220,6 +222,9 @@ impl StepPlan {
             for block in &row.new_blocks {
                 hash.add(u64::from(block.0));
             }
+        }
+        for mask in &self.masks {
+            hash.add(u64::from(mask.slot.0)).add(mask.digest());
         }
         hash.finish()
     }
@@ -372,6 +377,7 @@ impl From<&StepPlan> for pb::Plan {
             new_sequences: p.new_sequences.iter().map(Into::into).collect(),
             rows: p.rows.iter().map(Into::into).collect(),
             sampler: p.sampler as u32,
+            masked_slots: p.masks.iter().map(|mask| mask.slot.0).collect(),
         }
     }
 }
@@ -379,6 +385,7 @@ impl From<&StepPlan> for pb::Plan {
 impl TryFrom<pb::Plan> for StepPlan {
     type Error = WireError;
 
+    /// Masks come without their words: [`crate::MaskStaging::complete`] adds those that were sent ahead.
     fn try_from(p: pb::Plan) -> Result<Self, WireError> {
         let sampler = match p.sampler {
             0 => SamplerVariant::Greedy,
@@ -401,6 +408,7 @@ impl TryFrom<pb::Plan> for StepPlan {
             released_slots: raw(&p.released_slots, SeqSlot),
             new_sequences: p.new_sequences.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             rows: p.rows.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            masks: p.masked_slots.into_iter().map(|slot| TokenMask { slot: SeqSlot(slot), words: [].into() }).collect(),
         })
     }
 }

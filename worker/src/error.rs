@@ -139,6 +139,9 @@ pub enum Divergence {
     /// The sampler that the plan names cannot serve one of its rows.
     #[error("slot {0} needs another sampler than the plan names")]
     Sampler(SeqSlot),
+    /// A mask of a sequence that does not sample in this plan.
+    #[error("slot {0} has a mask and no sample")]
+    Mask(SeqSlot),
 }
 
 /// Why a rank gives up.

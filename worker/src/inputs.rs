@@ -11,7 +11,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use phalanx_kernels::{LAST_TOKEN, SCORED_TOP_MAX, SampleRow, ScoreRow, SeqInputs, StepInputs};
+use phalanx_kernels::{LAST_TOKEN, SCORED_TOP_MAX, SampleMask, SampleRow, ScoreRow, SeqInputs, StepInputs};
 use phalanx_proto::{NewSequence, PlanRow, SamplingParams, SeqSlot, StepId, StepPlan, TokenId};
 
 use crate::error::Divergence;
@@ -84,16 +84,27 @@ pub struct StepWork {
 
 impl StepWork {
     fn clear(&mut self) {
-        let StepInputs { token_ids, positions, kv_slots, seqs, block_tables, logit_rows, samples, scores } =
+        let StepInputs { token_ids, positions, kv_slots, seqs, block_tables, logit_rows, samples, masks, scores } =
             &mut self.inputs;
         for list in [token_ids, positions, kv_slots, block_tables, logit_rows] {
             list.clear();
         }
         seqs.clear();
         samples.clear();
+        masks.clear();
         scores.clear();
         self.prompts.clear();
     }
+}
+
+/// Gives each masked row its mask.
+fn write_masks(plan: &StepPlan, inputs: &mut StepInputs) -> Result<(), Divergence> {
+    for mask in &plan.masks {
+        let row = inputs.samples.iter().position(|sample| sample.slot == mask.slot.0);
+        let row = row.ok_or(Divergence::Mask(mask.slot))? as u32;
+        inputs.masks.push(SampleMask { row, words: mask.words.clone() });
+    }
+    Ok(())
 }
 
 /// The sequences that run on this rank.
@@ -144,7 +155,7 @@ impl Batch {
                 return Err(Divergence::Sampler(row.slot));
             }
         }
-        Ok(())
+        write_masks(plan, &mut work.inputs)
     }
 
     /// Takes in the tokens that a step sampled; those of sequences that have left meanwhile are dropped.

@@ -227,6 +227,7 @@ impl<B: Ops> Runner<B> {
         for pass in wanted.chunks(limits.logit_rows_max.max(1)) {
             let step = &mut work.inputs;
             step.samples.clear();
+            step.masks.clear();
             step.logit_rows.clear();
             step.logit_rows.extend(pass.iter().map(|(row, ..)| *row));
             step.scores.clear();

@@ -1,6 +1,6 @@
 //! A rank's stream to the head: plans down, results up, nothing else.
 //!
-//! Owns the connection, and the parts of long prompts that came ahead of their plan. Knows no model and no device.
+//! Owns the connection, and what came ahead of its plan: token masks, and parts of long prompts. Knows no model and no device.
 //!
 //! **Invariant:** the device thread sees messages in the order of the head, each whole and checked. Nothing is taken before the
 //! hello, and nothing waits without a bound: a full queue ends the session.
@@ -12,7 +12,8 @@ use std::sync::mpsc::TrySendError;
 
 use phalanx_proto::pb::rank_sessions_client::RankSessionsClient;
 use phalanx_proto::{
-    Epoch, HeadMessage, LoadModel, RankCapacity, RankEvent, RankHello, RankResumes, SeqId, Term, WireError, pb,
+    Epoch, HeadMessage, LoadModel, MaskStaging, RankCapacity, RankEvent, RankHello, RankResumes, SeqId, Term,
+    WireError, pb,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -324,10 +325,11 @@ fn own_ip(head: &str) -> Option<IpAddr> {
     (!ip.is_loopback()).then_some(ip)
 }
 
-/// Prompt parts that wait for their plan.
+/// Prompt parts and masks that wait for their plan.
 #[derive(Debug, Default)]
 struct Staging {
     parts: HashMap<SeqId, Vec<u32>>,
+    masks: MaskStaging,
     num_tokens: usize,
     num_tokens_max: usize,
 }
@@ -351,12 +353,22 @@ impl Staging {
                 for new in &mut plan.new_sequences {
                     self.complete(new);
                 }
-                HeadMessage::Plan(plan.try_into()?)
+                let mut plan = plan.try_into()?;
+                self.masks.complete(&mut plan)?;
+                HeadMessage::Plan(plan)
+            }
+            M::SampleInputs(inputs) => {
+                self.masks.keep(inputs)?;
+                return Ok(None);
             }
             M::Load(load) => HeadMessage::Load(load.try_into()?),
             M::Connect(connect) => HeadMessage::Connect(connect.addresses),
             M::InitKvCache(init) => HeadMessage::InitKvCache { num_blocks: init.num_blocks },
-            M::BeginEpoch(begin) => HeadMessage::BeginEpoch { term: Term(begin.term), epoch: Epoch(begin.epoch) },
+            M::BeginEpoch(begin) => {
+                // What came for plans of the epoch before belongs to nobody any more.
+                *self = Self { num_tokens_max: self.num_tokens_max, ..Self::default() };
+                HeadMessage::BeginEpoch { term: Term(begin.term), epoch: Epoch(begin.epoch) }
+            }
             M::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
         }))
     }
@@ -412,6 +424,16 @@ mod tests {
         let tokens: Vec<u32> = plan.new_sequences[0].tokens.iter().map(|token| token.0).collect();
         assert_eq!(tokens, [1, 2, 3, 4, 5]);
         assert_eq!((staging.parts.len(), staging.num_tokens), (1, 1));
+    }
+
+    #[test]
+    fn an_epoch_begins_with_nothing_staged() {
+        let mut staging = Staging { num_tokens_max: 4, ..Staging::default() };
+        staging.admit(stage(1, vec![1, 2, 3])).unwrap();
+        let begin = pb::BeginEpoch { term: 1, epoch: 2 };
+        staging.admit(pb::HeadToRank { message: Some(pb::head_to_rank::Message::BeginEpoch(begin)) }).unwrap();
+        assert_eq!((staging.parts.len(), staging.num_tokens, staging.num_tokens_max), (0, 0, 4));
+        assert!(staging.admit(plan(1, vec![4], 1)).is_ok());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! completions.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -19,13 +20,18 @@ use super::error::ApiError;
 use super::fields::{Fields, Neutral};
 use super::finish::{FinishWord, StopReason};
 use super::logprobs::{ChatLogprobs, PromptLogprobs, TokenNames};
+use super::message::{CallPiece, CallRules, Message, MessageParser, MessagePiece, MessageRules, ThoughtRules};
 use super::messages;
 use super::options::{self, Options, StreamOptions};
 use super::sse::{self, Frames, WriteFrames};
+use super::structured::{self, Structure};
 use super::submission::{Accepted, Submission, with_text};
+use super::tools::{ToolChoice, ToolUse};
 use super::usage::Usage;
 use super::{ApiState, SYSTEM_FINGERPRINT, body, reply};
-use crate::text::ChatPrompt;
+use crate::constraint::{call_grammar, free_grammar};
+use crate::text::tools::{self, Tool};
+use crate::text::{ChatPrompt, TextModel, ThoughtParser};
 
 /// The route.
 pub fn routes() -> Router<ApiState> {
@@ -34,10 +40,6 @@ pub fn routes() -> Router<ApiState> {
 
 /// Fields of chat alone that come later.
 const NOT_SUPPORTED: &[Neutral] = &[
-    Neutral { name: "tools", feature: "tool calling", changes_nothing: options::is_empty },
-    Neutral { name: "tool_choice", feature: "tool calling", changes_nothing: is_no_choice },
-    Neutral { name: "functions", feature: "tool calling", changes_nothing: options::is_empty },
-    Neutral { name: "function_call", feature: "tool calling", changes_nothing: is_no_choice },
     Neutral { name: "modalities", feature: "anything but text", changes_nothing: is_text_only },
     Neutral { name: "audio", feature: "audio", changes_nothing: options::never },
     Neutral { name: "prediction", feature: "a predicted output", changes_nothing: options::never },
@@ -50,11 +52,6 @@ const NOT_SUPPORTED: &[Neutral] = &[
     Neutral { name: "return_prompt_text", feature: "the prompt's text", changes_nothing: options::is_false },
 ];
 
-/// Without tools these words change nothing.
-fn is_no_choice(value: &serde_json::Value) -> bool {
-    value == "none" || value == "auto"
-}
-
 fn is_text_only(value: &serde_json::Value) -> bool {
     value.as_array().is_some_and(|kinds| kinds.len() == 1 && kinds[0] == "text")
 }
@@ -65,6 +62,10 @@ pub(super) struct ChatRequest {
     model: Option<String>,
     prompt: ChatPrompt,
     max_tokens: Option<NonZeroU32>,
+    tools: Option<ToolUse>,
+    /// How much the model should think, in the client's word.
+    effort: Option<String>,
+    include_reasoning: bool,
     options: Options,
     ignored: Vec<String>,
 }
@@ -76,13 +77,71 @@ impl ChatRequest {
         let prompt = messages::take_prompt(&mut fields)?;
         let limit = options::take_max_tokens(&mut fields, "max_completion_tokens", 1)?;
         let older_limit = options::take_max_tokens(&mut fields, "max_tokens", 1)?;
+        let tools = ToolUse::take(&mut fields)?;
+        let effort = take_effort(&mut fields)?;
+        let include_reasoning = fields.flag("include_reasoning", true)?;
         for field in NOT_SUPPORTED {
             fields.neutral(field)?;
         }
         let logprobs = take_logprobs(&mut fields)?;
         let options = Options::take(&mut fields, logprobs)?;
+        if let (Some(structure), true) = (&options.structure, tools.as_ref().is_some_and(ToolUse::is_forced)) {
+            let rule = "an answer that has to call a tool cannot be held to another grammar";
+            return Err(ApiError::Conflict { param: structure.param, rule });
+        }
         let max_tokens = limit.or(older_limit).and_then(NonZeroU32::new);
-        Ok(Self { model, prompt, max_tokens, options, ignored: fields.into_ignored() })
+        let ignored = fields.into_ignored();
+        Ok(Self { model, prompt, max_tokens, tools, effort, include_reasoning, options, ignored })
+    }
+
+    /// Tells the template how much to think; a template that takes no such word leaves the field without effect.
+    fn apply_effort(&mut self, text: &TextModel) {
+        let Some(effort) = &self.effort else { return };
+        let variables = text.effort_variables(effort);
+        if variables.is_empty() && effort != "none" {
+            self.ignored.push("reasoning_effort".into());
+        }
+        for (name, value) in variables {
+            self.prompt.kwargs.entry(name).or_insert(value);
+        }
+    }
+
+    /// The tools that this answer may call.
+    fn callable(&self) -> Option<&ToolUse> {
+        self.tools.as_ref().filter(|tools| tools.choice != ToolChoice::None)
+    }
+
+    /// What the answer may hold beside text.
+    fn rules(&self, text: &TextModel, opens_thoughts: bool) -> MessageRules {
+        let (start, end) = ThoughtParser::marks();
+        MessageRules {
+            calls: self.callable().map(|tools| CallRules {
+                format: text.tool_format(),
+                tools: tools.tools.clone(),
+                calls_max: tools.calls_max(),
+                is_named: matches!(tools.choice, ToolChoice::Named(_)),
+            }),
+            thoughts: text.thinks().then(|| ThoughtRules {
+                is_inside: opens_thoughts,
+                is_shown: self.include_reasoning,
+                marks: (text.token_id(start), text.token_id(end)),
+            }),
+        }
+    }
+
+    /// What the answer is held to: calls that it has to make, the client's own grammar, or strict tools.
+    fn structure(&self, text: &TextModel) -> Option<Structure> {
+        match self.tools.as_ref().filter(|tools| tools.is_forced()) {
+            Some(tools) => {
+                let grammar = call_grammar(text, &tools.callable(), tools.calls_max() > 1);
+                Some(Structure { param: "tools", grammar })
+            }
+            None => self.options.structure.clone().or_else(|| {
+                let tools = self.callable()?;
+                let grammar = free_grammar(text, &tools.tools, tools.is_parallel)?;
+                Some(Structure { param: "tools", grammar })
+            }),
+        }
     }
 }
 
@@ -94,6 +153,19 @@ fn take_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
         return Err(ApiError::Conflict { param: "top_logprobs", rule: "top_logprobs needs logprobs to be true" });
     }
     Ok(on.then(|| top.unwrap_or(0)))
+}
+
+const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
+
+fn take_effort(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+    let effort = fields.text("reasoning_effort")?;
+    match effort {
+        Some(effort) if !EFFORTS.contains(&effort.as_str()) => {
+            let expected = format!("one of {}", EFFORTS.join(", "));
+            Err(ApiError::OutOfRange { param: "reasoning_effort".into(), value: effort, expected })
+        }
+        other => Ok(other),
+    }
 }
 
 async fn create(State(state): State<ApiState>, request: Request) -> Result<Response, ApiError> {
@@ -123,21 +195,29 @@ pub(super) struct Begun {
 /// # Errors
 /// A field that cannot be obeyed, a model that does not answer, or an engine that refuses.
 pub(super) async fn begin(state: &ApiState, caller: Caller, body: Body, prefix: &str) -> Result<Begun, ApiError> {
-    let chat = ChatRequest::parse(body.fields)?;
+    let mut chat = ChatRequest::parse(body.fields)?;
     let id = format!("{prefix}{}", chat.options.request_id.as_ref().unwrap_or(&caller.request_id));
     let accepted = Accepted::new(state, chat.model.as_deref(), id, caller)?;
-    let prompts = [tokenize(&accepted, chat.prompt, &chat.options, body.num_bytes).await?];
+    let text = Arc::clone(accepted.text("messages")?);
+    let rendered = chat.render(&accepted, body.num_bytes).await?;
+    let rules = chat.rules(&text, rendered.opens_thoughts);
+    let structure = chat.structure(&text);
+    let thoughts = rules.thoughts.and_then(ThoughtRules::as_tokens);
+    let constraint = structured::compile(structure.as_ref(), &accepted, thoughts).await?;
+    let prompts = [rendered.tokens];
     let submission = Submission {
         prompts: &prompts,
         param: "messages",
         max_tokens: chat.max_tokens,
         echo_logprobs: None,
+        constraint,
+        keeps_special: rules.calls.as_ref().is_some_and(|calls| calls.format.keeps_special),
         options: &chat.options,
     };
     let choices = submission.submit(&accepted)?;
     let usage = Usage::of_prompts(&prompts);
     let [prompt] = prompts;
-    let answer = Answer { accepted, prompt, options: chat.options };
+    let answer = Answer { accepted, prompt, rules, options: chat.options };
     Ok(Begun { answer, choices, usage, ignored: chat.ignored })
 }
 
@@ -146,35 +226,61 @@ pub(super) async fn begin(state: &ApiState, caller: Caller, body: Body, prefix: 
 /// # Errors
 /// As of [`begin`], but for the engine's.
 pub(super) async fn count(state: &ApiState, caller: Caller, body: Body) -> Result<usize, ApiError> {
-    let chat = ChatRequest::parse(body.fields)?;
+    let mut chat = ChatRequest::parse(body.fields)?;
     let id = caller.request_id.clone();
     let accepted = Accepted::without_place(state, chat.model.as_deref(), id, caller)?;
-    Ok(tokenize(&accepted, chat.prompt, &chat.options, body.num_bytes).await?.len())
+    Ok(chat.render(&accepted, body.num_bytes).await?.tokens.len())
 }
 
-/// Renders and tokenizes a conversation.
-///
-/// # Errors
-/// The model has no tokenizer or no template, or the template refuses the messages.
-pub(super) async fn tokenize(
-    accepted: &Accepted,
-    prompt: ChatPrompt,
-    options: &Options,
-    num_bytes: usize,
-) -> Result<Vec<TokenId>, ApiError> {
-    let text = accepted.text("messages")?;
-    if !text.has_chat_template() {
-        return Err(ApiError::NoChatTemplate { model: accepted.model.name.clone() });
+/// A conversation as the model reads it.
+pub(super) struct Rendered {
+    /// Its tokens.
+    pub(super) tokens: Vec<TokenId>,
+    /// It ends inside of thoughts.
+    opens_thoughts: bool,
+}
+
+impl ChatRequest {
+    /// Renders and tokenizes the conversation.
+    ///
+    /// # Errors
+    /// The model has no tokenizer or no template, or the template refuses the messages.
+    pub(super) async fn render(&mut self, accepted: &Accepted, num_bytes: usize) -> Result<Rendered, ApiError> {
+        let text = accepted.text("messages")?;
+        if !text.has_chat_template() {
+            return Err(ApiError::NoChatTemplate { model: accepted.model.name.clone() });
+        }
+        self.apply_effort(text);
+        let add_special = self.options.add_special_tokens.unwrap_or(false);
+        let prompt = std::mem::take(&mut self.prompt);
+        let tools = self.callable().cloned();
+        let work = move |text: &TextModel| {
+            let rendered = text.render_chat(&with_tools(text, prompt, tools.as_ref()))?;
+            let opens_thoughts = text.thinks() && ThoughtParser::is_opened_by(&rendered);
+            Ok(Rendered { tokens: text.encode(&rendered, add_special)?, opens_thoughts })
+        };
+        with_text(text, num_bytes, "messages", work).await
     }
-    let add_special = options.add_special_tokens.unwrap_or(false);
-    let work = move |text: &crate::text::TextModel| text.encode(&text.render_chat(&prompt)?, add_special);
-    with_text(text, num_bytes, "messages", work).await
+}
+
+/// Puts tools and calls into the form that the model's template takes.
+pub(super) fn with_tools(text: &TextModel, mut prompt: ChatPrompt, tools: Option<&ToolUse>) -> ChatPrompt {
+    let tools = tools.filter(|tools| tools.choice != ToolChoice::None);
+    if text.knows_tools() {
+        tools::arguments_as_objects(&mut prompt.messages);
+        prompt.tools = tools.map(|tools| tools.raw.clone());
+    } else {
+        let told: &[Tool] = tools.map_or(&[], |tools| &tools.tools);
+        prompt.messages = tools::without_tools(text.tool_format(), told, prompt.messages);
+    }
+    prompt
 }
 
 /// What an answer is made from, beside its outputs.
 pub(super) struct Answer {
     pub(super) accepted: Accepted,
     pub(super) prompt: Vec<TokenId>,
+    pub(super) rules: MessageRules,
     pub(super) options: Options,
 }
 
@@ -207,12 +313,6 @@ struct WholeChoice {
     token_ids: Option<Vec<TokenId>>,
 }
 
-#[derive(Serialize, JsonSchema)]
-struct Message {
-    role: &'static str,
-    content: String,
-}
-
 impl Answer {
     pub(super) fn names(&self) -> TokenNames<'_> {
         TokenNames { text: self.accepted.model.text.as_deref(), as_ids: self.options.tokens_as_ids }
@@ -220,6 +320,12 @@ impl Answer {
 
     fn whole(&self, outputs: Vec<Output>, mut usage: Usage) -> Response {
         usage.add_outputs(&outputs);
+        let parsers = outputs.iter().map(|output| {
+            let mut parser = MessageParser::new(&self.rules);
+            parser.count(&output.tokens);
+            parser.num_reasoning_tokens()
+        });
+        usage.set_reasoning(parsers.sum());
         let (made, kept) = (self.options.best_of.get() as usize, self.options.num_choices.get() as usize);
         let mut outputs = choice::keep_best(outputs, made, kept);
         let prompt_logprobs = self.options.prompt_logprobs.map(|best| {
@@ -243,11 +349,13 @@ impl Answer {
 
     fn whole_choice(&self, index: usize, output: Output) -> WholeChoice {
         let reason = output.end.map(|end| end.reason);
+        let mut parser = MessageParser::new(&self.rules);
+        let message = Message::of([parser.push(&output.text, true)]);
         WholeChoice {
             index,
-            message: Message { role: "assistant", content: output.text },
+            message,
             logprobs: self.options.logprobs.map(|_| ChatLogprobs::new(&output.logprobs, self.names())),
-            finish_reason: reason.as_ref().map(FinishWord::from),
+            finish_reason: reason.as_ref().map(|reason| parser.finish_word(reason)),
             stop_reason: reason.and_then(StopReason::new),
             token_ids: self.options.return_token_ids.then_some(output.tokens),
         }
@@ -261,6 +369,8 @@ struct ChunkWriter {
     usage: Usage,
     /// Per choice: whether its role was sent.
     opened: Vec<bool>,
+    /// Per choice: what became of its text.
+    parsers: Vec<MessageParser>,
     prompt_sent: bool,
 }
 
@@ -297,11 +407,34 @@ struct MessageDelta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning: Option<&'a str>,
+    /// The older name of the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    tool_calls: &'a [CallPiece],
+}
+
+impl<'a> MessageDelta<'a> {
+    /// The delta of a piece. One that brings nothing else has an empty content, unless it ends the choice.
+    fn of(piece: &'a MessagePiece, is_last: bool) -> Self {
+        let filled = |text: &'a String| (!text.is_empty()).then_some(text.as_str());
+        let says_nothing = piece.is_empty() && !is_last;
+        Self {
+            role: None,
+            content: filled(&piece.content).or(says_nothing.then_some("")),
+            reasoning: filled(&piece.reasoning),
+            reasoning_content: filled(&piece.reasoning),
+            tool_calls: &piece.calls,
+        }
+    }
 }
 
 impl ChunkWriter {
     fn new(answer: Answer, stream: StreamOptions, usage: Usage, num_choices: usize) -> Self {
-        Self { answer, stream, usage, opened: vec![false; num_choices], prompt_sent: false }
+        let parsers = (0..num_choices).map(|_| MessageParser::new(&answer.rules)).collect();
+        Self { answer, stream, usage, opened: vec![false; num_choices], parsers, prompt_sent: false }
     }
 
     fn push(&self, choices: &[ChunkChoice<'_>], usage: Option<Usage>, first: bool, frames: &mut Frames) {
@@ -325,7 +458,7 @@ impl ChunkWriter {
             _ => return,
         }
         let first = !std::mem::replace(&mut self.prompt_sent, true);
-        let delta = MessageDelta { role: Some("assistant"), content: Some("") };
+        let delta = MessageDelta { role: Some("assistant"), content: Some(""), ..MessageDelta::default() };
         let choice =
             ChunkChoice { index, delta, logprobs: None, finish_reason: None, stop_reason: None, token_ids: None };
         self.push(&[choice], None, first, frames);
@@ -336,19 +469,23 @@ impl WriteFrames for ChunkWriter {
     fn delta(&mut self, delta: Delta, frames: &mut Frames) {
         self.open(delta.index, frames);
         self.usage.add_delta(&delta);
+        let Some(parser) = self.parsers.get_mut(delta.index) else { return };
+        parser.count(&delta.tokens);
+        let piece = parser.push(&delta.text, delta.end.is_some());
+        let reason: Option<EndReason> = delta.end.map(|end| end.reason);
+        let finish_reason = reason.as_ref().map(|reason| parser.finish_word(reason));
+        self.usage.set_reasoning(self.parsers.iter().map(MessageParser::num_reasoning_tokens).sum());
         let options = &self.answer.options;
         let tokens_wanted = options.return_token_ids && !delta.tokens.is_empty();
         let logprobs_wanted = options.logprobs.is_some() && !delta.logprobs.is_empty();
-        if delta.text.is_empty() && delta.end.is_none() && !tokens_wanted && !logprobs_wanted {
+        if piece.is_empty() && reason.is_none() && !tokens_wanted && !logprobs_wanted {
             return;
         }
-        let reason: Option<EndReason> = delta.end.map(|end| end.reason);
-        let silent = delta.text.is_empty() && reason.is_some();
         let choice = ChunkChoice {
             index: delta.index,
-            delta: MessageDelta { role: None, content: (!silent).then_some(&delta.text) },
+            delta: MessageDelta::of(&piece, reason.is_some()),
             logprobs: logprobs_wanted.then(|| ChatLogprobs::new(&delta.logprobs, self.answer.names())),
-            finish_reason: reason.as_ref().map(FinishWord::from),
+            finish_reason,
             stop_reason: reason.and_then(StopReason::new),
             token_ids: options.return_token_ids.then_some(&delta.tokens),
         };

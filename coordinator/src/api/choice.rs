@@ -195,6 +195,7 @@ impl Choice {
         let reason = match (stopped, reason) {
             (Some(stop), _) => EndReason::Stop(StopCause::Text(stop)),
             (None, FinishReason::Stop(token)) => EndReason::Stop(self.stop_tokens.cause(token)),
+            (None, FinishReason::Complete) => EndReason::Stop(StopCause::EndOfText),
             (None, FinishReason::Length) => EndReason::Length,
             (None, FinishReason::Aborted) => EndReason::Abort,
         };
@@ -242,14 +243,6 @@ pub struct Output {
     pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
     /// Its end.
     pub end: Option<End>,
-}
-
-impl From<Output> for Delta {
-    /// A whole output as if it had come at once.
-    fn from(output: Output) -> Self {
-        let Output { text, tokens, logprobs, prompt_logprobs, end } = output;
-        Self { index: 0, text, tokens, logprobs, prompt_logprobs, end }
-    }
 }
 
 impl Output {

@@ -20,9 +20,11 @@ use super::logprobs::{CompletionLogprobs, PromptLogprobs, TokenNames};
 use super::options::{self, Options, StreamOptions};
 use super::prompts::Prompts;
 use super::sse::{self, Frames, WriteFrames};
+use super::structured;
 use super::submission::{Accepted, Submission};
 use super::usage::Usage;
 use super::{ApiState, SYSTEM_FINGERPRINT, body, reply};
+use crate::engine::Constraint;
 
 /// Tokens of an answer where the request does not say.
 const MAX_TOKENS_DEFAULT: NonZeroU32 = NonZeroU32::MIN.saturating_add(15);
@@ -64,7 +66,7 @@ impl CompletionRequest {
         Ok(Self { model, prompts, max_tokens, echo, options, ignored: fields.into_ignored() })
     }
 
-    fn submission<'a>(&'a self, prompts: &'a [Vec<TokenId>]) -> Submission<'a> {
+    fn submission<'a>(&'a self, prompts: &'a [Vec<TokenId>], constraint: Option<Constraint>) -> Submission<'a> {
         let max_tokens =
             self.max_tokens.map_or(MAX_TOKENS_DEFAULT, |limit| NonZeroU32::new(limit).unwrap_or(NonZeroU32::MIN));
         Submission {
@@ -72,6 +74,8 @@ impl CompletionRequest {
             param: "prompt",
             max_tokens: Some(max_tokens),
             echo_logprobs: self.options.logprobs.filter(|_| self.echo),
+            constraint,
+            keeps_special: false,
             options: &self.options,
         }
     }
@@ -86,7 +90,8 @@ async fn create(State(state): State<ApiState>, request: Request) -> Result<Respo
     let add_special = completion.options.add_special_tokens.unwrap_or(true);
     let asked = std::mem::take(&mut completion.prompts);
     let prompts = asked.tokenize(&accepted, add_special, body.num_bytes).await?;
-    let choices = completion.submission(&prompts).submit(&accepted)?;
+    let constraint = structured::compile(completion.options.structure.as_ref(), &accepted, None).await?;
+    let choices = completion.submission(&prompts, constraint).submit(&accepted)?;
     let usage = Usage::of_prompts(&prompts);
     let ignored = std::mem::take(&mut completion.ignored);
     let answer = Answer { accepted, prompts, request: completion };

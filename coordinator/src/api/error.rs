@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use crate::constraint::GrammarError;
 use crate::engine::EngineError;
 use crate::text::TextError;
 
@@ -134,6 +135,14 @@ pub enum ApiError {
         param: &'static str,
         /// Why.
         source: TextError,
+    },
+    /// A grammar or a schema cannot be used.
+    #[error("{param}: {source}")]
+    Grammar {
+        /// The field that holds it.
+        param: String,
+        /// Why.
+        source: GrammarError,
     },
     /// A blocking thread ended early.
     #[error("the tokenizer's thread ended early")]
@@ -263,6 +272,7 @@ impl ApiError {
             | Self::Unhealthy { .. }
             | Self::EngineGone => StatusCode::SERVICE_UNAVAILABLE,
             Self::TokenizerThread(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Grammar { source: GrammarError::Busy, .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine(error) => engine_status(error),
             _ => StatusCode::BAD_REQUEST,
         }
@@ -288,6 +298,7 @@ impl ApiError {
             Self::Missing { param }
             | Self::WrongType { param, .. }
             | Self::OutOfRange { param, .. }
+            | Self::Grammar { param, .. }
             | Self::Unsupported { param, .. } => Some(param),
             Self::Conflict { param, .. }
             | Self::BadHeader { name: param, .. }
@@ -308,6 +319,7 @@ impl ApiError {
             Self::NothingServed => Some("no_model"),
             Self::ContextLength { .. } => Some("context_length_exceeded"),
             Self::Unsupported { .. } => Some("unsupported_parameter"),
+            Self::Grammar { .. } => Some("invalid_grammar"),
             Self::Unauthorized => Some("invalid_api_key"),
             Self::Forbidden { .. } => Some("insufficient_scope"),
             Self::RateLimit { .. } => Some("rate_limit_exceeded"),
@@ -319,6 +331,7 @@ impl ApiError {
                 EngineError::QueueFull { .. } => Some("queue_full"),
                 EngineError::PromptTooLong { .. } | EngineError::TooFewBlocks { .. } => Some("context_length_exceeded"),
                 EngineError::EmptyPrompt | EngineError::UnknownToken { .. } => None,
+                EngineError::Constraint { .. } => Some("grammar_failed"),
                 EngineError::GroupFailed { .. } => Some("group_failed"),
                 EngineError::Stopping => Some("stopping"),
             },
@@ -333,6 +346,7 @@ impl ApiError {
             | Self::QueueTimeout { retry_after, .. }
             | Self::RateLimit { retry_after, .. }
             | Self::Quota { retry_after, .. } => Some(*retry_after),
+            Self::Grammar { source: GrammarError::Busy, .. } => Some(Duration::from_secs(1)),
             _ if self.status() == StatusCode::SERVICE_UNAVAILABLE => Some(RETRY_AFTER_DEFAULT),
             _ => None,
         }
@@ -367,6 +381,7 @@ fn engine_status(error: &EngineError) -> StatusCode {
         EngineError::EmptyPrompt
         | EngineError::PromptTooLong { .. }
         | EngineError::UnknownToken { .. }
+        | EngineError::Constraint { .. }
         | EngineError::TooFewBlocks { .. } => StatusCode::BAD_REQUEST,
         EngineError::QueueFull { .. } | EngineError::GroupFailed { .. } | EngineError::Stopping => {
             StatusCode::SERVICE_UNAVAILABLE

@@ -14,6 +14,8 @@ pub enum FinishWord {
     Stop,
     /// It is as long as it may be.
     Length,
+    /// It calls tools.
+    ToolCalls,
     /// The engine dropped it.
     Abort,
 }

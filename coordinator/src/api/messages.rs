@@ -62,6 +62,9 @@ fn checked(at: usize, message: Value) -> Result<Value, ApiError> {
         Some(Value::String(_)) => {}
         Some(other) => return Err(wrong(format!("messages[{at}].role"), "a string", other)),
     }
+    if let Some(calls) = message.get("tool_calls").filter(|calls| !calls.is_null()) {
+        check_calls(at, calls)?;
+    }
     let content = match message.shift_remove("content") {
         None | Some(Value::Null) if message.contains_key("tool_calls") => Value::Null,
         None | Some(Value::Null) => return Err(ApiError::Missing { param: format!("messages[{at}].content") }),
@@ -71,6 +74,26 @@ fn checked(at: usize, message: Value) -> Result<Value, ApiError> {
     };
     message.insert("content".into(), content);
     Ok(Value::Object(message))
+}
+
+/// Calls name their function and have arguments, as a text or as an object.
+fn check_calls(at: usize, calls: &Value) -> Result<(), ApiError> {
+    let param = |field: &str| format!("messages[{at}].tool_calls{field}");
+    let Value::Array(calls) = calls else { return Err(wrong(param(""), "a list", calls)) };
+    for (number, call) in calls.iter().enumerate() {
+        let param = |field: &str| param(&format!("[{number}]{field}"));
+        let function = call.get("function").ok_or_else(|| ApiError::Missing { param: param(".function") })?;
+        let Value::Object(function) = function else { return Err(wrong(param(".function"), "an object", function)) };
+        for (name, takes_objects) in [("name", false), ("arguments", true)] {
+            let param = || param(&format!(".function.{name}"));
+            match function.get(name).ok_or_else(|| ApiError::Missing { param: param() })? {
+                Value::String(_) => {}
+                Value::Object(_) if takes_objects => {}
+                other => return Err(wrong(param(), "a string", other)),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Parts of text, one below the other.
@@ -148,6 +171,13 @@ mod tests {
         check(
             r#"{"messages":[{"role":"user","content":7}]}"#,
             "messages[0].content must be a string or a list of parts; it is a number",
+        );
+        let calls = |calls: &str| format!(r#"{{"messages":[{{"role":"assistant","tool_calls":{calls}}}]}}"#);
+        check(&calls("7"), "messages[0].tool_calls must be a list; it is a number");
+        check(&calls("[{}]"), "messages[0].tool_calls[0].function is required");
+        check(
+            &calls(r#"[{"function":{"name":"f","arguments":[]}}]"#),
+            "messages[0].tool_calls[0].function.arguments must be a string; it is a list",
         );
         check(
             r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#,

@@ -19,6 +19,7 @@ mod finish;
 mod guard;
 mod health;
 mod logprobs;
+mod message;
 mod messages;
 mod meter;
 mod metrics;
@@ -32,10 +33,12 @@ mod responses;
 mod served_models;
 mod sse;
 pub mod stats;
+mod structured;
 mod submission;
 #[cfg(test)]
 mod tests;
 mod tokenize;
+mod tools;
 mod usage;
 
 use std::sync::Arc;

@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::error::ApiError;
 use super::fields::{Bounds, Fields, Neutral, type_name};
 use super::reply::REQUEST_ID_BYTES_MAX;
+use super::structured::{self, Structure};
 
 /// Most outputs of one prompt.
 pub const NUM_CHOICES_MAX: i64 = 16_384;
@@ -81,6 +82,8 @@ pub struct Options {
     pub stream: Option<StreamOptions>,
     /// The client's own name for the request.
     pub request_id: Option<String>,
+    /// What outputs are held to.
+    pub structure: Option<Structure>,
 }
 
 /// Fields of features that come later: each is accepted only where it changes nothing.
@@ -100,14 +103,7 @@ const NOT_SUPPORTED: &[Neutral] = &[
     Neutral { name: "prompt_logprob_start", feature: "scoring of part of a prompt", changes_nothing: is_zero },
     Neutral { name: "truncate_prompt_tokens", feature: "truncation of prompts", changes_nothing: never },
     Neutral { name: "thinking_token_budget", feature: "a budget for thoughts", changes_nothing: is_minus_one },
-    Neutral { name: "reasoning_effort", feature: "reasoning", changes_nothing: is_none_word },
     Neutral { name: "repetition_detection", feature: "detection of loops", changes_nothing: never },
-    Neutral { name: "response_format", feature: "structured output", changes_nothing: is_text_format },
-    Neutral { name: "structured_outputs", feature: "structured output", changes_nothing: is_empty },
-    Neutral { name: "guided_json", feature: "structured output", changes_nothing: never },
-    Neutral { name: "guided_regex", feature: "structured output", changes_nothing: never },
-    Neutral { name: "guided_choice", feature: "structured output", changes_nothing: is_empty },
-    Neutral { name: "guided_grammar", feature: "structured output", changes_nothing: never },
     Neutral { name: "logits_processors", feature: "code from clients", changes_nothing: is_empty },
     Neutral { name: "cache_salt", feature: "a separate prefix cache", changes_nothing: never },
     Neutral { name: "priority", feature: "a priority", changes_nothing: is_zero },
@@ -139,6 +135,7 @@ impl Options {
             tokens_as_ids: fields.flag("return_tokens_as_token_ids", false)?,
             stream: take_stream(fields)?,
             request_id: take_request_id(fields)?,
+            structure: structured::take(fields)?,
         };
         // Tokenizers of this kind put no spaces of their own between special tokens: both values mean the same.
         fields.boolean("spaces_between_special_tokens")?;
@@ -346,13 +343,4 @@ pub fn is_empty(value: &Value) -> bool {
         Value::String(text) => text.is_empty(),
         _ => false,
     }
-}
-
-/// `"none"`.
-pub fn is_none_word(value: &Value) -> bool {
-    value == "none"
-}
-
-fn is_text_format(value: &Value) -> bool {
-    value.get("type").is_some_and(|kind| kind == "text")
 }

@@ -11,6 +11,7 @@ use phalanx_formats::GenerationDefaults;
 use phalanx_proto::TokenId;
 
 use super::admission::Admission;
+use crate::constraint::GrammarCompiler;
 use crate::engine::Replicas;
 use crate::text::TextModel;
 
@@ -24,6 +25,8 @@ pub struct ServedModel {
     pub aliases: Vec<String>,
     /// Absent for a folder without a tokenizer: token ids only.
     pub text: Option<Arc<TextModel>>,
+    /// Holds outputs to grammars; absent where `text` is.
+    pub grammars: Option<GrammarCompiler>,
     /// Where its requests go.
     pub engine: Replicas,
     /// Longest sequence, prompt and output together.

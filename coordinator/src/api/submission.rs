@@ -19,7 +19,7 @@ use super::meter::RequestMeter;
 use super::options::Options;
 use super::patience::Patience;
 use super::served_models::ServedModel;
-use crate::engine::GenerateRequest;
+use crate::engine::{Constraint, GenerateRequest};
 use crate::text::{TextError, TextModel};
 
 /// Bodies up to this length are tokenized where they are; longer ones on a blocking thread.
@@ -122,6 +122,10 @@ pub struct Submission<'a> {
     pub max_tokens: Option<NonZeroU32>,
     /// Log-probabilities of prompt tokens that the endpoint itself needs.
     pub echo_logprobs: Option<u32>,
+    /// Holds each output to a grammar.
+    pub constraint: Option<Constraint>,
+    /// Control tokens stay in the text, whatever the options say: they mark calls.
+    pub keeps_special: bool,
     /// The rest.
     pub options: &'a Options,
 }
@@ -214,12 +218,13 @@ impl Submission<'_> {
             sampling,
             max_tokens: self.max_tokens.unwrap_or(room).min(room),
             stop_token_ids: stop_tokens.all(),
+            constraint: self.constraint.clone(),
         })
     }
 
     fn output_text(&self, model: &ServedModel) -> Option<OutputText> {
         let text = model.text.as_ref()?;
-        let detokenizer = text.detokenizer(self.options.skip_special_tokens);
+        let detokenizer = text.detokenizer(self.options.skip_special_tokens && !self.keeps_special);
         Some(OutputText::new(detokenizer, &self.options.stops, self.options.include_stop))
     }
 }

@@ -10,7 +10,8 @@ use super::caller::Caller;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::submission::{Accepted, with_text};
-use super::{ApiState, body, messages, options};
+use super::tools::ToolUse;
+use super::{ApiState, body, chat, messages, options};
 use crate::engine::EngineError;
 use crate::text::{ChatPrompt, TextModel};
 
@@ -22,14 +23,14 @@ pub fn routes() -> Router<ApiState> {
 /// What is to be tokenized.
 enum Source {
     Text(String),
-    Chat(ChatPrompt),
+    Chat(ChatPrompt, Option<ToolUse>),
 }
 
 impl Source {
     fn take(fields: &mut Fields) -> Result<Self, ApiError> {
         match fields.text("prompt")? {
             Some(text) => Ok(Self::Text(text)),
-            None => messages::take_prompt(fields).map(Self::Chat),
+            None => Ok(Self::Chat(messages::take_prompt(fields)?, ToolUse::take(fields)?)),
         }
     }
 }
@@ -62,7 +63,10 @@ async fn tokenize(State(state): State<ApiState>, request: Request) -> Result<Jso
     let work = move |text: &TextModel| {
         let tokens = match source {
             Source::Text(prompt) => text.encode(&prompt, add_special)?,
-            Source::Chat(prompt) => text.encode(&text.render_chat(&prompt)?, add_special)?,
+            Source::Chat(prompt, tools) => {
+                let prompt = chat::with_tools(text, prompt, tools.as_ref());
+                text.encode(&text.render_chat(&prompt)?, add_special)?
+            }
         };
         let texts = wants_texts.then(|| tokens.iter().map(|token| text.token_text(*token)).collect());
         Ok((tokens, texts))

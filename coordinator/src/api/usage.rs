@@ -13,6 +13,8 @@ pub struct Usage {
     completion_tokens: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_tokens_details: Option<PromptDetails>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    completion_tokens_details: Option<CompletionDetails>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
@@ -20,11 +22,22 @@ struct PromptDetails {
     cached_tokens: u64,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
+struct CompletionDetails {
+    reasoning_tokens: u64,
+}
+
 impl Usage {
     /// Counts nothing but the prompts.
     pub fn of_prompts<T>(prompts: &[Vec<T>]) -> Self {
         let prompt_tokens = prompts.iter().map(|prompt| prompt.len() as u64).sum();
-        Self { prompt_tokens, total_tokens: prompt_tokens, completion_tokens: 0, prompt_tokens_details: None }
+        Self {
+            prompt_tokens,
+            total_tokens: prompt_tokens,
+            completion_tokens: 0,
+            prompt_tokens_details: None,
+            completion_tokens_details: None,
+        }
     }
 
     /// Counts outputs that have ended.
@@ -39,6 +52,12 @@ impl Usage {
     pub fn add_delta(&mut self, delta: &Delta) {
         self.add_tokens(delta.tokens.len());
         self.add_cached(delta.end.as_ref().and_then(|end| end.cached_tokens));
+    }
+
+    /// Says how many of the outputs' tokens are thoughts; none where the model has none.
+    pub fn set_reasoning(&mut self, reasoning_tokens: Option<u64>) {
+        self.completion_tokens_details =
+            reasoning_tokens.map(|reasoning_tokens| CompletionDetails { reasoning_tokens });
     }
 
     /// Tokens of the prompts.

@@ -15,6 +15,7 @@ use super::launch::{DeviceChoice, DeviceFlags, HeadFlags};
 use crate::cluster::strategy::Strategy;
 use crate::cluster::{DeploymentSpec, TensorParallelSize};
 use crate::config::{defaults, parse_duration};
+use crate::text::tools::ToolFormat;
 
 const DTYPES: [&str; 6] = ["auto", "float16", "half", "bfloat16", "float32", "float"];
 const LOAD_FORMATS: [&str; 4] = ["auto", "safetensors", "gguf", "dummy"];
@@ -75,6 +76,9 @@ pub struct EngineFlags {
     /// File with another chat template
     #[arg(long, value_name = "FILE")]
     pub chat_template: Option<PathBuf>,
+    /// How the model writes calls of tools; normally found from its chat template
+    #[arg(long, value_name = "FORMAT", value_parser = parse_tool_format)]
+    pub tool_call_parser: Option<String>,
     /// How weights are read; dummy: random weights, for benchmarks
     #[arg(long, value_parser = PossibleValuesParser::new(LOAD_FORMATS), default_value = "auto")]
     pub load_format: String,
@@ -257,8 +261,6 @@ struct IgnoredFlags {
     #[arg(long, hide = true)]
     tokenizer_mode: Option<String>,
     #[arg(long, hide = true)]
-    tool_call_parser: Option<String>,
-    #[arg(long, hide = true)]
     enable_auto_tool_choice: bool,
     #[arg(long, hide = true)]
     disable_log_requests: bool,
@@ -269,6 +271,14 @@ struct IgnoredFlags {
     /// Prompts are always computed in chunks: obeyed by nature, so not among the ignored.
     #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "true")]
     enable_chunked_prefill: Option<bool>,
+}
+
+/// The name of a tool format.
+fn parse_tool_format(name: &str) -> Result<String, String> {
+    match ToolFormat::named(name) {
+        Some(format) => Ok(format.name.to_owned()),
+        None => Err(format!("one of {}", ToolFormat::names().join(", "))),
+    }
 }
 
 impl IgnoredFlags {
@@ -285,7 +295,6 @@ impl IgnoredFlags {
             ("--source", self.source.is_some()),
             ("--download-dir", self.download_dir.is_some()),
             ("--tokenizer-mode", self.tokenizer_mode.is_some()),
-            ("--tool-call-parser", self.tool_call_parser.is_some()),
             ("--enable-auto-tool-choice", self.enable_auto_tool_choice),
             ("--disable-log-requests", self.disable_log_requests),
             ("--disable-custom-all-reduce", self.disable_custom_all_reduce),
@@ -323,6 +332,7 @@ impl EngineFlags {
             model_path: absolute(Path::new(model)),
             tokenizer: self.tokenizer.as_deref().map(absolute),
             chat_template: template,
+            tool_call_parser: self.tool_call_parser.clone(),
             tensor_parallel_size: self.tensor_parallel_size,
             replicas: self.replicas,
             strategy: self.placement_strategy,

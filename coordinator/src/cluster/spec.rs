@@ -41,6 +41,9 @@ pub struct DeploymentSpec {
     pub tokenizer: Option<PathBuf>,
     /// Text of a chat template in place of the model's own.
     pub chat_template: Option<String>,
+    /// How the model writes calls of tools, where its template does not show it.
+    #[serde(default)]
+    pub tool_call_parser: Option<String>,
     /// Ranks of one replica.
     pub tensor_parallel_size: TensorParallelSize,
     /// Copies of the model.
@@ -99,6 +102,7 @@ impl DeploymentSpec {
             model_path: PathBuf::from(model),
             tokenizer: None,
             chat_template: None,
+            tool_call_parser: None,
             tensor_parallel_size: TensorParallelSize::Fixed(1),
             replicas: 1,
             strategy: Strategy::default(),

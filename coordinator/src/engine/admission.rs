@@ -80,6 +80,7 @@ mod tests {
             sampling: SamplingParams::default(),
             max_tokens: NonZeroU32::new(max_tokens).unwrap(),
             stop_token_ids: vec![],
+            constraint: None,
         };
         limits.admit(&request).map(NonZeroU32::get)
     }

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use super::fake_rank::{BLOCK_SIZE, Fault, start, start_epoch};
 use super::group::GroupError;
 use super::request::{EngineError, EngineLimits, FinishReason, GenerateRequest, RecoveryLimits, TokenEvent};
-use super::scheduler_tests::{oracle, prompt, request};
+use super::scheduler_tests::{constraint, oracle, prompt, request};
 use super::start::StartDeadlines;
 use super::{EngineHandle, TokenStream, spawn};
 
@@ -82,6 +82,7 @@ async fn streams_get_the_text_of_the_oracle_and_all_blocks_are_free_afterwards()
     let requests: Vec<GenerateRequest> = (0..24)
         .map(|at| GenerateRequest {
             stop_token_ids: vec![TokenId(at)],
+            constraint: (at % 3 == 0).then(|| constraint(1 + 2 * at)),
             ..request(prompt(at % 5, 1 + 5 * at % 60), 1 + 3 * at)
         })
         .collect();
@@ -189,7 +190,13 @@ async fn a_rank_that_dies_while_nothing_runs_breaks_the_group_too() {
 /// Breaks a group under 16 streams and brings the next ones; every stream must end with the text of the oracle.
 async fn survives(faults: &[&[Fault]]) -> EngineHandle {
     let (engine, _ranks) = engine(faults[0], limits()).await;
-    let requests: Vec<_> = (0..16).map(|at| request(prompt(at % 5, 1 + 5 * at % 60), 40 + 3 * at)).collect();
+    let constrained = |at| (at % 3 == 0).then(|| constraint(200));
+    let requests: Vec<_> = (0..16)
+        .map(|at| GenerateRequest {
+            constraint: constrained(at),
+            ..request(prompt(at % 5, 1 + 5 * at % 60), 40 + 3 * at)
+        })
+        .collect();
     let mut streams = tokio::task::JoinSet::new();
     for request in requests {
         let stream = engine.submit(request.clone()).unwrap();

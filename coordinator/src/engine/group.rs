@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use phalanx_proto::{
     Epoch, HeadMessage, Incarnation, PLAN_BYTES_MAX, Phase, Rank, RankCapacity, RankEvent, RankFailure,
-    STAGE_TOKENS_MAX, StepId, StepOutput, StepPlan, Term, pb,
+    STAGE_TOKENS_MAX, StepId, StepOutput, StepPlan, Term, mask_messages, pb,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
@@ -435,12 +435,13 @@ fn check_rows(plan: &StepPlan, output: &StepOutput, previous: u64) -> Option<u64
     Some(StepOutput::chain(previous, plan.step, output.rows.iter().map(|row| (row.slot, row.token))))
 }
 
-/// The messages that carry a plan, in order: parts of long prompts, then the plan itself, none above `PLAN_BYTES_MAX`.
+/// The messages that carry a plan, in order: masks, parts of long prompts, then the plan itself, none above
+/// `PLAN_BYTES_MAX`.
 ///
 /// Public for the benchmark of a step.
 pub fn to_messages(plan: &StepPlan) -> Vec<pb::HeadToRank> {
     use pb::head_to_rank::Message;
-    let mut messages = Vec::with_capacity(1);
+    let mut messages = mask_messages(plan);
     let mut wire = pb::Plan::from(plan);
     let mut inline_left = INLINE_TOKENS_MAX;
     for new in &mut wire.new_sequences {
@@ -502,6 +503,7 @@ impl Member {
 #[derive(Default)]
 pub(super) struct Decoder {
     staged: std::collections::HashMap<u64, Vec<u32>>,
+    masks: phalanx_proto::MaskStaging,
 }
 
 #[cfg(test)]
@@ -523,9 +525,18 @@ impl Decoder {
                     tokens.append(&mut new.tokens);
                     new.tokens = tokens;
                 }
-                HeadMessage::Plan(plan.try_into().expect("valid"))
+                let mut plan = plan.try_into().expect("valid");
+                self.masks.complete(&mut plan).expect("every mask came before its plan");
+                HeadMessage::Plan(plan)
             }
-            Message::BeginEpoch(begin) => HeadMessage::BeginEpoch { term: Term(begin.term), epoch: Epoch(begin.epoch) },
+            Message::SampleInputs(inputs) => {
+                self.masks.keep(inputs).expect("valid");
+                return None;
+            }
+            Message::BeginEpoch(begin) => {
+                self.masks = phalanx_proto::MaskStaging::default();
+                HeadMessage::BeginEpoch { term: Term(begin.term), epoch: Epoch(begin.epoch) }
+            }
             Message::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
         })
     }

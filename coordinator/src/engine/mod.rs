@@ -8,6 +8,7 @@
 
 mod admission;
 pub mod block_manager;
+mod constraint;
 #[cfg(test)]
 mod engine_tests;
 #[cfg(test)]
@@ -39,6 +40,7 @@ use tokio::sync::mpsc;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+pub use constraint::{Constraint, ConstraintError, NextTokens, TokenConstraint};
 pub use handle::{EngineHandle, EngineSnapshot, TokenStream};
 pub use replicas::Replicas;
 pub use request::{EngineError, EngineLimits, FinishReason, GenerateRequest, RecoveryLimits, TokenEvent, Usage};
@@ -46,6 +48,7 @@ pub use scheduler::Counters;
 pub use start::{StartDeadlines, StartProgress};
 
 use block_manager::BlockManager;
+use constraint::ConstraintPool;
 use group::{GroupError, Launched, TpGroup};
 use handle::{Command, EngineState, NextGroup, Shared};
 use outbox::{Outbox, is_last};
@@ -72,6 +75,7 @@ struct Engine {
     blocks: BlockManager,
     group: TpGroup,
     in_flight: VecDeque<Launched>,
+    constraints: ConstraintPool,
     outbox: Outbox,
     shared: Arc<Shared>,
     last_end: Instant,
@@ -123,6 +127,7 @@ pub fn spawn(mut group: TpGroup, mut limits: EngineLimits) -> EngineHandle {
     let shared = Shared::new(limits.clone(), EngineSnapshot::default());
     let (handle, inbox, next_groups) = EngineHandle::new(Arc::clone(&shared));
     let (outbox, dispatcher) = outbox::outbox();
+    let constraints = ConstraintPool::new(limits.num_accepted_max() as usize);
     let engine = Engine {
         inbox,
         next_groups,
@@ -131,6 +136,7 @@ pub fn spawn(mut group: TpGroup, mut limits: EngineLimits) -> EngineHandle {
         blocks,
         group,
         in_flight: VecDeque::new(),
+        constraints,
         outbox,
         shared: Arc::clone(&shared),
         last_end: Instant::now(),
@@ -179,6 +185,7 @@ impl Engine {
     /// A failed rank fails the step and its group: the epoch ends, and the next group replays what runs.
     async fn turn(&mut self) -> Result<Progress, EpochEnd> {
         self.drain_inbox();
+        self.resume_constrained();
         while self.in_flight.len() < self.shared.limits.steps_in_flight_max.max(1) as usize {
             let Some(step) = self.scheduler.plan(&mut self.blocks) else { break };
             self.in_flight.push_back(self.group.launch(step).await?);
@@ -190,6 +197,7 @@ impl Engine {
         let (step, output) = self.group.finish(oldest).await?;
         self.progress_at = Some(Instant::now());
         let events = self.scheduler.commit(step, output, &mut self.blocks);
+        self.constraints.submit(self.scheduler.take_constraint_work());
         self.emit(events).await?;
         Ok(Progress::Stepped)
     }
@@ -247,7 +255,7 @@ impl Engine {
         self.scheduler.is_empty() && self.inbox.is_empty() || Instant::now() >= ends
     }
 
-    /// Waits for something to do: a command, a change of state, or the end of the group.
+    /// Waits for something to do: a command, a mask, a change of state, or the end of the group.
     async fn rest(&mut self) -> Result<(), EpochEnd> {
         tokio::select! {
             command = self.inbox.recv() => {
@@ -259,7 +267,15 @@ impl Engine {
                 Ok(())
             }
             _changed = self.state.changed() => Ok(()),
+            () = self.constraints.arrivals() => Ok(()),
             error = self.group.broken() => Err(error.into()),
+        }
+    }
+
+    /// Lets sequences go on whose next mask is there.
+    fn resume_constrained(&mut self) {
+        for answer in self.constraints.take() {
+            self.scheduler.resume(answer, &mut self.blocks);
         }
     }
 

@@ -154,6 +154,7 @@ mod tests {
             sampling: SamplingParams::default(),
             max_tokens: NonZeroU32::MIN,
             stop_token_ids: Vec::new(),
+            constraint: None,
         }
     }
 

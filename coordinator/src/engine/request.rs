@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use phalanx_proto::{SamplingParams, TokenId, TokenLogprobs};
 
+use super::constraint::Constraint;
 use crate::config::defaults;
 
 /// A request as the engine sees it: validated, tokenized, without text.
@@ -20,6 +21,8 @@ pub struct GenerateRequest {
     pub max_tokens: NonZeroU32,
     /// Tokens that end the sequence: the model's end tokens (unless ignored) and the request's own.
     pub stop_token_ids: Vec<TokenId>,
+    /// Limits its tokens.
+    pub constraint: Option<Constraint>,
 }
 
 /// Why a sequence ended.
@@ -29,6 +32,8 @@ pub enum FinishReason {
     Stop(TokenId),
     /// `max_tokens` or the context is full.
     Length,
+    /// The request's constraint allows nothing more: the text is complete.
+    Complete,
     /// The client went away.
     Aborted,
 }
@@ -113,6 +118,12 @@ pub enum EngineError {
     #[error("the tensor-parallel group failed: {reason}")]
     GroupFailed {
         /// Which rank, and how.
+        reason: String,
+    },
+    /// The request's constraint cannot go on.
+    #[error("the output could not be held to its grammar: {reason}")]
+    Constraint {
+        /// Why.
         reason: String,
     },
     /// The deployment is being removed.

@@ -5,7 +5,7 @@
 //!
 //! **Invariant:** every sequence that was enqueued ends in exactly one `Finished` or `Failed` event, and each output index is emitted once.
 //! **Invariant:** `running` is in order of start; a sequence that gives way has no row in the plan that is being made.
-//! **Invariant:** if a sequence waits and no step is in flight, [`Scheduler::plan`] gives a plan.
+//! **Invariant:** if a sequence waits and no step is in flight, [`Scheduler::plan`] gives a plan, unless constraints are away.
 
 mod replay;
 
@@ -13,10 +13,11 @@ use std::collections::{HashMap, VecDeque};
 
 use phalanx_proto::{
     NewSequence, PLAN_BYTES_MAX, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SeqId, SeqSlot, StepId,
-    StepOutput, StepPlan,
+    StepOutput, StepPlan, TokenMask,
 };
 
 use super::block_manager::{BlockManager, BlockTable};
+use super::constraint::{ConstraintAnswer, ConstraintWork, NextTokens};
 use super::policy::Policy;
 use super::request::{EngineError, EngineLimits, FinishReason, TokenEvent};
 use super::sequence::{Phase, Sequence};
@@ -82,6 +83,7 @@ pub struct Scheduler {
     committed_step: StepId,
     step_time: StepTime,
     events: Vec<SeqEvent>,
+    constraint_work: Vec<ConstraintWork>,
     counters: Counters,
 }
 
@@ -91,6 +93,7 @@ struct Draft {
     rows: Vec<PlanRow>,
     sequences: Vec<SeqId>,
     new_sequences: Vec<NewSequence>,
+    masks: Vec<TokenMask>,
     sampler: SamplerVariant,
     num_decode: u32,
     /// The sequence that has this step for itself.
@@ -110,6 +113,9 @@ impl Draft {
         self.bytes_left = self.bytes_left.saturating_sub(ROW_BYTES_MAX + row.new_blocks.len() * BLOCK_BYTES_MAX);
         if row.samples && sequence.sampling.variant() as u32 > self.sampler as u32 {
             self.sampler = sequence.sampling.variant();
+        }
+        if row.samples {
+            self.masks.extend(sequence.take_mask());
         }
         self.rows.push(row);
         self.sequences.push(sequence.id);
@@ -142,6 +148,7 @@ impl Scheduler {
             committed_step: StepId(0),
             step_time: StepTime::default(),
             events: Vec::new(),
+            constraint_work: Vec::new(),
             counters: Counters::default(),
         }
     }
@@ -265,6 +272,7 @@ impl Scheduler {
             rows: Vec::with_capacity(self.running.len()),
             sequences: Vec::with_capacity(self.running.len()),
             new_sequences: Vec::new(),
+            masks: Vec::new(),
             sampler: SamplerVariant::Greedy,
             num_decode: 0,
             alone: None,
@@ -334,7 +342,10 @@ impl Scheduler {
             if sequence.runs_alone() && draft.alone != Some(id) {
                 return;
             }
-            if sequence.num_in_flight() > 0 || draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX) == 0 {
+            if sequence.num_in_flight() > 0
+                || !sequence.may_sample()
+                || draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX) == 0
+            {
                 return;
             }
             let reserve = if self.running.is_empty() || draft.alone.is_some() {
@@ -389,6 +400,7 @@ impl Scheduler {
             released_slots: std::mem::take(&mut self.released_slots),
             new_sequences: draft.new_sequences,
             rows: draft.rows,
+            masks: draft.masks,
             ..StepPlan::default()
         };
         Some(PlannedStep { plan, sequences: draft.sequences, num_decode: draft.num_decode })
@@ -402,7 +414,31 @@ impl Scheduler {
         let reason = sequence.commit(sampled.token, sampled.logprobs, |event| events.push((id, event)));
         match reason {
             Some(reason) => self.finish(id, reason, blocks),
-            None => register(sequence, blocks),
+            None => {
+                register(sequence, blocks);
+                self.constraint_work.extend(sequence.take_constraint_work());
+            }
+        }
+    }
+
+    /// What constraints have to do now: each is answered by [`Scheduler::resume`].
+    pub(super) fn take_constraint_work(&mut self) -> Vec<ConstraintWork> {
+        std::mem::take(&mut self.constraint_work)
+    }
+
+    /// A constraint is back. Its sequence goes on, or ends where its text is complete or cannot be continued.
+    pub(super) fn resume(&mut self, answer: ConstraintAnswer, blocks: &mut BlockManager) {
+        let ConstraintAnswer { id, result } = answer;
+        // Gone: it was cancelled meanwhile.
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        match result {
+            Ok(constraint) if *constraint.next() == NextTokens::Done => self.finish(id, FinishReason::Complete, blocks),
+            Ok(constraint) => sequence.resume(constraint),
+            Err(error) => {
+                self.remove(id, blocks);
+                let error = EngineError::Constraint { reason: error.reason };
+                self.events.push((id, TokenEvent::Failed(error)));
+            }
         }
     }
 

@@ -8,10 +8,12 @@ use phalanx_proto::{BlockId, SamplingParams, SeqId, TokenId};
 use proptest::prelude::*;
 
 use super::block_manager::BlockManager;
+use super::constraint::tests::Listed;
+use super::constraint::{Constraint, ConstraintWork, NextTokens};
 use super::request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent};
 use super::scheduler::{Scheduler, SeqEvent};
 use super::sequence::Sequence;
-use super::simulation::{SimulatedGroup, VOCAB_SIZE, describe, next_token};
+use super::simulation::{SimulatedGroup, VOCAB_SIZE, describe, masked, next_token};
 
 pub(super) fn limits() -> EngineLimits {
     EngineLimits {
@@ -37,6 +39,7 @@ pub(super) fn request(prompt: Vec<TokenId>, max_tokens: u32) -> GenerateRequest 
         sampling: SamplingParams::default(),
         max_tokens: NonZeroU32::new(max_tokens).unwrap(),
         stop_token_ids: vec![],
+        constraint: None,
     }
 }
 
@@ -48,22 +51,47 @@ pub(super) fn prompt(family: u32, num_tokens: u32) -> Vec<TokenId> {
 /// What the model says alone, one token after the other.
 pub(super) fn oracle(request: &GenerateRequest, max_tokens: u32) -> (Vec<TokenId>, FinishReason) {
     let mut tokens = request.prompt.clone();
+    let mut constraint = request.constraint.clone();
     loop {
-        let token = next_token(&tokens);
+        let token = masked(next_token(&tokens), words(constraint.as_ref()));
         tokens.push(token);
+        constraint = constraint.map(|constraint| constraint.commit(token).unwrap());
         let output = tokens[request.prompt.len()..].to_vec();
         if request.stop_token_ids.contains(&token) {
             return (output, FinishReason::Stop(token));
         } else if output.len() == max_tokens as usize {
             return (output, FinishReason::Length);
+        } else if constraint.as_ref().is_some_and(|constraint| *constraint.next() == NextTokens::Done) {
+            return (output, FinishReason::Complete);
         }
     }
 }
 
+fn words(constraint: Option<&Constraint>) -> Option<&[u32]> {
+    match constraint?.next() {
+        NextTokens::Only(words) => Some(words),
+        NextTokens::Any | NextTokens::Done => None,
+    }
+}
+
+/// A constraint of so many tokens; every fifth may be any.
+pub(super) fn constraint(num_tokens: u32) -> Constraint {
+    let set = |at: u32| (0..VOCAB_SIZE).filter(|token| at % 5 != 4 && (token + at).is_multiple_of(3)).collect();
+    Listed::constraint((0..num_tokens).map(set).collect())
+}
+
 #[derive(Debug, Clone)]
 enum Operation {
-    Submit { family: u32, num_prompt: u32, max_tokens: u32, stop: Option<u32>, prompt_logprobs: bool },
+    Submit {
+        family: u32,
+        num_prompt: u32,
+        max_tokens: u32,
+        stop: Option<u32>,
+        prompt_logprobs: bool,
+        constrained: Option<u32>,
+    },
     Cancel(usize),
+    Answer,
     Plan,
     Commit,
     Break,
@@ -71,14 +99,15 @@ enum Operation {
 
 fn operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
-        3 => (0..4u32, 1..60u32, 1..30u32, proptest::option::of(0..VOCAB_SIZE), proptest::bool::weighted(0.15)).prop_map(
-            |(family, num_prompt, max_tokens, stop, prompt_logprobs)| Operation::Submit {
-                family, num_prompt, max_tokens, stop, prompt_logprobs
+        3 => (0..4u32, 1..60u32, 1..30u32, proptest::option::of(0..VOCAB_SIZE), proptest::bool::weighted(0.15), proptest::option::weighted(0.3, 1..30u32)).prop_map(
+            |(family, num_prompt, max_tokens, stop, prompt_logprobs, constrained)| Operation::Submit {
+                family, num_prompt, max_tokens, stop, prompt_logprobs, constrained
             }
         ),
         1 => any::<usize>().prop_map(Operation::Cancel),
         8 => Just(Operation::Plan),
         8 => Just(Operation::Commit),
+        4 => Just(Operation::Answer),
         1 => Just(Operation::Break),
     ]
 }
@@ -121,6 +150,8 @@ struct Harness {
     blocks: BlockManager,
     group: SimulatedGroup,
     cases: Vec<Case>,
+    /// Constraints that are away.
+    away: Vec<ConstraintWork>,
 }
 
 impl Harness {
@@ -138,18 +169,21 @@ impl Harness {
             group: SimulatedGroup::new(limits.num_blocks, limits.block_size),
             steps_in_flight: setting.steps_in_flight,
             cases: vec![],
+            away: vec![],
             limits,
         }
     }
 
     fn apply(&mut self, operation: &Operation) {
         match *operation {
-            Operation::Submit { family, num_prompt, max_tokens, stop, prompt_logprobs } => {
+            Operation::Submit { family, num_prompt, max_tokens, stop, prompt_logprobs, constrained } => {
                 let mut request = request(prompt(family, num_prompt), max_tokens);
                 request.stop_token_ids = stop.map(TokenId).into_iter().collect();
                 request.sampling.prompt_logprobs = prompt_logprobs.then_some(0);
+                request.constraint = constrained.map(constraint);
                 self.submit(request);
             }
+            Operation::Answer => self.answer(),
             Operation::Cancel(index) if !self.cases.is_empty() => {
                 let index = index % self.cases.len();
                 self.cases[index].cancelled |= self.cases[index].end.is_none();
@@ -190,7 +224,10 @@ impl Harness {
     fn plan(&mut self) -> bool {
         let Some(step) = self.scheduler.plan(&mut self.blocks) else {
             let idle = self.group.num_in_flight() == 0;
-            assert!(!idle || self.scheduler.is_empty(), "sequences wait, and no step brings them on");
+            assert!(
+                !idle || self.scheduler.is_empty() || !self.away.is_empty(),
+                "sequences wait, and no step brings them on"
+            );
             return false;
         };
         assert!(step.plan.num_tokens() <= self.limits.max_num_batched_tokens);
@@ -202,8 +239,18 @@ impl Harness {
     fn commit(&mut self) -> bool {
         let Some((step, output)) = self.group.finish() else { return false };
         let events = self.scheduler.commit(step, output, &mut self.blocks);
+        self.away.extend(self.scheduler.take_constraint_work());
         self.read(events);
         true
+    }
+
+    /// Brings every constraint back that is away.
+    fn answer(&mut self) {
+        for work in std::mem::take(&mut self.away) {
+            self.scheduler.resume(work.run(), &mut self.blocks);
+        }
+        let events = self.scheduler.take_events();
+        self.read(events);
     }
 
     fn read(&mut self, events: Vec<SeqEvent>) {
@@ -237,6 +284,10 @@ impl Harness {
         for _ in 0..100_000 {
             while self.group.num_in_flight() < self.steps_in_flight && self.plan() {}
             self.scheduler.check_invariants(&self.blocks);
+            if self.group.num_in_flight() == 0 && !self.away.is_empty() {
+                self.answer();
+                continue;
+            }
             if !self.commit() {
                 let events = self.scheduler.take_events();
                 self.read(events);
@@ -315,6 +366,78 @@ fn a_decode_row_ahead_names_the_step_that_it_consumes() {
         harness.group.launch(step);
     }
     harness.run_out();
+}
+
+#[test]
+fn others_run_ahead_of_a_sequence_whose_mask_is_not_there() {
+    let mut harness = Harness::new(Setting { steps_in_flight: 2, ..ROOMY });
+    harness.submit(GenerateRequest { constraint: Some(constraint(6)), ..request(prompt(1, 4), 20) });
+    harness.submit(request(prompt(2, 4), 20));
+    harness.plan();
+    let ahead = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert_eq!(ahead.sequences, [SeqId(1)], "one token of the constrained sequence is in flight");
+    harness.group.launch(ahead);
+    harness.commit();
+    let meanwhile = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert_eq!(meanwhile.sequences, [SeqId(1)], "its mask is not there yet");
+    harness.group.launch(meanwhile);
+    harness.answer();
+    harness.commit();
+    let both = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert_eq!((both.sequences.len(), both.plan.masks.len()), (2, 1));
+    harness.group.launch(both);
+    harness.run_out();
+    assert_eq!(harness.cases[0].end, Some(FinishReason::Complete));
+}
+
+#[test]
+fn constraints_go_on_in_the_next_epoch_wherever_they_were() {
+    let mut harness = Harness::new(Setting { steps_in_flight: 1, ..ROOMY });
+    for family in 0..2 {
+        harness.submit(GenerateRequest { constraint: Some(constraint(6)), ..request(prompt(family, 4), 20) });
+    }
+    harness.plan();
+    harness.commit();
+    // One mask is known and its token in flight, the other one is still computed.
+    let work = harness.away.remove(0);
+    harness.scheduler.resume(work.run(), &mut harness.blocks);
+    assert_eq!(harness.scheduler.plan(&mut harness.blocks).map(|step| step.sequences.len()), Some(1));
+    harness.break_group(9, 64);
+    let replayed = harness.scheduler.plan(&mut harness.blocks).unwrap();
+    assert_eq!(
+        (replayed.sequences.len(), replayed.plan.masks.len()),
+        (1, 1),
+        "the lost token is drawn by the same mask"
+    );
+    harness.group.launch(replayed);
+    harness.commit();
+    harness.run_out();
+    assert!(harness.cases.iter().all(|case| case.end == Some(FinishReason::Complete)));
+}
+
+#[test]
+fn a_constraint_that_fails_ends_its_sequence_alone() {
+    let mut harness = Harness::new(ROOMY);
+    harness.submit(request(prompt(2, 4), 20));
+    harness.scheduler.enqueue(Sequence::new(
+        SeqId(7),
+        GenerateRequest { constraint: Some(constraint(6)), ..request(prompt(1, 4), 20) },
+        NonZeroU32::new(20).unwrap(),
+    ));
+    harness.plan();
+    let (step, mut output) = harness.group.finish().unwrap();
+    output.rows[1].token = TokenId(1);
+    let events = harness.scheduler.commit(step, output, &mut harness.blocks);
+    assert_eq!(events.len(), 2);
+    harness.read(events[..1].to_vec());
+    let work = harness.scheduler.take_constraint_work().remove(0);
+    harness.scheduler.resume(work.run(), &mut harness.blocks);
+    let mut events = harness.scheduler.take_events();
+    let (id, failed) = events.remove(0);
+    assert_eq!(id, SeqId(7));
+    assert!(matches!(failed, TokenEvent::Failed(EngineError::Constraint { .. })), "{failed:?}");
+    assert!(events.is_empty());
+    harness.scheduler.check_invariants(&harness.blocks);
 }
 
 #[test]

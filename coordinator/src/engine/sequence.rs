@@ -4,14 +4,18 @@
 //!
 //! **Invariant:** only a running sequence owns a slot and KV blocks.
 //! **Invariant:** `num_planned` never passes the known tokens plus those in flight.
+//! **Invariant:** a constrained sequence has at most one token in flight, drawn by the mask of all tokens before it.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use phalanx_proto::{PlanRow, PromptLogprobs, SamplingParams, SeqId, SeqSlot, StepId, TokenId, TokenLogprobs};
+use phalanx_proto::{
+    PlanRow, PromptLogprobs, SamplingParams, SeqId, SeqSlot, StepId, TokenId, TokenLogprobs, TokenMask,
+};
 
 use super::block_manager::{BlockHash, BlockTable};
+use super::constraint::{Constraint, ConstraintState, ConstraintWork, NextTokens};
 use super::request::{FinishReason, GenerateRequest, TokenEvent, Usage};
 
 /// With so many broken epochs behind it a sequence runs alone for a while.
@@ -67,6 +71,7 @@ pub struct Sequence {
     /// Descriptions of the prompt from position 1 on, until they are emitted.
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
     hashes: Vec<BlockHash>,
+    constraint: Option<ConstraintState>,
     /// Epochs that ended while it was in the batch.
     num_breaks: u32,
     /// It has its steps for itself until it has so many tokens.
@@ -91,6 +96,7 @@ impl Sequence {
             num_in_flight: 0,
             num_cached_tokens: None,
             hashes: Vec::new(),
+            constraint: request.constraint.map(ConstraintState::Ready),
             num_breaks: 0,
             alone_until: 0,
             started: Arc::default(),
@@ -107,6 +113,7 @@ impl Sequence {
     pub fn interrupt(&mut self, committed: StepId) -> Option<u32> {
         let was_in_flight = self.is_in_flight(committed);
         self.num_in_flight = 0;
+        self.constraint = self.constraint.take().map(ConstraintState::interrupted);
         self.stop()?;
         if was_in_flight {
             self.num_breaks += 1;
@@ -221,7 +228,50 @@ impl Sequence {
     /// True where one more token can be planned: not beyond `max_tokens`, which is known ahead.
     pub fn can_decode(&self) -> bool {
         let num_tokens = self.tokens.len() as u32 + self.num_in_flight;
-        self.num_prefill_left() == 0 && num_tokens < self.num_tokens_max
+        self.num_prefill_left() == 0 && num_tokens < self.num_tokens_max && self.may_sample()
+    }
+
+    /// False while its constraint has no mask for the next token.
+    pub fn may_sample(&self) -> bool {
+        matches!(self.constraint, None | Some(ConstraintState::Ready(_)))
+    }
+
+    /// The tokens among which the row that was just planned is to draw; none where it may draw any.
+    pub fn take_mask(&mut self) -> Option<TokenMask> {
+        let constraint = match self.constraint.take() {
+            Some(ConstraintState::Ready(constraint)) => constraint,
+            other => {
+                self.constraint = other;
+                return None;
+            }
+        };
+        let words = match constraint.next() {
+            NextTokens::Only(words) => Some(words.clone()),
+            NextTokens::Any | NextTokens::Done => None,
+        };
+        self.constraint = Some(ConstraintState::InFlight(constraint));
+        let Phase::Running(residence) = &self.phase else { return None };
+        Some(TokenMask { slot: residence.slot, words: words? })
+    }
+
+    /// What its constraint has to do after a commit, away from this thread.
+    pub(super) fn take_constraint_work(&mut self) -> Option<ConstraintWork> {
+        match self.constraint.take() {
+            Some(ConstraintState::InFlight(constraint)) => {
+                self.constraint = Some(ConstraintState::Away);
+                let token = *self.tokens.last()?;
+                Some(ConstraintWork { id: self.id, constraint, token })
+            }
+            other => {
+                self.constraint = other;
+                None
+            }
+        }
+    }
+
+    /// Its constraint is back with the next mask.
+    pub(super) fn resume(&mut self, constraint: Constraint) {
+        self.constraint = Some(ConstraintState::Ready(constraint));
     }
 
     /// True where the next row needs a block more than the table has.

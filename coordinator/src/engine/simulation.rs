@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use phalanx_proto::{
     BlockId, Fnv, NewSequence, PLAN_BYTES_MAX, PlanRow, PromptLogprobs, SampledRow, SeqSlot, StepId, StepOutput,
-    TokenId, TokenLogprobs,
+    TokenId, TokenLogprobs, TokenMask,
 };
 
 use super::group::to_messages;
@@ -19,6 +19,13 @@ pub(super) const VOCAB_SIZE: u32 = 40;
 /// What the model says after `tokens`.
 pub(super) fn next_token(tokens: &[TokenId]) -> TokenId {
     sample(tokens.iter().fold(0, |before, token| content(before, *token)))
+}
+
+/// The first token from `token` on, around the vocabulary, that a mask allows.
+pub(super) fn masked(token: TokenId, words: Option<&[u32]>) -> TokenId {
+    let Some(words) = words else { return token };
+    let mut candidates = (0..VOCAB_SIZE).map(|step| (token.0 + step) % VOCAB_SIZE);
+    TokenId(candidates.find(|candidate| TokenMask::allows(words, *candidate)).expect("a mask allows a token"))
 }
 
 fn sample(content: u64) -> TokenId {
@@ -91,7 +98,9 @@ impl SimulatedRank {
         let mut seen = HashSet::new();
         for row in &plan.rows {
             assert!(seen.insert(row.slot), "one row a sequence");
-            self.run_row(row, plan.step, &mut output);
+            let mask = plan.masks.iter().find(|mask| mask.slot == row.slot);
+            assert!(mask.is_none() || row.samples, "a mask belongs to a row that samples");
+            self.run_row(row, mask.map(|mask| &*mask.words), plan.step, &mut output);
         }
         let sampled = output.rows.iter().map(|row| (row.slot, row.token));
         self.token_hash = StepOutput::chain(self.token_hash, plan.step, sampled);
@@ -117,7 +126,7 @@ impl SimulatedRank {
         assert!(self.slots.insert(new.slot, resident).is_none(), "slot {} is in use", new.slot);
     }
 
-    fn run_row(&mut self, row: &PlanRow, step: StepId, output: &mut StepOutput) {
+    fn run_row(&mut self, row: &PlanRow, mask: Option<&[u32]>, step: StepId, output: &mut StepOutput) {
         let resident = self.slots.get_mut(&row.slot).expect("the row's sequence is in the batch");
         resident.blocks.extend(&row.new_blocks);
         assert_eq!(row.start, resident.num_computed, "rows follow each other");
@@ -144,7 +153,7 @@ impl SimulatedRank {
         }
         assert_eq!(row.samples, end == resident.tokens.len(), "a row samples behind the last known token");
         if row.samples {
-            let token = sample(resident.contents[end - 1]);
+            let token = masked(sample(resident.contents[end - 1]), mask);
             resident.push(token);
             resident.sampled.push(step);
             output.rows.push(SampledRow { slot: row.slot, token, logprobs: None });

@@ -17,7 +17,9 @@ use tracing::warn;
 
 use crate::api::{Admission, ServedModel, ServedModels};
 use crate::cluster::{CheckedSpec, ServingChange};
+use crate::constraint::GrammarCompiler;
 use crate::engine::{EngineHandle, Replicas};
+use crate::text::tools::ToolFormat;
 use crate::text::{TextError, TextModel};
 
 /// What a model's own files say about text.
@@ -72,6 +74,11 @@ fn load(checked: &CheckedSpec) -> Result<TextSide, String> {
     if let (Some(text), Some(template)) = (&mut text, &spec.chat_template) {
         text.set_chat_template(template.clone()).map_err(|error| format!("--chat-template: {error}"))?;
     }
+    if let (Some(text), Some(name)) = (&mut text, &spec.tool_call_parser) {
+        let format =
+            ToolFormat::named(name).ok_or_else(|| format!("--tool-call-parser: no format is called {name}"))?;
+        text.set_tool_format(format);
+    }
     Ok(TextSide {
         text: text.map(Arc::new),
         defaults: files.generation_defaults(),
@@ -87,11 +94,16 @@ fn insert(
 ) -> Result<(), String> {
     let spec = &checked.spec;
     let engine = Replicas::new(engines).ok_or_else(|| "no replica serves".to_owned())?;
+    let grammars = side
+        .text
+        .as_ref()
+        .map(|text| GrammarCompiler::new(Arc::clone(text), engine.limits().vocab_size, side.end_token_ids.clone()));
     models.insert(ServedModel {
         name: spec.name.0.clone(),
         model_path: spec.model.clone(),
         aliases: spec.aliases.clone(),
         text: side.text,
+        grammars,
         engine,
         max_model_len: spec.max_model_len(&checked.geometry),
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),

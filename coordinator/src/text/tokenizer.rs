@@ -1,13 +1,13 @@
 //! Text to token ids and back.
 
+use std::collections::HashMap;
 use std::fs;
 
 use phalanx_formats::TokenizerSource;
 use phalanx_proto::TokenId;
 use serde_json::{Map, Value, json};
 
-use super::TextError;
-use super::gguf_vocab;
+use super::{TextError, gguf_vocab, token_bytes};
 
 /// A model's tokenizer with its special tokens.
 pub struct Tokenizer {
@@ -83,6 +83,37 @@ impl Tokenizer {
         self.inner.decode(&ids, skip_special).unwrap_or_default()
     }
 
+    /// A token as the vocabulary writes it.
+    pub(super) fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The id of a token as the vocabulary writes it.
+    pub fn token_id(&self, token: &str) -> Option<TokenId> {
+        self.inner.token_to_id(token).map(TokenId)
+    }
+
+    /// The id of a control token by its text.
+    pub(super) fn control_token(&self, text: &str) -> Option<TokenId> {
+        let id = self.inner.token_to_id(text)?;
+        let added = self.inner.get_added_tokens_decoder();
+        added.get(&id).is_some_and(|token| token.special).then_some(TokenId(id))
+    }
+
+    /// Added tokens by id: their text, and whether they are control tokens.
+    pub(super) fn added_tokens(&self) -> HashMap<u32, (String, bool)> {
+        let added = self.inner.get_added_tokens_decoder();
+        added.into_iter().map(|(id, token)| (id, (token.content, token.special))).collect()
+    }
+
+    /// The names of all steps of the decoder.
+    pub(super) fn decoder_kinds(&self) -> Vec<String> {
+        let decoder = self.inner.get_decoder().and_then(|decoder| serde_json::to_value(decoder).ok());
+        let mut found = Vec::new();
+        token_bytes::kinds(&decoder.unwrap_or_default(), &mut found);
+        found
+    }
+
     /// The begin token's text.
     pub fn bos_token(&self) -> Option<&str> {
         self.bos_token.as_deref()
@@ -97,7 +128,7 @@ impl Tokenizer {
 /// Gives the ids of `added_tokens_decoder` their names. Some models (InternLM2) ship a `tokenizer.json` in which the
 /// chat tokens still carry placeholder names. Returns false where nothing had to change.
 fn rename_added_tokens(tokenizer: &mut Value, added: &Map<String, Value>) -> bool {
-    let known: std::collections::HashMap<u64, String> = tokenizer["added_tokens"]
+    let known: HashMap<u64, String> = tokenizer["added_tokens"]
         .as_array()
         .into_iter()
         .flatten()
@@ -112,7 +143,7 @@ fn rename_added_tokens(tokenizer: &mut Value, added: &Map<String, Value>) -> boo
         return false;
     }
     if let Some(vocab) = tokenizer["model"]["vocab"].as_object_mut() {
-        let names: std::collections::HashMap<u64, &str> =
+        let names: HashMap<u64, &str> =
             missing.iter().filter_map(|(id, entry)| Some((*id, entry["content"].as_str()?))).collect();
         // Only what stands in the vocabulary is renamed: ids behind it belong to `added_tokens` alone.
         *vocab = std::mem::take(vocab)

@@ -51,6 +51,7 @@ impl CpuInputs {
             block_tables: Vec::with_capacity(limits.table_entries_max),
             logit_rows: Vec::with_capacity(limits.logit_rows_max),
             samples: Vec::with_capacity(limits.logit_rows_max),
+            masks: Vec::with_capacity(limits.logit_rows_max),
             scores: Vec::with_capacity(limits.logit_rows_max),
         };
         Self { limits, step }
@@ -75,6 +76,7 @@ impl CpuInputs {
         copy(&mut own.block_tables, &step.block_tables);
         copy(&mut own.logit_rows, &step.logit_rows);
         copy(&mut own.samples, &step.samples);
+        own.masks.clone_from(&step.masks);
         copy(&mut own.scores, &step.scores);
         Ok(())
     }
@@ -108,6 +110,9 @@ pub(crate) fn check(step: &StepInputs, limits: &InputLimits) -> Result<(), Kerne
     let num_logits = step.logit_rows.len();
     if step.samples.len() > num_logits || step.scores.iter().any(|score| score.row as usize >= num_logits) {
         return Err(bad(format!("a sample or a score of a row past {num_logits} rows with logits")));
+    }
+    if step.masks.iter().any(|mask| mask.row as usize >= step.samples.len()) {
+        return Err(bad(format!("a mask of a row past {} samples", step.samples.len())));
     }
     if let Some(sample) = step.samples.iter().find(|sample| sample.slot as usize >= limits.slots_max) {
         return Err(bad(format!("slot {}, {} planned", sample.slot, limits.slots_max)));

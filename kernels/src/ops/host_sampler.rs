@@ -83,7 +83,8 @@ impl HostSampler {
         step: &StepInputs,
     ) -> Result<(), KernelError> {
         let rows = &step.samples;
-        let view = View::new(vocab, logits, step.logit_rows.len());
+        let masked = masked(logits, vocab, step);
+        let view = View::new(vocab, masked.as_deref().unwrap_or(logits), step.logit_rows.len());
         let floors = match kind {
             SamplerKind::Cut => self.floors(group, &view, rows)?,
             SamplerKind::Greedy | SamplerKind::NoCut => vec![0; rows.len()],
@@ -214,6 +215,27 @@ impl HostSampler {
     }
 }
 
+/// The logits with everything at minus infinity that a row may not draw; none where no row is masked. Scores keep to the raw
+/// ones.
+fn masked(logits: &[f32], vocab: &VocabSlice, step: &StepInputs) -> Option<Vec<f32>> {
+    if step.masks.is_empty() {
+        return None;
+    }
+    let mut masked = logits.to_vec();
+    let width = logits.len() / step.logit_rows.len().max(1);
+    for mask in &step.masks {
+        let begin = mask.row as usize * width;
+        let own = &mut masked[begin + vocab.columns.start..begin + vocab.columns.end];
+        for (token, logit) in (vocab.first_id..).zip(own) {
+            let word = mask.words.get((token / u32::BITS) as usize).copied().unwrap_or(0);
+            if word >> (token % u32::BITS) & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+    Some(masked)
+}
+
 fn no_slot(slot: u32, num_slots: usize) -> KernelError {
     KernelError::Shape { op: "sample", reason: format!("slot {slot} of {num_slots}") }
 }
@@ -315,4 +337,24 @@ impl Gather {
 /// A candidate as it came from the wire.
 fn candidate(bytes: &[u8]) -> Option<Candidate> {
     bytes.first_chunk().and_then(Candidate::from_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SampleMask;
+
+    /// Two rows over three columns that stand for tokens 31 to 33, with one column of padding.
+    #[test]
+    fn masked_rows_keep_what_they_may_draw() {
+        let vocab = VocabSlice { first_id: 31, columns: 0..3 };
+        let mut step = StepInputs { logit_rows: vec![0, 1], ..StepInputs::default() };
+        let logits = [1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0, 9.0];
+        assert_eq!(masked(&logits, &vocab, &step), None);
+        step.masks = vec![SampleMask { row: 1, words: [1 << 31, 1 << 1].into() }];
+        let none = f32::NEG_INFINITY;
+        assert_eq!(masked(&logits, &vocab, &step), Some(vec![1.0, 2.0, 3.0, 9.0, 4.0, none, 6.0, 9.0]));
+        step.masks = vec![SampleMask { row: 0, words: [0].into() }];
+        assert_eq!(masked(&logits, &vocab, &step), Some(vec![none, none, none, 9.0, 4.0, 5.0, 6.0, 9.0]));
+    }
 }

@@ -65,6 +65,92 @@ struct Sampling {
     stream: Option<bool>,
 }
 
+/// A JSON schema, or its text.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+enum JsonSchemaText {
+    Object(Map<String, Value>),
+    Any(bool),
+    Text(String),
+}
+
+/// What an output is held to: one of these.
+#[derive(JsonSchema)]
+struct StructuredOutputs {
+    json: Option<JsonSchemaText>,
+    json_object: Option<bool>,
+    regex: Option<String>,
+    choice: Option<Vec<String>>,
+    /// In Lark's notation.
+    grammar: Option<String>,
+}
+
+/// Fields that hold an output to a grammar; one of them at the most.
+#[derive(JsonSchema)]
+struct Structured {
+    structured_outputs: Option<StructuredOutputs>,
+    /// An older name of `structured_outputs.json`.
+    guided_json: Option<JsonSchemaText>,
+    /// An older name of `structured_outputs.regex`.
+    guided_regex: Option<String>,
+    /// An older name of `structured_outputs.choice`.
+    guided_choice: Option<Vec<String>>,
+    /// An older name of `structured_outputs.grammar`.
+    guided_grammar: Option<String>,
+}
+
+/// A schema under the name of chat.
+#[derive(JsonSchema)]
+struct NamedSchema {
+    schema: JsonSchemaText,
+}
+
+/// What an answer is held to.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+enum ResponseFormat {
+    Plain {
+        #[schemars(rename = "type", extend("enum" = ["text", "json_object"]))]
+        kind: String,
+    },
+    Schema {
+        #[schemars(rename = "type", extend("enum" = ["json_schema"]))]
+        kind: String,
+        json_schema: NamedSchema,
+    },
+}
+
+/// A function that the model may call.
+#[derive(JsonSchema)]
+pub struct Function {
+    #[schemars(length(min = 1, max = 64))]
+    name: String,
+    description: Option<String>,
+    /// A JSON schema.
+    parameters: Option<Map<String, Value>>,
+    /// Hold calls to the schema.
+    strict: Option<bool>,
+}
+
+/// A tool of chat.
+#[derive(JsonSchema)]
+pub struct Tool {
+    function: Function,
+}
+
+#[derive(JsonSchema)]
+struct FunctionName {
+    name: String,
+}
+
+/// Whether and what to call.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+enum ToolChoice {
+    Word(#[schemars(extend("enum" = ["none", "auto", "required"]))] String),
+    Named { function: FunctionName },
+}
+
 /// Fields that chat and completions share.
 #[derive(JsonSchema)]
 struct Shared {
@@ -90,6 +176,10 @@ struct Shared {
     /// The client's own name for the request.
     #[schemars(length(max = 32))]
     request_id: Option<String>,
+    #[schemars(flatten)]
+    structured: Structured,
+    /// What an answer is held to.
+    response_format: Option<ResponseFormat>,
 }
 
 /// One part of a message.
@@ -108,13 +198,33 @@ pub enum Content {
     Parts(Vec<TextPart>),
 }
 
-/// One message of a conversation.
+/// A call that an assistant has made.
 #[derive(JsonSchema)]
-pub struct ChatMessage {
-    /// system, developer, user, assistant or tool.
-    #[schemars(extend("enum" = ["system", "developer", "user", "assistant", "tool"]))]
-    role: String,
-    content: Content,
+pub struct MadeCall {
+    function: MadeFunction,
+}
+
+#[derive(JsonSchema)]
+pub struct MadeFunction {
+    name: String,
+    /// JSON as text.
+    arguments: String,
+}
+
+/// One message of a conversation: what somebody said, or calls.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+pub enum ChatMessage {
+    Said {
+        /// system, developer, user, assistant, tool, or a role that the model's template knows.
+        role: String,
+        content: Content,
+    },
+    Called {
+        /// assistant.
+        role: String,
+        tool_calls: Vec<MadeCall>,
+    },
 }
 
 /// Body of `/v1/chat/completions`.
@@ -139,6 +249,18 @@ pub struct ChatCompletionRequest {
     continue_final_message: Option<bool>,
     /// Variables for the template.
     chat_template_kwargs: Option<Map<String, Value>>,
+    /// Functions that the model may call.
+    #[schemars(length(max = 128))]
+    tools: Option<Vec<Tool>>,
+    /// Whether and what to call; `auto` where it is absent.
+    tool_choice: Option<ToolChoice>,
+    /// Several calls in one answer.
+    parallel_tool_calls: Option<bool>,
+    /// How much to think, where the model's template takes it.
+    #[schemars(extend("enum" = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]))]
+    reasoning_effort: Option<String>,
+    /// Answer with the thoughts too.
+    include_reasoning: Option<bool>,
     #[schemars(flatten)]
     shared: Shared,
 }
@@ -203,6 +325,51 @@ enum Input {
     Items(#[schemars(length(min = 1))] Vec<InputItem>),
 }
 
+/// A tool of a response.
+#[derive(JsonSchema)]
+struct FlatTool {
+    #[schemars(rename = "type", extend("enum" = ["function"]))]
+    kind: String,
+    #[schemars(flatten)]
+    function: Function,
+}
+
+/// Whether and what to call.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+enum FlatChoice {
+    Word(#[schemars(extend("enum" = ["none", "auto", "required"]))] String),
+    Named(FunctionName),
+}
+
+/// What an answer is held to.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+enum FlatFormat {
+    Plain {
+        #[schemars(rename = "type", extend("enum" = ["text", "json_object"]))]
+        kind: String,
+    },
+    Schema {
+        #[schemars(rename = "type", extend("enum" = ["json_schema"]))]
+        kind: String,
+        schema: JsonSchemaText,
+    },
+}
+
+/// How the text of a response is made.
+#[derive(JsonSchema)]
+struct TextConfig {
+    format: Option<FlatFormat>,
+}
+
+/// How a response is thought about.
+#[derive(JsonSchema)]
+struct Reasoning {
+    #[schemars(extend("enum" = ["none", "minimal", "low", "medium", "high", "xhigh", "max"]))]
+    effort: Option<String>,
+}
+
 /// Body of `/v1/responses`.
 #[derive(JsonSchema)]
 pub struct ResponseRequest {
@@ -219,6 +386,17 @@ pub struct ResponseRequest {
     top_logprobs: Option<u32>,
     /// Repeated in the response.
     metadata: Option<BTreeMap<String, String>>,
+    /// Functions that the model may call.
+    #[schemars(length(max = 128))]
+    tools: Option<Vec<FlatTool>>,
+    /// Whether and what to call.
+    tool_choice: Option<FlatChoice>,
+    /// Several calls in one answer.
+    parallel_tool_calls: Option<bool>,
+    text: Option<TextConfig>,
+    reasoning: Option<Reasoning>,
+    #[schemars(flatten)]
+    structured: Structured,
     #[schemars(flatten)]
     sampling: Sampling,
 }
@@ -247,6 +425,57 @@ struct AnthropicMessage {
     content: BlockContent,
 }
 
+/// A tool of `/v1/messages`.
+#[derive(JsonSchema)]
+struct AnthropicTool {
+    #[schemars(length(min = 1, max = 64))]
+    name: String,
+    description: Option<String>,
+    /// A JSON schema.
+    input_schema: Option<Map<String, Value>>,
+    /// Hold calls to the schema.
+    strict: Option<bool>,
+}
+
+/// Whether and what to call.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+enum AnthropicChoice {
+    Mode {
+        #[schemars(rename = "type", extend("enum" = ["auto", "any", "none"]))]
+        kind: String,
+        /// One call in an answer at the most.
+        disable_parallel_tool_use: Option<bool>,
+    },
+    Tool {
+        #[schemars(rename = "type", extend("enum" = ["tool"]))]
+        kind: String,
+        name: String,
+        disable_parallel_tool_use: Option<bool>,
+    },
+}
+
+/// Whether to think, where the model can.
+#[derive(JsonSchema)]
+struct Thinking {
+    #[schemars(rename = "type", extend("enum" = ["enabled", "adaptive", "disabled"]))]
+    kind: String,
+}
+
+/// A format of an answer.
+#[derive(JsonSchema)]
+struct AnthropicFormat {
+    #[schemars(rename = "type", extend("enum" = ["json_schema"]))]
+    kind: String,
+    schema: JsonSchemaText,
+}
+
+/// How an answer is made.
+#[derive(JsonSchema)]
+struct OutputConfig {
+    format: Option<AnthropicFormat>,
+}
+
 /// Body of `/v1/messages`.
 #[derive(JsonSchema)]
 pub struct MessageRequest {
@@ -258,6 +487,15 @@ pub struct MessageRequest {
     system: Option<BlockContent>,
     #[schemars(length(max = 4), inner(length(min = 1)))]
     stop_sequences: Option<Vec<String>>,
+    /// Tools that the model may call.
+    #[schemars(length(max = 128))]
+    tools: Option<Vec<AnthropicTool>>,
+    /// Whether and what to call.
+    tool_choice: Option<AnthropicChoice>,
+    thinking: Option<Thinking>,
+    output_config: Option<OutputConfig>,
+    #[schemars(flatten)]
+    structured: Structured,
     #[schemars(flatten)]
     sampling: Sampling,
 }
@@ -269,6 +507,9 @@ pub struct CountTokensRequest {
     messages: Vec<AnthropicMessage>,
     model: Option<String>,
     system: Option<BlockContent>,
+    /// Tools that the model may call.
+    #[schemars(length(max = 128))]
+    tools: Option<Vec<AnthropicTool>>,
 }
 
 /// Body of `/tokenize`: a prompt, or messages.
@@ -293,6 +534,9 @@ pub enum TokenizeRequest {
         messages: Vec<ChatMessage>,
         /// A served name.
         model: Option<String>,
+        /// Functions that the template is told about.
+        #[schemars(length(max = 128))]
+        tools: Option<Vec<Tool>>,
     },
 }
 

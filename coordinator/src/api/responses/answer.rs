@@ -1,15 +1,18 @@
 //! The response object, and the events that build it up.
 //!
-//! **Invariant:** sequence numbers have no gaps; an item that was added is done before its response is.
+//! **Invariant:** sequence numbers have no gaps; an item that was added is done before the next one is added, and before its response is.
+//! **Invariant:** a whole response is made of the same items as the last event of its stream: both ways run through [`EventWriter::tell`].
 
+use futures::StreamExt;
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::super::chat::Answer;
-use super::super::choice::{Delta, EndReason};
+use super::super::choice::{self, Choice, Delta, EndReason};
 use super::super::error::ApiError;
 use super::super::logprobs::{ChatLogprobs, ChatToken};
+use super::super::message::{MessageParser, MessagePart};
 use super::super::sse::{Frames, WriteFrames};
 use super::super::usage::Usage;
 use super::request::Echo;
@@ -19,11 +22,29 @@ pub struct EventWriter {
     answer: Answer,
     echo: Echo,
     usage: Usage,
+    parser: MessageParser,
     sequence_number: u64,
     is_open: bool,
-    text: String,
+    items: Vec<Item>,
+    /// Log-probabilities of tokens whose text is not certain yet.
     logprobs: Vec<ChatToken>,
     end: Option<EndReason>,
+}
+
+/// One item as it grows; the last one is open.
+#[derive(Debug)]
+struct Item {
+    kind: ItemKind,
+    /// Its thoughts, its text or its arguments.
+    text: String,
+    logprobs: Vec<ChatToken>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum ItemKind {
+    Reasoning,
+    Message,
+    Call { call_id: String, name: String },
 }
 
 /// A response, at its beginning or at its end.
@@ -73,14 +94,17 @@ struct Incomplete {
 #[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum OutputItem<'a> {
+    Reasoning { id: String, status: &'static str, summary: [(); 0], content: Vec<ContentPart<'a>> },
     Message { id: String, status: &'static str, role: &'static str, content: Vec<ContentPart<'a>> },
+    FunctionCall { id: String, status: &'static str, call_id: &'a str, name: &'a str, arguments: &'a str },
 }
 
-/// One part of a message.
+/// One part of a message or of thoughts.
 #[derive(Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum ContentPart<'a> {
     OutputText { annotations: [(); 0], logprobs: &'a [ChatToken], text: &'a str },
+    ReasoningText { text: &'a str },
 }
 
 #[derive(Serialize, JsonSchema)]
@@ -103,33 +127,85 @@ struct OutputDetails {
     reasoning_tokens: u64,
 }
 
+impl Item {
+    fn new(kind: ItemKind) -> Self {
+        Self { kind, text: String::new(), logprobs: Vec::new() }
+    }
+
+    /// What begins its name.
+    fn prefix(&self) -> &'static str {
+        match self.kind {
+            ItemKind::Reasoning => "rs",
+            ItemKind::Message => "msg",
+            ItemKind::Call { .. } => "fc",
+        }
+    }
+
+    /// Its part; a call has none.
+    fn part(&self) -> Option<ContentPart<'_>> {
+        match self.kind {
+            ItemKind::Reasoning => Some(ContentPart::ReasoningText { text: &self.text }),
+            ItemKind::Message => {
+                Some(ContentPart::OutputText { annotations: [], logprobs: &self.logprobs, text: &self.text })
+            }
+            ItemKind::Call { .. } => None,
+        }
+    }
+
+    fn output(&self, id: String, status: &'static str) -> OutputItem<'_> {
+        // An item that was only added has no part yet.
+        let content = self.part().filter(|_| status != IN_PROGRESS).into_iter().collect();
+        match &self.kind {
+            ItemKind::Reasoning => OutputItem::Reasoning { id, status, summary: [], content },
+            ItemKind::Message => OutputItem::Message { id, status, role: "assistant", content },
+            ItemKind::Call { call_id, name } => {
+                OutputItem::FunctionCall { id, status, call_id, name, arguments: &self.text }
+            }
+        }
+    }
+}
+
+const IN_PROGRESS: &str = "in_progress";
+
 impl EventWriter {
     /// Nothing was written yet.
     pub fn new(answer: Answer, echo: Echo, usage: Usage) -> Self {
-        let (text, logprobs) = (String::new(), Vec::new());
-        Self { answer, echo, usage, sequence_number: 0, is_open: false, text, logprobs, end: None }
+        let parser = MessageParser::new(&answer.rules);
+        let (items, logprobs) = (Vec::new(), Vec::new());
+        Self { answer, echo, usage, parser, sequence_number: 0, is_open: false, items, logprobs, end: None }
     }
 
-    /// Takes in what came, without an event.
-    pub fn take(&mut self, delta: Delta) {
-        self.usage.add_delta(&delta);
-        if self.answer.options.logprobs.is_some() {
-            self.logprobs.extend(ChatLogprobs::new(&delta.logprobs, self.answer.names()).into_tokens());
+    /// Waits for the output; its events are seen by nobody.
+    ///
+    /// # Errors
+    /// The output fails.
+    pub async fn whole(&mut self, choices: Vec<Choice>) -> Result<ResponseObject<'_>, ApiError> {
+        let mut deltas = choice::merged(choices);
+        while let Some(delta) = deltas.next().await {
+            self.delta(delta?, &mut Frames::default());
         }
-        self.text.push_str(&delta.text);
-        self.end = delta.end.map(|end| end.reason).or(self.end.take());
+        self.close(&mut Frames::default());
+        Ok(self.finished())
     }
 
     /// The response once it has ended.
-    pub fn finished(&self) -> ResponseObject<'_> {
-        let is_whole = !matches!(self.end, Some(EndReason::Length));
-        let status = if is_whole { "completed" } else { "incomplete" };
+    fn finished(&self) -> ResponseObject<'_> {
+        let status = self.last_status();
+        let is_whole = status == "completed";
+        let last = self.items.len().saturating_sub(1);
+        let item_status = |at: usize| if at == last { status } else { "completed" };
+        let items = self.items.iter().enumerate();
         ResponseObject {
             incomplete_details: (!is_whole).then_some(Incomplete { reason: "max_output_tokens" }),
-            output: vec![self.item(status, vec![self.part()])],
+            output: items.map(|(at, item)| item.output(self.item_id(at), item_status(at))).collect(),
             usage: Some(self.usage()),
             ..self.response(status)
         }
+    }
+
+    /// How the last item and the response end.
+    fn last_status(&self) -> &'static str {
+        if matches!(self.end, Some(EndReason::Length)) { "incomplete" } else { "completed" }
     }
 
     fn response(&self, status: &'static str) -> ResponseObject<'_> {
@@ -178,21 +254,15 @@ impl EventWriter {
             input_tokens,
             input_tokens_details: InputDetails { cached_tokens, cache_write_tokens: 0 },
             output_tokens,
-            output_tokens_details: OutputDetails { reasoning_tokens: 0 },
+            output_tokens_details: OutputDetails { reasoning_tokens: self.parser.num_reasoning_tokens().unwrap_or(0) },
             total_tokens: input_tokens + output_tokens,
         }
     }
 
-    fn item_id(&self) -> String {
-        self.answer.accepted.id.replacen("resp", "msg", 1)
-    }
-
-    fn item<'a>(&self, status: &'static str, content: Vec<ContentPart<'a>>) -> OutputItem<'a> {
-        OutputItem::Message { id: self.item_id(), status, role: "assistant", content }
-    }
-
-    fn part(&self) -> ContentPart<'_> {
-        ContentPart::OutputText { annotations: [], logprobs: &self.logprobs, text: &self.text }
+    fn item_id(&self, at: usize) -> String {
+        let prefix = self.items.get(at).map_or("item", Item::prefix);
+        let id = self.answer.accepted.id.replacen("resp", prefix, 1);
+        if at == 0 { id } else { format!("{id}_{at}") }
     }
 
     /// Sends an event of this kind with these members.
@@ -205,20 +275,115 @@ impl EventWriter {
         frames.push_event(kind, &event);
     }
 
-    /// The events before the first text.
+    /// The events before the first item.
     fn open(&mut self, frames: &mut Frames) {
         if std::mem::replace(&mut self.is_open, true) {
             return;
         }
         for kind in ["response.created", "response.in_progress"] {
-            let members = json!({"response": self.response("in_progress")});
+            let members = json!({"response": self.response(IN_PROGRESS)});
             self.push(kind, members, frames);
         }
-        let members = json!({"output_index": 0, "item": self.item("in_progress", Vec::new())});
-        self.push("response.output_item.added", members, frames);
-        let part = json!({"type": "output_text", "annotations": [], "logprobs": [], "text": ""});
-        let members = json!({"item_id": self.item_id(), "output_index": 0, "content_index": 0, "part": part});
-        self.push("response.content_part.added", members, frames);
+    }
+
+    /// Sends an event about a part of the last item.
+    fn push_part(&mut self, kind: &'static str, name: &str, value: Value, frames: &mut Frames) {
+        let at = self.items.len().saturating_sub(1);
+        let mut members = json!({"item_id": self.item_id(at), "output_index": at});
+        if self.items.last().is_some_and(|item| item.part().is_some()) {
+            members["content_index"] = 0.into();
+        }
+        members[name] = value;
+        if kind.starts_with("response.output_text.") {
+            members["logprobs"] = json!(self.items.last().map(|item| &item.logprobs));
+        }
+        self.push(kind, members, frames);
+    }
+
+    /// Adds an item; the one before it is done.
+    fn add(&mut self, kind: ItemKind, frames: &mut Frames) {
+        self.finish_item("completed", frames);
+        self.items.push(Item::new(kind));
+        let at = self.items.len() - 1;
+        let Some(item) = self.items.last() else { return };
+        let (output, part) = (json!(item.output(self.item_id(at), IN_PROGRESS)), json!(item.part()));
+        self.push("response.output_item.added", json!({"output_index": at, "item": output}), frames);
+        if !part.is_null() {
+            self.push_part("response.content_part.added", "part", part, frames);
+        }
+    }
+
+    /// Tells what became of the last item.
+    fn finish_item(&mut self, status: &'static str, frames: &mut Frames) {
+        let Some(item) = self.items.last() else { return };
+        let at = self.items.len() - 1;
+        let (kind, member) = match item.kind {
+            ItemKind::Reasoning => ("response.reasoning_text.done", "text"),
+            ItemKind::Message => ("response.output_text.done", "text"),
+            ItemKind::Call { .. } => ("response.function_call_arguments.done", "arguments"),
+        };
+        let (text, part) = (item.text.clone(), json!(item.part()));
+        let output = json!(item.output(self.item_id(at), status));
+        self.push_part(kind, member, text.into(), frames);
+        if !part.is_null() {
+            self.push_part("response.content_part.done", "part", part, frames);
+        }
+        self.push("response.output_item.done", json!({"output_index": at, "item": output}), frames);
+    }
+
+    /// Adds a part of the message to the items.
+    fn tell(&mut self, part: MessagePart, frames: &mut Frames) {
+        let (kind, text) = match part {
+            MessagePart::Thoughts(text) => (ItemKind::Reasoning, text),
+            MessagePart::Content(text) => (ItemKind::Message, text),
+            MessagePart::Call { id, name } => {
+                self.logprobs.clear();
+                return self.add(ItemKind::Call { call_id: id, name }, frames);
+            }
+            MessagePart::Arguments(text) => {
+                self.grow(text, frames);
+                return;
+            }
+        };
+        if self.items.last().is_none_or(|item| item.kind != kind) {
+            self.add(kind, frames);
+        }
+        self.grow(text, frames);
+    }
+
+    /// Adds to the last item. Log-probabilities that wait are those of its tokens where it is a message.
+    fn grow(&mut self, text: String, frames: &mut Frames) {
+        let waiting = std::mem::take(&mut self.logprobs);
+        let Some(item) = self.items.last_mut() else { return };
+        item.text.push_str(&text);
+        match item.kind {
+            ItemKind::Reasoning => self.push_part("response.reasoning_text.delta", "delta", text.into(), frames),
+            ItemKind::Call { .. } => {
+                self.push_part("response.function_call_arguments.delta", "delta", text.into(), frames);
+            }
+            ItemKind::Message => {
+                // The event tells what is new; the item keeps all.
+                let before = std::mem::replace(&mut item.logprobs, waiting);
+                self.push_part("response.output_text.delta", "delta", text.into(), frames);
+                if let Some(item) = self.items.last_mut() {
+                    let new = std::mem::replace(&mut item.logprobs, before);
+                    item.logprobs.extend(new);
+                }
+            }
+        }
+    }
+
+    /// The events behind the last delta, but for the response's own. An output of nothing is an empty message.
+    fn close(&mut self, frames: &mut Frames) {
+        self.open(frames);
+        if self.items.is_empty() {
+            self.add(ItemKind::Message, frames);
+        }
+        let in_message = self.items.last().is_some_and(|item| item.kind == ItemKind::Message);
+        if in_message && !self.logprobs.is_empty() {
+            self.grow(String::new(), frames);
+        }
+        self.finish_item(self.last_status(), frames);
     }
 }
 
@@ -227,36 +392,22 @@ impl WriteFrames for EventWriter {
 
     fn delta(&mut self, delta: Delta, frames: &mut Frames) {
         self.open(frames);
-        let (text, first) = (delta.text.clone(), self.logprobs.len());
-        self.take(delta);
-        if text.is_empty() && self.logprobs.len() == first {
-            return;
+        self.usage.add_delta(&delta);
+        self.parser.count(&delta.tokens);
+        if self.answer.options.logprobs.is_some() {
+            self.logprobs.extend(ChatLogprobs::new(&delta.logprobs, self.answer.names()).into_tokens());
         }
-        let logprobs = self.logprobs.get(first..).unwrap_or_default();
-        let members = json!({
-            "item_id": self.item_id(), "output_index": 0, "content_index": 0, "delta": text, "logprobs": logprobs,
-        });
-        self.push("response.output_text.delta", members, frames);
+        let piece = self.parser.push(&delta.text, delta.end.is_some());
+        for part in piece.into_parts() {
+            self.tell(part, frames);
+        }
+        self.end = delta.end.map(|end| end.reason).or(self.end.take());
     }
 
     fn end(&mut self, frames: &mut Frames) {
-        self.open(frames);
-        let place = json!({"item_id": self.item_id(), "output_index": 0, "content_index": 0});
-        let with = |name: &str, value: Value| {
-            let mut members = place.clone();
-            members[name] = value;
-            members
-        };
-        let mut members = with("text", self.text.clone().into());
-        members["logprobs"] = json!(self.logprobs);
-        self.push("response.output_text.done", members, frames);
-        let members = with("part", json!(self.part()));
-        self.push("response.content_part.done", members, frames);
-        let finished = json!(self.finished());
-        let members = json!({"output_index": 0, "item": finished["output"][0]});
-        self.push("response.output_item.done", members, frames);
-        let kind = if finished["status"] == "completed" { "response.completed" } else { "response.incomplete" };
-        self.push(kind, json!({"response": finished}), frames);
+        self.close(frames);
+        let kind = if self.last_status() == "completed" { "response.completed" } else { "response.incomplete" };
+        self.push(kind, json!({"response": self.finished()}), frames);
     }
 
     fn error(&mut self, error: &ApiError, frames: &mut Frames) {

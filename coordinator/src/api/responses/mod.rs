@@ -15,7 +15,7 @@ use axum::{Json, Router, routing};
 use super::body::Body;
 use super::caller::Caller;
 use super::chat::{self, Begun};
-use super::choice::{self, Delta};
+use super::choice;
 use super::error::ApiError;
 use super::{ApiState, body, reply, sse};
 use answer::EventWriter;
@@ -37,10 +37,7 @@ async fn create(State(state): State<ApiState>, request: Request) -> Result<Respo
     let response = if is_streamed {
         sse::respond(choice::merged(choices), writer, state.limits.sse_keep_alive).await?
     } else {
-        for output in choice::collect(choices).await? {
-            writer.take(Delta::from(output));
-        }
-        Json(writer.finished()).into_response()
+        Json(writer.whole(choices).await?).into_response()
     };
     Ok(reply::with_ignored(response, &ignored))
 }

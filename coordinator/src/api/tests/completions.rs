@@ -45,7 +45,7 @@ async fn many_prompts_give_their_choices_in_order() {
     let choices = answer["choices"].as_array().unwrap();
     let told: Vec<_> = choices.iter().map(|choice| (choice["index"].as_u64(), choice["text"].as_str())).collect();
     assert_eq!(told, [(Some(0), Some("a")), (Some(1), Some("b")), (Some(2), Some("c")), (Some(3), Some("d"))]);
-    let text = tiny_text();
+    let text = tiny_text(None);
     let own = serde_json::to_value(text.encode("yz", true).unwrap()).unwrap();
     assert_eq!(choices[3]["prompt_token_ids"], own);
     let prompt_tokens = text.encode("x", true).unwrap().len() + text.encode("yz", true).unwrap().len();

@@ -101,12 +101,10 @@ async fn features_that_come_later_are_refused() {
         (TEXT, r#""prompt":"x""#, r#""repetition_penalty":1.1"#, "repetition_penalty"),
         (TEXT, r#""prompt":"x""#, r#""logit_bias":{"5":1}"#, "logit_bias"),
         (TEXT, r#""prompt":"x""#, r#""use_beam_search":true"#, "use_beam_search"),
-        (TEXT, r#""prompt":"x""#, r#""guided_json":{}"#, "guided_json"),
         (TEXT, r#""prompt":"x""#, r#""suffix":"y""#, "suffix"),
         (TEXT, r#""prompt":"x""#, r#""min_tokens":3"#, "min_tokens"),
-        (CHAT, messages, r#""tools":[{"type":"function"}]"#, "tools"),
-        (CHAT, messages, r#""tool_choice":"required""#, "tool_choice"),
-        (CHAT, messages, r#""response_format":{"type":"json_object"}"#, "response_format"),
+        (CHAT, messages, r#""tools":[{"type":"web_search"}]"#, "tools[0].type"),
+        (CHAT, messages, r#""response_format":{"type":"structural_tag"}"#, "response_format.type"),
     ] {
         let answer = server.post(path, &format!("{{{base},{field}}}")).await;
         let error = &answer.json()["error"];

@@ -6,7 +6,9 @@ mod completions;
 mod errors;
 mod openapi;
 mod responses;
+mod structured;
 mod surroundings;
+mod tools;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -20,6 +22,7 @@ use phalanx_proto::{SamplingParams, StatusSnapshot, TokenId, TokenLogprobs};
 use tower::ServiceExt;
 
 use super::{Admission, ApiState, ServedModel, ServedModels, router};
+use crate::constraint::GrammarCompiler;
 use crate::engine::scripted::{self, Cancelled, Submitted};
 use crate::engine::{EngineError, EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
 use crate::security::keys::KeyRing;
@@ -28,10 +31,14 @@ use crate::text::TextModel;
 /// The end token of the tiny tokenizer.
 const END: TokenId = TokenId(511);
 
-fn tiny_text() -> Arc<TextModel> {
+fn tiny_text(template: Option<&str>) -> Arc<TextModel> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/tiny-llama");
     let files = ModelFiles::open(&folder).expect("the tiny model is part of the repository");
-    Arc::new(TextModel::load(&files).unwrap())
+    let mut text = TextModel::load(&files).unwrap();
+    if let Some(template) = template {
+        text.set_chat_template(template.to_owned()).unwrap();
+    }
+    Arc::new(text)
 }
 
 fn limits() -> EngineLimits {
@@ -125,6 +132,8 @@ struct Setup {
     snapshot: EngineSnapshot,
     defaults: GenerationDefaults,
     api_keys: Vec<String>,
+    /// In place of the model's own.
+    template: Option<&'static str>,
     queue_timeout: Option<Duration>,
     keys: Option<KeyRing>,
     status: StatusSnapshot,
@@ -138,6 +147,7 @@ impl Default for Setup {
             snapshot: EngineSnapshot { num_blocks: 64, num_blocks_free: 48, running: 2, ..EngineSnapshot::default() },
             defaults: GenerationDefaults::default(),
             api_keys: Vec::new(),
+            template: None,
             queue_timeout: None,
             keys: None,
             status: StatusSnapshot::default(),
@@ -151,7 +161,7 @@ impl Server {
     }
 
     fn with(setup: Setup, mut says: impl FnMut(usize) -> Says + Send + 'static) -> Self {
-        let text = tiny_text();
+        let text = tiny_text(setup.template);
         let submitted = Arc::new(Mutex::new(Vec::new()));
         let (seen, speaker) = (Arc::clone(&submitted), Arc::clone(&text));
         let script = move |to: Submitted| {
@@ -165,6 +175,7 @@ impl Server {
             name: "tiny".into(),
             model_path: "/models/tiny-llama/".into(),
             aliases: vec!["alias".into()],
+            grammars: setup.has_text.then(|| GrammarCompiler::new(Arc::clone(&text), 515, vec![END])),
             text: setup.has_text.then_some(text),
             engine: engine.into(),
             max_model_len,

@@ -113,6 +113,87 @@ async fn a_message_is_whole_or_in_events() {
     assert_eq!(counted.json()["input_tokens"], whole.json()["usage"]["input_tokens"]);
 }
 
+const THINKER: &str = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n";
+const SAID: &str = "hm</think>I look.\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Ulm\"}}\n\
+                    </tool_call>\n<tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>";
+
+fn thinking_caller() -> Server {
+    let limits = EngineLimits { num_blocks: 256, max_model_len: 2048, max_queue: 100, ..limits() };
+    Server::with(Setup { template: Some(THINKER), limits, ..Setup::default() }, |_| Says::stop(SAID))
+}
+
+#[tokio::test]
+async fn thoughts_text_and_calls_are_items_of_a_response() {
+    let server = thinking_caller();
+    let tools = r#"[{"type":"function","name":"weather","parameters":{}},{"type":"function","name":"now"}]"#;
+    let body = format!(r#""input":"Hi","tools":{tools},"include":["message.output_text.logprobs"]"#);
+    let whole = server.post(RESPONSES, &format!("{{{body}}}")).await.json();
+    let output = whole["output"].as_array().unwrap();
+    let kinds: Vec<&str> = output.iter().map(|item| item["type"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["reasoning", "message", "function_call", "function_call"], "{whole}");
+    assert_eq!(output[0]["content"][0]["text"], "hm");
+    assert_eq!(output[1]["content"][0]["text"], "I look.");
+    assert!(!output[1]["content"][0]["logprobs"].as_array().unwrap().is_empty());
+    assert_eq!((&output[2]["name"], &output[2]["arguments"]), (&"weather".into(), &r#"{"city": "Ulm"}"#.into()));
+    assert_eq!((&output[3]["name"], &output[3]["arguments"]), (&"now".into(), &"{}".into()));
+    assert!(output[3]["call_id"].as_str().unwrap().starts_with("call_"));
+    assert!(whole["usage"]["output_tokens_details"]["reasoning_tokens"].as_u64() > Some(0));
+
+    let stream = server.post(RESPONSES, &format!(r#"{{{body},"stream":true}}"#)).await;
+    let events = events(&stream);
+    let mut deltas = vec![String::new(); 4];
+    let mut open = None;
+    for (name, data) in &events {
+        let at = data["output_index"].as_u64().map(|at| at as usize);
+        match name.as_str() {
+            "response.output_item.added" => assert_eq!(open.replace(at.unwrap()), None, "one item at a time"),
+            "response.output_item.done" => assert_eq!(open.take(), at),
+            _ if name.ends_with(".delta") => deltas[at.unwrap()] += data["delta"].as_str().unwrap(),
+            _ => {}
+        }
+    }
+    assert_eq!(deltas, ["hm", "I look.", r#"{"city": "Ulm"}"#, "{}"]);
+    let mut last = events.last().unwrap().1["response"]["output"].clone();
+    for at in [2, 3] {
+        last[at]["call_id"] = output[at]["call_id"].clone();
+    }
+    assert_eq!(last, whole["output"]);
+}
+
+#[tokio::test]
+async fn thoughts_text_and_calls_are_blocks_of_a_message() {
+    let server = thinking_caller();
+    let body = format!(r#"{HI},"tools":[{{"name":"weather","input_schema":{{}}}},{{"name":"now"}}]"#);
+    let whole = server.post(MESSAGES, &format!("{{{body}}}")).await.json();
+    assert_eq!(whole["stop_reason"], "tool_use");
+    let mut content = whole["content"].clone();
+    for at in [2, 3] {
+        assert!(content[at]["id"].as_str().unwrap().starts_with("call_"));
+        content[at]["id"] = "".into();
+    }
+    assert_eq!(
+        content,
+        serde_json::json!([
+            {"type": "thinking", "thinking": "hm", "signature": ""},
+            {"type": "text", "text": "I look."},
+            {"type": "tool_use", "id": "", "name": "weather", "input": {"city": "Ulm"}},
+            {"type": "tool_use", "id": "", "name": "now", "input": {}},
+        ])
+    );
+    let stream = server.post(MESSAGES, &format!(r#"{{{body},"stream":true}}"#)).await;
+    let mut told = vec![String::new(); 4];
+    for (name, data) in events(&stream) {
+        if name == "content_block_delta" {
+            let delta = &data["delta"];
+            let text = ["thinking", "text", "partial_json"].into_iter().find_map(|member| delta[member].as_str());
+            told[data["index"].as_u64().unwrap() as usize] += text.unwrap();
+        } else if name == "message_delta" {
+            assert_eq!(data["delta"]["stop_reason"], "tool_use");
+        }
+    }
+    assert_eq!(told, ["hm", "I look.", r#"{"city": "Ulm"}"#, "{}"]);
+}
+
 #[tokio::test]
 async fn errors_of_messages_have_their_own_form() {
     let setup = Setup { api_keys: vec!["secret".into()], ..Setup::default() };
