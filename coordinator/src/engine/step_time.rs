@@ -14,7 +14,7 @@ const OUTLIER_FACTOR: f64 = 4.0;
 const FIRST_CHUNK_TOKENS: u32 = 256;
 /// No chunk is smaller: below, reading the weights costs more than the tokens.
 const CHUNK_TOKENS_MIN: u32 = 16;
-/// Where nothing decodes nobody waits for the next token, and a step may take this many budgets.
+/// Where nothing decodes nobody waits for the next token, and a step may take this many budgets; so where few decode.
 const BUDGETS_MAX: u32 = 8;
 /// A step of a class is late after this many times the slowest recent one.
 const DEADLINE_FACTOR: u32 = 20;
@@ -61,12 +61,12 @@ impl StepTime {
     /// Prefill tokens that fit in a step beside `num_decode` decode rows so that it takes about `budget`.
     ///
     /// Where decode rows alone take most of the budget, a chunk may double the step: prefill must go on. Where `num_behind`
-    /// sequences wait for their first token, the step grows with their number over those that decode: many who have nothing
-    /// yet gain more than few lose, and large chunks are cheaper by the token.
+    /// sequences wait for their first token, the step grows with their share of those that decode, fully from an eighth on:
+    /// a batch that is complete early ends early, and large chunks are cheaper by the token.
     pub fn num_prefill_tokens(&self, num_decode: u32, num_behind: u32, budget: Duration) -> u32 {
         let Some(token_us) = self.prefill_token_us else { return FIRST_CHUNK_TOKENS };
-        let budgets = num_behind.checked_div(num_decode).map_or(BUDGETS_MAX, |more| more.saturating_add(1));
-        let budget = budget * budgets.min(BUDGETS_MAX);
+        let crowd = num_behind.saturating_mul(BUDGETS_MAX).checked_div(num_decode);
+        let budget = budget * crowd.map_or(BUDGETS_MAX, |more| more.saturating_add(1).min(BUDGETS_MAX));
         let fixed = self.decode_us.unwrap_or(0.0);
         let left = (budget.as_micros() as f64 - fixed).max(fixed);
         ((left / token_us) as u32).max(CHUNK_TOKENS_MIN)
@@ -129,11 +129,11 @@ mod tests {
             time.observe(4, 0, 2_000);
             time.observe(4, 100, 6_000);
         }
-        let chunk = time.num_prefill_tokens(4, 1, BUDGET);
+        let chunk = time.num_prefill_tokens(4, 0, BUDGET);
         assert!((190..=210).contains(&chunk), "8 ms at 40 us a token, not {chunk}");
         assert!(time.num_prefill_tokens(0, 1, BUDGET) > 1_500);
-        let crowded = time.num_prefill_tokens(4, 9, BUDGET);
-        assert!((670..=730).contains(&crowded), "28 ms at 40 us a token, not {crowded}");
+        let few = time.num_prefill_tokens(16, 4, BUDGET);
+        assert!((670..=730).contains(&few), "28 ms at 40 us a token, not {few}");
         assert_eq!(time.num_prefill_tokens(4, 400, BUDGET), time.num_prefill_tokens(0, 0, BUDGET));
     }
 
@@ -144,7 +144,7 @@ mod tests {
             time.observe(8, 0, 30_000);
             time.observe(8, 64, 62_000);
         }
-        let chunk = time.num_prefill_tokens(8, 1, BUDGET);
+        let chunk = time.num_prefill_tokens(8, 0, BUDGET);
         assert!((55..=65).contains(&chunk), "30 ms at 500 us a token, not {chunk}");
     }
 

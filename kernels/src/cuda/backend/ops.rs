@@ -19,7 +19,9 @@ use phalanx_formats::StoredType;
 
 impl CudaOps {
     fn planned(&mut self, rows_max: usize, width: usize, dtype: Dtype) -> Result<CudaBuffer, KernelError> {
-        let memory = DeviceMemory::alloc(&self.context, CudaBuffer::bytes(rows_max, width, dtype))?;
+        // Kernels that read by 16 bytes may touch the ones behind the last row.
+        let bytes = CudaBuffer::bytes(rows_max, width, dtype).next_multiple_of(16);
+        let memory = DeviceMemory::alloc(&self.context, bytes)?;
         self.stream.fill(memory.span(), 0)?;
         Ok(CudaBuffer { memory, rows_max, width, dtype })
     }
