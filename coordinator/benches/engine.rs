@@ -33,6 +33,7 @@ fn limits() -> EngineLimits {
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
         recovery: phalanx_coordinator::engine::RecoveryLimits::default(),
+        features: phalanx_proto::SamplerFeatures::default(),
     }
 }
 

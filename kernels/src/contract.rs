@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use phalanx_formats::StoredType;
 
+use crate::ops::edit::{LogitEdits, TokenHistory};
 use crate::{CollectiveError, KernelError};
 
 /// A weight matrix `[rows, cols]`, row-major, in its stored format, on its way to a device.
@@ -279,6 +280,8 @@ pub struct StepInputs {
     pub samples: Vec<SampleRow>,
     /// Which of them may draw certain tokens only.
     pub masks: Vec<SampleMask>,
+    /// Which of them have their logits edited.
+    pub edits: Vec<SampleEdits>,
     /// What is scored.
     pub scores: Vec<ScoreRow>,
 }
@@ -290,6 +293,27 @@ pub struct SampleMask {
     pub row: u32,
     /// Token `t` of the whole vocabulary is allowed where bit `t % 32` of word `t / 32` is set.
     pub words: Arc<[u32]>,
+}
+
+/// How the logits of a sampled row are edited before it draws; scores are those of the raw logits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampleEdits {
+    /// Index into [`StepInputs::samples`].
+    pub row: u32,
+    /// The edits.
+    pub edits: Arc<LogitEdits>,
+    /// The sequence's tokens, where it draws for the first time in its slot. From then on the backend keeps them: a token that it has
+    /// drawn belongs to them.
+    pub history: Option<Arc<TokenHistory>>,
+}
+
+/// What a backend's sampler can do beside drawing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SamplerFeatures {
+    /// [`StepInputs::masks`].
+    pub masks: bool,
+    /// [`StepInputs::edits`].
+    pub edits: bool,
 }
 
 /// Largest step that a backend must hold.
@@ -472,6 +496,10 @@ pub trait Ops {
         vocab: &VocabSlice,
         kind: SamplerKind,
     ) -> Result<(), KernelError>;
+    /// What [`Self::sample`] can do beside drawing; a step never asks for more.
+    fn sampler_features(&self) -> SamplerFeatures {
+        SamplerFeatures::default()
+    }
     /// Scores the step's scored rows. Collective.
     ///
     /// # Errors

@@ -15,7 +15,7 @@ pub mod reference;
 
 pub use contract::{
     AttentionLimits, AttentionShape, Collective, DeviceMemoryInfo, HostMatrix, InputLimits, KvShape, LAST_TOKEN,
-    MatrixSource, Ops, Partial, RopeTable, SCORED_TOP_MAX, SampleMask, SampleRow, SamplerKind, ScoreRow, Scored,
-    SeqInputs, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep,
+    MatrixSource, Ops, Partial, RopeTable, SCORED_TOP_MAX, SampleEdits, SampleMask, SampleRow, SamplerFeatures,
+    SamplerKind, ScoreRow, Scored, SeqInputs, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep,
 };
 pub use error::{CollectiveError, KernelError};

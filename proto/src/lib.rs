@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod edits;
 mod error;
 mod ids;
 mod masks;
@@ -18,6 +19,7 @@ pub use agent::{
     AgentCommand, AgentEvent, AgentHello, AgentWelcome, DesiredRank, DesiredRanks, DeviceKind, HeadSocket, RankKey,
     RankObserved, RankProcess,
 };
+pub use edits::{EditStaging, LogitEdits, edit_messages};
 pub use error::WireError;
 pub use ids::{BlockId, DeploymentName, Epoch, Incarnation, NodeId, Rank, SeqId, SeqSlot, StepId, Term, TokenId};
 pub use masks::{MaskStaging, TokenMask, mask_messages};
@@ -25,7 +27,9 @@ pub use plan::{
     Fnv, NewSequence, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SamplingParams, StepOutput, StepPlan,
     TokenLogprobs,
 };
-pub use session::{HeadMessage, LoadModel, Phase, RankCapacity, RankEvent, RankFailure, RankHello, RankResumes};
+pub use session::{
+    HeadMessage, LoadModel, Phase, RankCapacity, RankEvent, RankFailure, RankHello, RankResumes, SamplerFeatures,
+};
 pub use status::*;
 
 /// The generated types. Only `proto`, `session.rs`, `agent/`, `engine/group.rs` and `cluster/membership.rs` may name them.

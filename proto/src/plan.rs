@@ -1,8 +1,10 @@
 //! Plans and their results: what the head asks of every rank in one step, and what comes back.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
-use crate::{BlockId, Epoch, Incarnation, SeqId, SeqSlot, StepId, Term, TokenId, TokenMask, WireError, pb};
+use crate::{BlockId, Epoch, Incarnation, LogitEdits, SeqId, SeqSlot, StepId, Term, TokenId, TokenMask, WireError, pb};
 
 /// Which sampler a step runs; the same on every rank, since it changes the sequence of collectives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,11 +35,22 @@ pub struct SamplingParams {
     pub logprobs: Option<u32>,
     /// The same for each prompt token.
     pub prompt_logprobs: Option<u32>,
+    /// How logits are edited before a token is drawn. They travel ahead of the plan.
+    pub edits: Option<Arc<LogitEdits>>,
 }
 
 impl Default for SamplingParams {
     fn default() -> Self {
-        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: 0, logprobs: None, prompt_logprobs: None }
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+            logprobs: None,
+            prompt_logprobs: None,
+            edits: None,
+        }
     }
 }
 
@@ -207,6 +220,7 @@ impl StepPlan {
         hash.add(self.new_sequences.len() as u64);
         for new in &self.new_sequences {
             hash.add(u64::from(new.slot.0)).add(new.seq_id.0).add(u64::from(new.num_prompt_tokens));
+            hash.add(new.sampling.edits.as_ref().map_or(0, |edits| edits.digest()));
             hash.add(new.tokens.len() as u64);
             for token in &new.tokens {
                 hash.add(u64::from(token.0));
@@ -263,6 +277,7 @@ impl From<&SamplingParams> for pb::Sampling {
             seed: s.seed,
             logprobs: s.logprobs,
             prompt_logprobs: s.prompt_logprobs,
+            edits: s.edits.is_some(),
         }
     }
 }
@@ -282,6 +297,7 @@ impl TryFrom<pb::Sampling> for SamplingParams {
             seed: s.seed,
             logprobs: s.logprobs,
             prompt_logprobs: s.prompt_logprobs,
+            edits: s.edits.then(Arc::default),
         })
     }
 }
@@ -385,7 +401,8 @@ impl From<&StepPlan> for pb::Plan {
 impl TryFrom<pb::Plan> for StepPlan {
     type Error = WireError;
 
-    /// Masks come without their words: [`crate::MaskStaging::complete`] adds those that were sent ahead.
+    /// Masks come without their words and edits without their content: [`crate::MaskStaging::complete`] and
+    /// [`crate::EditStaging::complete`] add what was sent ahead.
     fn try_from(p: pb::Plan) -> Result<Self, WireError> {
         let sampler = match p.sampler {
             0 => SamplerVariant::Greedy,

@@ -120,6 +120,24 @@ pub struct RankCapacity {
     pub block_bytes: u64,
     /// Device bytes free.
     pub free_bytes: u64,
+    /// What its sampler can do beside drawing.
+    pub features: SamplerFeatures,
+}
+
+/// What a sampler can do beside drawing: a head asks for no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SamplerFeatures {
+    /// Rows that may draw certain tokens only.
+    pub masks: bool,
+    /// Rows whose logits are edited.
+    pub edits: bool,
+}
+
+impl SamplerFeatures {
+    /// What several samplers can do together.
+    pub fn and(self, other: Self) -> Self {
+        Self { masks: self.masks && other.masks, edits: self.edits && other.edits }
+    }
 }
 
 /// Why a rank gives up.
@@ -250,6 +268,8 @@ impl From<&RankCapacity> for pb::RankCapacity {
             weight_bytes: c.weight_bytes,
             block_bytes: c.block_bytes,
             free_bytes: c.free_bytes,
+            token_masks: c.features.masks,
+            logit_edits: c.features.edits,
         }
     }
 }
@@ -261,6 +281,7 @@ impl From<pb::RankCapacity> for RankCapacity {
             weight_bytes: c.weight_bytes,
             block_bytes: c.block_bytes,
             free_bytes: c.free_bytes,
+            features: SamplerFeatures { masks: c.token_masks, edits: c.logit_edits },
         }
     }
 }

@@ -18,7 +18,7 @@ impl Random {
     }
 }
 
-/// Requests, greedy and sampled in turn, with the answers that they get alone.
+/// Requests, greedy and sampled in turn, some with penalties, with the answers that they get alone.
 #[derive(Clone)]
 pub struct Work {
     /// What is sent, as streams.
@@ -35,8 +35,14 @@ impl Work {
             let length = 1 + prompt_max / 2 + random.below(prompt_max / 2);
             let prompt: Vec<u64> = (0..length).map(|_| random.below(500)).collect();
             let temperature = if index.is_multiple_of(2) { 0.0 } else { 0.9 };
-            json!({"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature,
-                "seed": index, "ignore_eos": true, "return_token_ids": true})
+            let mut body = json!({"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature,
+                "seed": index, "ignore_eos": true, "return_token_ids": true});
+            if index % 4 > 1 {
+                // What ranks keep of such a sequence must be there again after a failure.
+                body["frequency_penalty"] = 0.5.into();
+                body["repetition_penalty"] = 1.2.into();
+            }
+            body
         };
         let bodies: Vec<Value> = (0..num_requests).map(body).collect();
         let alone = |body| http.ask("/v1/completions", body)["choices"][0]["token_ids"].clone();

@@ -10,8 +10,12 @@
 //! blocks, positions and tokens that exist, or will when the step before has run.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 
-use phalanx_kernels::{LAST_TOKEN, SCORED_TOP_MAX, SampleMask, SampleRow, ScoreRow, SeqInputs, StepInputs};
+use phalanx_kernels::ops::edit::{LogitEdits, TokenHistory};
+use phalanx_kernels::{
+    LAST_TOKEN, SCORED_TOP_MAX, SampleEdits, SampleMask, SampleRow, ScoreRow, SeqInputs, StepInputs,
+};
 use phalanx_proto::{NewSequence, PlanRow, SamplingParams, SeqSlot, StepId, StepPlan, TokenId};
 
 use crate::error::Divergence;
@@ -43,6 +47,10 @@ struct Sequence {
     num_prompt_tokens: u32,
     blocks: Vec<u32>,
     sampling: SamplingParams,
+    /// How its logits are edited.
+    edits: Option<Arc<LogitEdits>>,
+    /// The backend has the tokens that edits look at.
+    has_history: bool,
     /// Positions whose K and V are stored; `None` until its first row says where it begins.
     num_computed: Option<u32>,
     /// The step that sampled the last token, or will.
@@ -84,14 +92,25 @@ pub struct StepWork {
 
 impl StepWork {
     fn clear(&mut self) {
-        let StepInputs { token_ids, positions, kv_slots, seqs, block_tables, logit_rows, samples, masks, scores } =
-            &mut self.inputs;
+        let StepInputs {
+            token_ids,
+            positions,
+            kv_slots,
+            seqs,
+            block_tables,
+            logit_rows,
+            samples,
+            masks,
+            edits,
+            scores,
+        } = &mut self.inputs;
         for list in [token_ids, positions, kv_slots, block_tables, logit_rows] {
             list.clear();
         }
         seqs.clear();
         samples.clear();
         masks.clear();
+        edits.clear();
         scores.clear();
         self.prompts.clear();
     }
@@ -187,6 +206,8 @@ impl Batch {
             num_prompt_tokens: new.num_prompt_tokens,
             blocks: Vec::with_capacity(self.limits.max_model_len.div_ceil(self.limits.block_size)),
             sampling: new.sampling.clone(),
+            edits: new.sampling.edits.as_deref().map(|edits| Arc::new(to_kernel(edits, self.limits.vocab_size))),
+            has_history: false,
             num_computed: None,
             sampled_in: None,
             pending: VecDeque::new(),
@@ -250,7 +271,7 @@ impl Sequence {
     }
 
     /// Writes a checked row's inputs.
-    fn write(&self, row: &PlanRow, block_size: u32, work: &mut StepWork) {
+    fn write(&mut self, row: &PlanRow, block_size: u32, work: &mut StepWork) {
         let inputs = &mut work.inputs;
         let (query_start, end) = (inputs.token_ids.len() as u32, row.start + row.num_tokens);
         let tokens = &self.tokens[row.start as usize..end as usize];
@@ -275,9 +296,22 @@ impl Sequence {
                 let row = inputs.samples.len() as u32;
                 inputs.scores.push(ScoreRow { row, token: None, num_top: num_top.min(SCORED_TOP_MAX) });
             }
+            self.write_edits(inputs);
             inputs.samples.push(self.sample_row(row.slot));
         }
         self.write_prompt(row, query_start, work);
+    }
+
+    /// Gives the next sampled row its edits; the first one of a sequence brings the tokens, which are all known then.
+    fn write_edits(&mut self, inputs: &mut StepInputs) {
+        let Some(edits) = &self.edits else { return };
+        let is_first = !std::mem::replace(&mut self.has_history, true);
+        let history = is_first.then(|| {
+            let tokens: Vec<u32> = self.tokens.iter().map(|token| token.0).collect();
+            let (prompt, output) = tokens.split_at(self.num_prompt_tokens as usize);
+            Arc::new(TokenHistory::new(prompt, output))
+        });
+        inputs.edits.push(SampleEdits { row: inputs.samples.len() as u32, edits: Arc::clone(edits), history });
     }
 
     /// How the sequence's next token is drawn.
@@ -311,6 +345,29 @@ impl Sequence {
             let (tokens, num_top) = (tokens.to_vec(), num_top.min(SCORED_TOP_MAX));
             work.prompts.push(PromptChunk { slot: row.slot, start, first_row, tokens, num_top });
         }
+    }
+}
+
+/// Edits as the backend takes them; tokens that do not exist are left out.
+fn to_kernel(edits: &phalanx_proto::LogitEdits, vocab_size: usize) -> LogitEdits {
+    let exists = |token: &&TokenId| (token.0 as usize) < vocab_size;
+    let ids = |tokens: &[TokenId]| tokens.iter().map(|token| token.0).collect::<Vec<u32>>();
+    let allowed = (!edits.allowed.is_empty()).then(|| {
+        let mut words = vec![0; vocab_size.div_ceil(u32::BITS as usize)];
+        for token in edits.allowed.iter().filter(exists) {
+            words[(token.0 / u32::BITS) as usize] |= 1 << (token.0 % u32::BITS);
+        }
+        words
+    });
+    LogitEdits {
+        presence_penalty: edits.presence_penalty,
+        frequency_penalty: edits.frequency_penalty,
+        repetition_penalty: edits.repetition_penalty,
+        bias: edits.bias.iter().map(|(token, bias)| (token.0, *bias)).collect(),
+        allowed,
+        bad_words: edits.bad_words.iter().map(|word| ids(word)).collect(),
+        min_tokens: edits.min_tokens,
+        end_tokens: ids(&edits.end_tokens),
     }
 }
 

@@ -4,7 +4,7 @@
 
 use phalanx_formats::{Geometry, ShardPlan, StoredType, kv_block_bytes};
 use phalanx_kernels::{DeviceMemoryInfo, KernelError, KvShape, Ops};
-use phalanx_proto::{LoadModel, NodeId, RankCapacity};
+use phalanx_proto::{LoadModel, NodeId, RankCapacity, SamplerFeatures};
 
 use crate::backend::ranks_here;
 use crate::error::WorkerError;
@@ -111,7 +111,13 @@ impl KvBudget<'_> {
             }
         };
         let free_bytes = self.device.map_or(self.free_bytes, |device| device.free);
-        Ok(RankCapacity { num_blocks, weight_bytes: self.weight_bytes, block_bytes, free_bytes })
+        Ok(RankCapacity {
+            num_blocks,
+            weight_bytes: self.weight_bytes,
+            block_bytes,
+            free_bytes,
+            features: SamplerFeatures::default(),
+        })
     }
 
     /// Bytes that the cache may take.

@@ -228,6 +228,7 @@ impl<B: Ops> Runner<B> {
             let step = &mut work.inputs;
             step.samples.clear();
             step.masks.clear();
+            step.edits.clear();
             step.logit_rows.clear();
             step.logit_rows.extend(pass.iter().map(|(row, ..)| *row));
             step.scores.clear();

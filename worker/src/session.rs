@@ -1,6 +1,6 @@
 //! A rank's stream to the head: plans down, results up, nothing else.
 //!
-//! Owns the connection, and what came ahead of its plan: token masks, and parts of long prompts. Knows no model and no device.
+//! Owns the connection, and what came ahead of its plan: token masks, edits of logits, and parts of long prompts. Knows no model and no device.
 //!
 //! **Invariant:** the device thread sees messages in the order of the head, each whole and checked. Nothing is taken before the
 //! hello, and nothing waits without a bound: a full queue ends the session.
@@ -12,8 +12,8 @@ use std::sync::mpsc::TrySendError;
 
 use phalanx_proto::pb::rank_sessions_client::RankSessionsClient;
 use phalanx_proto::{
-    Epoch, HeadMessage, LoadModel, MaskStaging, RankCapacity, RankEvent, RankHello, RankResumes, SeqId, Term,
-    WireError, pb,
+    EditStaging, Epoch, HeadMessage, LoadModel, MaskStaging, RankCapacity, RankEvent, RankHello, RankResumes, SeqId,
+    Term, WireError, pb,
 };
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -325,11 +325,12 @@ fn own_ip(head: &str) -> Option<IpAddr> {
     (!ip.is_loopback()).then_some(ip)
 }
 
-/// Prompt parts and masks that wait for their plan.
+/// Prompt parts, masks and edits that wait for their plan.
 #[derive(Debug, Default)]
 struct Staging {
     parts: HashMap<SeqId, Vec<u32>>,
     masks: MaskStaging,
+    edits: EditStaging,
     num_tokens: usize,
     num_tokens_max: usize,
 }
@@ -355,10 +356,15 @@ impl Staging {
                 }
                 let mut plan = plan.try_into()?;
                 self.masks.complete(&mut plan)?;
+                self.edits.complete(&mut plan)?;
                 HeadMessage::Plan(plan)
             }
             M::SampleInputs(inputs) => {
                 self.masks.keep(inputs)?;
+                return Ok(None);
+            }
+            M::StageEdits(part) => {
+                self.edits.keep(part)?;
                 return Ok(None);
             }
             M::Load(load) => HeadMessage::Load(load.try_into()?),

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use phalanx_formats::{FileKind, Geometry, ModelFiles, ShardPlan, StoredType};
 use phalanx_kernels::{AttentionLimits, InputLimits, KvShape, Ops, VocabSlice};
-use phalanx_proto::{Incarnation, LoadModel, NodeId, Rank, RankCapacity};
+use phalanx_proto::{Incarnation, LoadModel, NodeId, Rank, RankCapacity, SamplerFeatures};
 
 use crate::epoch::EpochRecord;
 use crate::error::WorkerError;
@@ -82,7 +82,9 @@ impl<B: Ops + 'static> Shard<B> {
             free_bytes,
             device: self.ops.memory()?,
         };
-        budget.capacity(load)
+        let can = self.ops.sampler_features();
+        let features = SamplerFeatures { masks: can.masks, edits: can.edits };
+        Ok(RankCapacity { features, ..budget.capacity(load)? })
     }
 
     /// Allocates the cache and everything else that a step needs.

@@ -106,10 +106,10 @@ impl OutputText {
         Self { detokenizer, stops }
     }
 
-    /// The text that a token makes certain, and the stop string that it completed.
-    fn push(&mut self, token: TokenId) -> (String, Option<String>) {
+    /// The text that a token makes certain, and the stop string that it completed where it may stop.
+    fn push(&mut self, token: TokenId, may_stop: bool) -> (String, Option<String>) {
         let piece = self.detokenizer.push(token);
-        self.matched(piece)
+        if may_stop { self.matched(piece) } else { (piece, None) }
     }
 
     /// What was held back until the end.
@@ -145,6 +145,8 @@ pub struct Choice {
     pub stop_tokens: Arc<StopTokens>,
     /// Whether a stop token's text is kept.
     pub include_stop: bool,
+    /// Tokens within which no string ends it.
+    pub min_tokens: u32,
     /// Tokens so far.
     pub num_tokens: u32,
     /// How long it may take.
@@ -176,7 +178,7 @@ impl Choice {
         self.meter.token(Instant::now());
         let silent = self.stop_tokens.contains(token) && !self.include_stop;
         let (text, stopped) = match &mut self.text {
-            Some(text) if !silent => text.push(token),
+            Some(text) if !silent => text.push(token, self.num_tokens > self.min_tokens),
             _ => (String::new(), None),
         };
         let end = stopped.map(|stop| self.end(EndReason::Stop(StopCause::Text(stop)), None));

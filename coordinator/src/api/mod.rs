@@ -13,6 +13,7 @@ mod caller;
 mod chat;
 mod choice;
 mod completions;
+mod edits;
 mod error;
 mod fields;
 mod finish;

@@ -10,6 +10,7 @@ use phalanx_formats::GenerationDefaults;
 use phalanx_proto::{SamplingParams, TokenId};
 use serde_json::Value;
 
+use super::edits::EditFields;
 use super::error::ApiError;
 use super::fields::{Bounds, Fields, Neutral, type_name};
 use super::reply::REQUEST_ID_BYTES_MAX;
@@ -58,6 +59,8 @@ pub struct Options {
     pub best_of: NonZeroU32,
     /// Sampling, before defaults.
     pub sampling: SamplingFields,
+    /// How logits are edited, before defaults.
+    pub edits: EditFields,
     /// Strings that end an output.
     pub stops: Vec<String>,
     /// Keep what ended the output in its text.
@@ -88,13 +91,6 @@ pub struct Options {
 
 /// Fields of features that come later: each is accepted only where it changes nothing.
 const NOT_SUPPORTED: &[Neutral] = &[
-    Neutral { name: "presence_penalty", feature: "a penalty on tokens", changes_nothing: is_zero },
-    Neutral { name: "frequency_penalty", feature: "a penalty on tokens", changes_nothing: is_zero },
-    Neutral { name: "repetition_penalty", feature: "a penalty on tokens", changes_nothing: is_one },
-    Neutral { name: "min_tokens", feature: "a least length", changes_nothing: is_zero },
-    Neutral { name: "logit_bias", feature: "a bias on logits", changes_nothing: is_empty },
-    Neutral { name: "allowed_token_ids", feature: "a limit to given tokens", changes_nothing: never },
-    Neutral { name: "bad_words", feature: "banned words", changes_nothing: is_empty },
     Neutral { name: "use_beam_search", feature: "beam search", changes_nothing: is_false },
     Neutral { name: "length_penalty", feature: "beam search", changes_nothing: is_one },
     Neutral { name: "early_stopping", feature: "beam search", changes_nothing: is_false },
@@ -123,6 +119,7 @@ impl Options {
             num_choices,
             best_of,
             sampling: SamplingFields::take(fields)?,
+            edits: EditFields::take(fields)?,
             stops: take_stops(fields)?,
             include_stop: fields.flag("include_stop_str_in_output", false)?,
             stop_token_ids: take_token_ids(fields, "stop_token_ids")?,
@@ -174,6 +171,7 @@ impl Options {
             seed: own.seed.map_or_else(random_seed, |seed| seed as u64),
             logprobs: self.engine_logprobs(),
             prompt_logprobs: self.prompt_logprobs,
+            edits: None,
         };
         if params.temperature < TEMPERATURE_GREEDY {
             params = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, ..params };

@@ -151,6 +151,10 @@ pub async fn compile(
     thoughts: Option<Thoughts>,
 ) -> Result<Option<Constraint>, ApiError> {
     let Some(Structure { param, grammar }) = structure else { return Ok(None) };
+    if !accepted.model.engine.limits().features.masks {
+        let feature = "an output that is held to a grammar on this device";
+        return Err(ApiError::Unsupported { param: (*param).into(), feature });
+    }
     let missing = || ApiError::NoTokenizer { param, model: accepted.model.name.clone() };
     let grammars = accepted.model.grammars.as_ref().ok_or_else(missing)?;
     let compiled = grammars.compile(grammar.clone(), thoughts).await;

@@ -139,11 +139,13 @@ impl Submission<'_> {
         let model = &request.model;
         self.check(model)?;
         let stop_tokens = Arc::new(self.stop_tokens(model));
+        let edits = self.options.edits.resolve(model, stop_tokens.all())?;
         let meter = RequestMeter::new(&model.name, &request.caller);
         let made = self.options.best_of.get() as usize;
         let mut choices = Vec::with_capacity(self.prompts.len() * made);
         for prompt in self.prompts {
-            let first = self.generate_request(model, prompt, &stop_tokens)?;
+            let mut first = self.generate_request(model, prompt, &stop_tokens)?;
+            first.sampling.edits.clone_from(&edits);
             for output in 0..made {
                 let index = choices.len();
                 let mut generate = first.clone();
@@ -156,6 +158,7 @@ impl Submission<'_> {
                     text: self.output_text(model),
                     stop_tokens: Arc::clone(&stop_tokens),
                     include_stop: self.options.include_stop,
+                    min_tokens: self.options.edits.min_tokens,
                     num_tokens: 0,
                     patience: Patience::new(model.queue_timeout, request.caller.deadline),
                     meter: meter.output(prompt.len()),
@@ -179,6 +182,10 @@ impl Submission<'_> {
             let expected = format!("within the vocabulary of {}", limits.vocab_size);
             let value = token.to_string();
             return Err(ApiError::OutOfRange { param: "stop_token_ids".into(), value, expected });
+        }
+        let min_tokens = self.options.edits.min_tokens;
+        if self.max_tokens.is_some_and(|max| min_tokens > max.get()) {
+            return Err(ApiError::Conflict { param: "min_tokens", rule: "min_tokens must not be above max_tokens" });
         }
         let outputs = self.prompts.len() as u64 * u64::from(self.options.best_of.get());
         let room = u64::from(limits.max_queue) + u64::from(limits.max_num_seqs);

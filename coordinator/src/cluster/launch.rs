@@ -72,6 +72,7 @@ pub(super) fn engine_limits(checked: &CheckedSpec) -> EngineLimits {
         step_time_budget: defaults::STEP_TIME_BUDGET,
         step_deadline_min: defaults::STEP_DEADLINE_MIN,
         recovery: RecoveryLimits::default(),
+        features: phalanx_proto::SamplerFeatures::default(),
     }
 }
 

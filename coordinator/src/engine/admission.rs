@@ -73,6 +73,7 @@ mod tests {
             step_time_budget: Duration::from_millis(10),
             step_deadline_min: Duration::from_secs(5),
             recovery: crate::engine::RecoveryLimits::default(),
+            features: phalanx_proto::SamplerFeatures::default(),
         };
         let request = GenerateRequest {
             request_id: String::new(),

@@ -303,6 +303,8 @@ async fn the_start_takes_the_minimum_of_blocks_and_reports_each_phase() {
     let (group, _ranks, reports) = start(&[Fault::None, Fault::None, Fault::None], StartDeadlines::default()).await;
     let group = group.unwrap();
     assert_eq!(group.num_blocks(), 60);
+    let features = group.features();
+    assert_eq!((features.masks, features.edits), (true, false), "what every rank can do");
     assert_eq!(group.capacities().iter().map(|capacity| capacity.num_blocks).collect::<Vec<_>>(), [60, 70, 80]);
     for rank in (0..3).map(Rank) {
         let phases: Vec<_> = reports.iter().filter(|report| report.rank == rank).map(|report| report.phase).collect();

@@ -151,8 +151,9 @@ impl FakeRank {
             _ => {}
         }
         let num_blocks = 60 + 10 * u64::from(self.rank);
-        self.say(RankEvent::Capacity(RankCapacity { num_blocks, weight_bytes: 1, block_bytes: 1, free_bytes: 1 }))
-            .await;
+        let features = phalanx_proto::SamplerFeatures { masks: true, edits: self.rank != 1 };
+        let capacity = RankCapacity { num_blocks, weight_bytes: 1, block_bytes: 1, free_bytes: 1, features };
+        self.say(RankEvent::Capacity(capacity)).await;
         true
     }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use phalanx_proto::{
     Epoch, HeadMessage, Incarnation, PLAN_BYTES_MAX, Phase, Rank, RankCapacity, RankEvent, RankFailure,
-    STAGE_TOKENS_MAX, StepId, StepOutput, StepPlan, Term, mask_messages, pb,
+    STAGE_TOKENS_MAX, SamplerFeatures, StepId, StepOutput, StepPlan, Term, edit_messages, mask_messages, pb,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
@@ -220,6 +220,12 @@ impl TpGroup {
     /// What each rank said of its memory, in rank order.
     pub fn capacities(&self) -> &[RankCapacity] {
         &self.capacities
+    }
+
+    /// What the samplers of all ranks can do.
+    pub fn features(&self) -> SamplerFeatures {
+        let all = SamplerFeatures { masks: true, edits: true };
+        self.capacities.iter().fold(all, |all, capacity| all.and(capacity.features))
     }
 
     pub(super) fn set_step_deadline_min(&mut self, min: Duration) {
@@ -435,13 +441,14 @@ fn check_rows(plan: &StepPlan, output: &StepOutput, previous: u64) -> Option<u64
     Some(StepOutput::chain(previous, plan.step, output.rows.iter().map(|row| (row.slot, row.token))))
 }
 
-/// The messages that carry a plan, in order: masks, parts of long prompts, then the plan itself, none above
+/// The messages that carry a plan, in order: masks, edits, parts of long prompts, then the plan itself, none above
 /// `PLAN_BYTES_MAX`.
 ///
 /// Public for the benchmark of a step.
 pub fn to_messages(plan: &StepPlan) -> Vec<pb::HeadToRank> {
     use pb::head_to_rank::Message;
     let mut messages = mask_messages(plan);
+    messages.append(&mut edit_messages(plan));
     let mut wire = pb::Plan::from(plan);
     let mut inline_left = INLINE_TOKENS_MAX;
     for new in &mut wire.new_sequences {
@@ -504,6 +511,7 @@ impl Member {
 pub(super) struct Decoder {
     staged: std::collections::HashMap<u64, Vec<u32>>,
     masks: phalanx_proto::MaskStaging,
+    edits: phalanx_proto::EditStaging,
 }
 
 #[cfg(test)]
@@ -527,7 +535,12 @@ impl Decoder {
                 }
                 let mut plan = plan.try_into().expect("valid");
                 self.masks.complete(&mut plan).expect("every mask came before its plan");
+                self.edits.complete(&mut plan).expect("all edits came before their plan");
                 HeadMessage::Plan(plan)
+            }
+            Message::StageEdits(part) => {
+                self.edits.keep(part).expect("valid");
+                return None;
             }
             Message::SampleInputs(inputs) => {
                 self.masks.keep(inputs).expect("valid");

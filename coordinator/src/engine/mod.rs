@@ -117,6 +117,7 @@ impl From<GroupError> for EngineError {
 pub fn spawn(mut group: TpGroup, mut limits: EngineLimits) -> EngineHandle {
     group.set_step_deadline_min(limits.step_deadline_min);
     limits.num_blocks = limits.num_blocks.min(group.num_blocks());
+    limits.features = group.features();
     tracing::info!(
         epoch = group.epoch().0,
         world_size = group.world_size(),

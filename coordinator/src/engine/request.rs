@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use phalanx_proto::{SamplingParams, TokenId, TokenLogprobs};
+use phalanx_proto::{SamplerFeatures, SamplingParams, TokenId, TokenLogprobs};
 
 use super::constraint::Constraint;
 use crate::config::defaults;
@@ -158,6 +158,8 @@ pub struct EngineLimits {
     pub step_deadline_min: Duration,
     /// What happens when the group breaks.
     pub recovery: RecoveryLimits,
+    /// What the ranks' samplers can do; known once they have said so.
+    pub features: SamplerFeatures,
 }
 
 /// How often and how long an engine goes on after its group broke.

@@ -8,8 +8,8 @@ use phalanx_formats::StoredType;
 
 use super::{Activations, CpuBuffer, CpuInputs, CpuKvLayer, CpuMatrix, Pool, Scratch, lanes::Simd, memory::AlignedVec};
 use crate::{
-    AttentionShape, Collective, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial, RopeTable, SamplerKind,
-    StepInputs, StepResult, VocabSlice,
+    AttentionShape, Collective, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial, RopeTable,
+    SamplerFeatures, SamplerKind, StepInputs, StepResult, VocabSlice,
     ops::{
         add, attend, embed, gate_up_act, host_sampler::HostSampler, linear as linear_op, logits, reduce, rms_norm,
         rope_store,
@@ -137,6 +137,10 @@ impl Ops for CpuOps {
             Activations::Float32 => StoredType::F32,
             Activations::Int8 => StoredType::F16,
         }
+    }
+
+    fn sampler_features(&self) -> SamplerFeatures {
+        HostSampler::FEATURES
     }
 
     fn sample(

@@ -52,6 +52,7 @@ impl CpuInputs {
             logit_rows: Vec::with_capacity(limits.logit_rows_max),
             samples: Vec::with_capacity(limits.logit_rows_max),
             masks: Vec::with_capacity(limits.logit_rows_max),
+            edits: Vec::new(),
             scores: Vec::with_capacity(limits.logit_rows_max),
         };
         Self { limits, step }
@@ -77,6 +78,7 @@ impl CpuInputs {
         copy(&mut own.logit_rows, &step.logit_rows);
         copy(&mut own.samples, &step.samples);
         own.masks.clone_from(&step.masks);
+        own.edits.clone_from(&step.edits);
         copy(&mut own.scores, &step.scores);
         Ok(())
     }
@@ -113,6 +115,9 @@ pub(crate) fn check(step: &StepInputs, limits: &InputLimits) -> Result<(), Kerne
     }
     if step.masks.iter().any(|mask| mask.row as usize >= step.samples.len()) {
         return Err(bad(format!("a mask of a row past {} samples", step.samples.len())));
+    }
+    if step.edits.iter().any(|edited| edited.row as usize >= step.samples.len()) {
+        return Err(bad(format!("edits of a row past {} samples", step.samples.len())));
     }
     if let Some(sample) = step.samples.iter().find(|sample| sample.slot as usize >= limits.slots_max) {
         return Err(bad(format!("slot {}, {} planned", sample.slot, limits.slots_max)));

@@ -3,21 +3,26 @@
 //! Owns the sequence of gathers, the last token of every slot, and results until they are taken. The arithmetic between the
 //! gathers is [`super::sample`]. All calls that gather are collective.
 //!
-//! **Invariant:** which gathers happen, and their sizes, depend only on the step. What a gather brought is merged in rank
-//! order, so all ranks hold the same bits, and padding of the vocabulary is never seen.
+//! **Invariant:** which gathers happen, and their sizes, depend only on the step and on what was gathered before. What a gather brought
+//! is merged in rank order, so all ranks hold the same bits, and padding of the vocabulary is never seen.
+//! **Invariant:** a row has a token where it has a finite logit at all: where edits leave none, the row draws without them, and where its
+//! mask leaves none either, it takes the best token.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
+use super::edit::{TokenHistory, apply_mask};
 use super::sample::{Candidate, Cut, CutParams, Histogram, MaxSum, RandomKey, draw, merge_top_n, num_above, top_n};
 use crate::{
-    Collective, InputLimits, KernelError, LAST_TOKEN, SCORED_TOP_MAX, SampleRow, SamplerKind, ScoreRow, Scored,
-    StepInputs, StepResult, VocabSlice,
+    Collective, InputLimits, KernelError, LAST_TOKEN, SCORED_TOP_MAX, SampleRow, SamplerFeatures, SamplerKind,
+    ScoreRow, Scored, StepInputs, StepResult, VocabSlice,
 };
 
 /// Samples and scores from this rank's slice of the logits.
 #[derive(Debug, Default)]
 pub struct HostSampler {
     last_tokens: Vec<u32>,
+    /// The tokens of slots whose logits are edited.
+    histories: HashMap<u32, TokenHistory>,
     steps_max: usize,
     current: StepResult,
     done: VecDeque<StepResult>,
@@ -25,6 +30,9 @@ pub struct HostSampler {
 }
 
 impl HostSampler {
+    /// All that a step may ask for.
+    pub const FEATURES: SamplerFeatures = SamplerFeatures { masks: true, edits: true };
+
     /// Makes room for slots and steps.
     pub fn plan(&mut self, limits: &InputLimits) {
         self.last_tokens.resize(limits.slots_max, 0);
@@ -83,15 +91,42 @@ impl HostSampler {
         step: &StepInputs,
     ) -> Result<(), KernelError> {
         let rows = &step.samples;
-        let masked = masked(logits, vocab, step);
-        let view = View::new(vocab, masked.as_deref().unwrap_or(logits), step.logit_rows.len());
+        let mut view = View::new(vocab, logits, step.logit_rows.len());
+        self.remember(step);
+        self.change(&mut view, step, true);
+        let mut best = self.best(group, &view, rows, kind)?;
+        for with_masks in [true, false] {
+            let is_changed = |index: usize| view.changed.get(index).is_some_and(Option::is_some);
+            let without: Vec<usize> =
+                (0..rows.len()).filter(|&index| best[index].is_none() && is_changed(index)).collect();
+            if without.is_empty() {
+                break;
+            }
+            view.changed.clear();
+            if with_masks {
+                self.change(&mut view, step, false);
+            }
+            let again = self.best(group, &view, rows, SamplerKind::NoCut)?;
+            without.into_iter().for_each(|index| best[index] = again[index]);
+        }
+        self.keep(step, best)
+    }
+
+    /// The token of each row.
+    fn best(
+        &mut self,
+        group: &mut dyn Collective,
+        view: &View<'_>,
+        rows: &[SampleRow],
+        kind: SamplerKind,
+    ) -> Result<Vec<Option<u32>>, KernelError> {
         let floors = match kind {
-            SamplerKind::Cut => self.floors(group, &view, rows)?,
+            SamplerKind::Cut => self.floors(group, view, rows)?,
             SamplerKind::Greedy | SamplerKind::NoCut => vec![0; rows.len()],
         };
         self.gather.part.clear();
         for (index, row) in rows.iter().enumerate() {
-            let (local, first_id, temperature) = (view.row(index), vocab.first_id, row.temperature);
+            let (local, first_id, temperature) = (view.row(index), view.vocab.first_id, row.temperature);
             let best = if temperature == 0.0 {
                 Candidate::best(local, first_id)
             } else {
@@ -101,13 +136,47 @@ impl HostSampler {
             self.gather.part.extend_from_slice(&Candidate::to_bytes(best));
         }
         self.gather.run(group)?;
-        for (index, row) in rows.iter().enumerate() {
-            let token = self.gather.best(index).map(|best| best.id);
+        Ok((0..rows.len()).map(|index| self.gather.best(index).map(|best| best.id)).collect())
+    }
+
+    /// Takes in the tokens of sequences whose logits are edited from now on.
+    fn remember(&mut self, step: &StepInputs) {
+        for edited in &step.edits {
+            if let (Some(history), Some(row)) = (&edited.history, step.samples.get(edited.row as usize)) {
+                self.histories.insert(row.slot, TokenHistory::clone(history));
+            }
+        }
+    }
+
+    /// Masks rows, and edits them where that is wanted. Scores keep to the raw logits.
+    fn change(&self, view: &mut View<'_>, step: &StepInputs, with_edits: bool) {
+        for mask in &step.masks {
+            let first_id = view.vocab.first_id;
+            apply_mask(&mask.words, view.row_mut(mask.row as usize), first_id);
+        }
+        for edited in step.edits.iter().filter(|_| with_edits) {
+            let history = step.samples.get(edited.row as usize).and_then(|row| self.histories.get(&row.slot));
+            let Some(history) = history else { continue };
+            let first_id = view.vocab.first_id;
+            edited.edits.apply(history, view.row_mut(edited.row as usize), first_id);
+        }
+    }
+
+    /// Keeps what was drawn, for results and for later steps.
+    fn keep(&mut self, step: &StepInputs, tokens: Vec<Option<u32>>) -> Result<(), KernelError> {
+        for (row, token) in step.samples.iter().zip(&tokens) {
             let num_slots = self.last_tokens.len();
             let last = self.last_tokens.get_mut(row.slot as usize).ok_or_else(|| no_slot(row.slot, num_slots))?;
             *last = token.unwrap_or(*last);
-            self.current.tokens.push(token);
         }
+        for edited in &step.edits {
+            let Some(row) = step.samples.get(edited.row as usize) else { continue };
+            let token = tokens.get(edited.row as usize).copied().flatten();
+            if let (Some(history), Some(token)) = (self.histories.get_mut(&row.slot), token) {
+                history.push(token);
+            }
+        }
+        self.current.tokens = tokens;
         Ok(())
     }
 
@@ -215,27 +284,6 @@ impl HostSampler {
     }
 }
 
-/// The logits with everything at minus infinity that a row may not draw; none where no row is masked. Scores keep to the raw
-/// ones.
-fn masked(logits: &[f32], vocab: &VocabSlice, step: &StepInputs) -> Option<Vec<f32>> {
-    if step.masks.is_empty() {
-        return None;
-    }
-    let mut masked = logits.to_vec();
-    let width = logits.len() / step.logit_rows.len().max(1);
-    for mask in &step.masks {
-        let begin = mask.row as usize * width;
-        let own = &mut masked[begin + vocab.columns.start..begin + vocab.columns.end];
-        for (token, logit) in (vocab.first_id..).zip(own) {
-            let word = mask.words.get((token / u32::BITS) as usize).copied().unwrap_or(0);
-            if word >> (token % u32::BITS) & 1 == 0 {
-                *logit = f32::NEG_INFINITY;
-            }
-        }
-    }
-    Some(masked)
-}
-
 fn no_slot(slot: u32, num_slots: usize) -> KernelError {
     KernelError::Shape { op: "sample", reason: format!("slot {slot} of {num_slots}") }
 }
@@ -252,16 +300,34 @@ struct View<'a> {
     vocab: &'a VocabSlice,
     data: &'a [f32],
     width: usize,
+    /// Rows that were changed, by their index.
+    changed: Vec<Option<Vec<f32>>>,
 }
 
 impl<'a> View<'a> {
     fn new(vocab: &'a VocabSlice, data: &'a [f32], num_rows: usize) -> Self {
-        Self { vocab, data, width: data.len() / num_rows.max(1) }
+        Self { vocab, data, width: data.len() / num_rows.max(1), changed: Vec::new() }
     }
 
     fn row(&self, index: usize) -> &[f32] {
+        match self.changed.get(index) {
+            Some(Some(row)) => row,
+            _ => self.raw(index),
+        }
+    }
+
+    fn raw(&self, index: usize) -> &'a [f32] {
         let begin = index * self.width;
         &self.data[begin + self.vocab.columns.start..begin + self.vocab.columns.end]
+    }
+
+    /// A copy of a row, seen in its place from now on.
+    fn row_mut(&mut self, index: usize) -> &mut Vec<f32> {
+        if self.changed.len() <= index {
+            self.changed.resize(index + 1, None);
+        }
+        let raw = self.raw(index);
+        self.changed[index].get_or_insert_with(|| raw.to_vec())
     }
 
     /// The logit of a row's token, if it is this rank's.
@@ -341,20 +407,95 @@ fn candidate(bytes: &[u8]) -> Option<Candidate> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use super::super::edit::LogitEdits;
     use super::*;
-    use crate::SampleMask;
+    use crate::{CollectiveError, SampleEdits, SampleMask};
+
+    const NONE: f32 = f32::NEG_INFINITY;
+
+    struct Alone;
+
+    impl Collective for Alone {
+        fn rank(&self) -> usize {
+            0
+        }
+        fn world_size(&self) -> usize {
+            1
+        }
+        fn all_reduce_sum(&mut self, _data: &mut [f32]) -> Result<(), CollectiveError> {
+            Ok(())
+        }
+        fn all_gather(&mut self, part: &[u8], out: &mut [u8]) -> Result<(), CollectiveError> {
+            out.copy_from_slice(part);
+            Ok(())
+        }
+    }
+
+    fn row(slot: u32) -> SampleRow {
+        SampleRow { slot, output_index: 0, seed: 0, temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 }
+    }
+
+    fn step() -> StepInputs {
+        StepInputs { logit_rows: vec![0, 1], samples: vec![row(0), row(1)], ..StepInputs::default() }
+    }
+
+    fn edited(edits: LogitEdits, history: Option<TokenHistory>) -> SampleEdits {
+        SampleEdits { row: 1, edits: Arc::new(edits), history: history.map(Arc::new) }
+    }
 
     /// Two rows over three columns that stand for tokens 31 to 33, with one column of padding.
+    const LOGITS: [f32; 8] = [1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0, 9.0];
+
+    fn vocab() -> VocabSlice {
+        VocabSlice { first_id: 31, columns: 0..3 }
+    }
+
+    fn sampled(sampler: &mut HostSampler, step: &StepInputs) -> Vec<Option<u32>> {
+        sampler.sample(&mut Alone, &LOGITS, &vocab(), SamplerKind::Greedy, step).unwrap();
+        sampler.submit().unwrap();
+        sampler.take().unwrap().tokens
+    }
+
+    fn sampler() -> HostSampler {
+        let mut sampler = HostSampler::default();
+        sampler.plan(&InputLimits { slots_max: 4, steps_max: 1, ..InputLimits::default() });
+        sampler
+    }
+
     #[test]
     fn masked_rows_keep_what_they_may_draw() {
-        let vocab = VocabSlice { first_id: 31, columns: 0..3 };
-        let mut step = StepInputs { logit_rows: vec![0, 1], ..StepInputs::default() };
-        let logits = [1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0, 9.0];
-        assert_eq!(masked(&logits, &vocab, &step), None);
+        let (vocab, mut step) = (vocab(), step());
+        let mut view = View::new(&vocab, &LOGITS, 2);
         step.masks = vec![SampleMask { row: 1, words: [1 << 31, 1 << 1].into() }];
-        let none = f32::NEG_INFINITY;
-        assert_eq!(masked(&logits, &vocab, &step), Some(vec![1.0, 2.0, 3.0, 9.0, 4.0, none, 6.0, 9.0]));
-        step.masks = vec![SampleMask { row: 0, words: [0].into() }];
-        assert_eq!(masked(&logits, &vocab, &step), Some(vec![none, none, none, 9.0, 4.0, 5.0, 6.0, 9.0]));
+        sampler().change(&mut view, &step, true);
+        assert_eq!((view.row(0), view.row(1)), (&[1.0, 2.0, 3.0][..], &[4.0, NONE, 6.0][..]));
+        assert_eq!(sampled(&mut sampler(), &step), [Some(33), Some(33)]);
+    }
+
+    #[test]
+    fn histories_grow_in_their_slot_until_another_sequence_takes_it() {
+        let (mut sampler, mut step) = (sampler(), step());
+        let penalty = || LogitEdits { frequency_penalty: 0.75, ..LogitEdits::default() };
+        step.edits = vec![edited(penalty(), Some(TokenHistory::new(&[], &[])))];
+        assert_eq!(sampled(&mut sampler, &step)[1], Some(33));
+        step.edits = vec![edited(penalty(), None)];
+        assert_eq!(sampled(&mut sampler, &step)[1], Some(33), "5.25 is above 5");
+        assert_eq!(sampled(&mut sampler, &step), [Some(33), Some(32)], "4.5 is not");
+        step.edits = vec![edited(penalty(), Some(TokenHistory::new(&[], &[])))];
+        assert_eq!(sampled(&mut sampler, &step)[1], Some(33));
+    }
+
+    #[test]
+    fn rows_that_may_draw_nothing_take_the_best_that_their_mask_leaves() {
+        let (mut sampler, mut step) = (sampler(), step());
+        let nothing = LogitEdits { allowed: Some(vec![0]), ..LogitEdits::default() };
+        step.edits = vec![edited(nothing, Some(TokenHistory::new(&[], &[])))];
+        assert_eq!(sampled(&mut sampler, &step), [Some(33), Some(33)]);
+        step.masks = vec![SampleMask { row: 1, words: [1 << 31].into() }];
+        assert_eq!(sampled(&mut sampler, &step), [Some(33), Some(31)]);
+        step.masks = vec![SampleMask { row: 1, words: [0].into() }];
+        assert_eq!(sampled(&mut sampler, &step), [Some(33), Some(33)]);
     }
 }

@@ -4,6 +4,7 @@
 
 pub(crate) mod add;
 pub(crate) mod attend;
+pub mod edit;
 pub(crate) mod embed;
 pub(crate) mod gate_up_act;
 pub(crate) mod host_sampler;

@@ -13,7 +13,7 @@ use dequantize::dequantize;
 
 use crate::{
     AttentionShape, Collective, HostMatrix, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial, RopeTable,
-    SamplerKind, StepInputs, StepResult, VocabSlice,
+    SamplerFeatures, SamplerKind, StepInputs, StepResult, VocabSlice,
     cpu::inputs::check,
     ops::{fit, host_sampler::HostSampler},
 };
@@ -152,6 +152,10 @@ impl Ops for ReferenceOps {
         check(step, &inputs.limits)?;
         inputs.step = step.clone();
         self.sampler.resolve(&mut inputs.step.token_ids)
+    }
+
+    fn sampler_features(&self) -> SamplerFeatures {
+        HostSampler::FEATURES
     }
 
     fn sample(

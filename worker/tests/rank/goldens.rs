@@ -27,7 +27,13 @@ fn requests(golden: &Value) -> Vec<Request> {
     let sampling = SamplingParams { logprobs: Some(20), prompt_logprobs: Some(2), ..greedy() };
     let prompts = golden["prompts"].as_array().expect("prompts").iter();
     prompts
-        .map(|p| Request { prompt: ids(&p["ids"]), num_new: NUM_NEW, sampling: sampling.clone(), shares: None })
+        .map(|p| Request {
+            prompt: ids(&p["ids"]),
+            num_new: NUM_NEW,
+            sampling: sampling.clone(),
+            shares: None,
+            num_output: 0,
+        })
         .collect()
 }
 

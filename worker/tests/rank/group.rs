@@ -180,6 +180,8 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// The first so many prompt tokens come from the blocks of another request, which runs first.
     pub shares: Option<(usize, usize)>,
+    /// So many tokens at the end of `prompt` are output that is known already, as after a preemption.
+    pub num_output: usize,
 }
 
 /// What came of it.
@@ -280,7 +282,7 @@ impl<'a> TestBatch<'a> {
             slot: slot(index),
             seq_id: SeqId(index as u64),
             tokens: request.prompt.clone(),
-            num_prompt_tokens: request.prompt.len() as u32,
+            num_prompt_tokens: (request.prompt.len() - request.num_output) as u32,
             blocks: self.states[index].blocks.iter().copied().map(BlockId).collect(),
             sampling: request.sampling.clone(),
         }

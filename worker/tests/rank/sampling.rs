@@ -1,12 +1,75 @@
 //! Sampling through whole ranks: the same tokens at any world size, alone and beside others.
 
+use std::sync::Arc;
+
 use crate::group::{Group, Request, goldens, greedy, load};
-use phalanx_proto::{SamplingParams, TokenId};
+use phalanx_proto::{LogitEdits, SamplingParams, TokenId};
 use phalanx_worker::backend::DeviceKind;
 
 fn request(seed: u64, sampling: SamplingParams) -> Request {
     let prompt = (0..20).map(|i| TokenId((seed as u32 * 31 + i * 7) % 500)).collect();
-    Request { prompt, num_new: 24, sampling: SamplingParams { seed, logprobs: Some(3), ..sampling }, shares: None }
+    Request {
+        prompt,
+        num_new: 24,
+        sampling: SamplingParams { seed, logprobs: Some(3), ..sampling },
+        shares: None,
+        num_output: 0,
+    }
+}
+
+/// Requests whose logits are edited, in every way that there is.
+fn edited() -> Vec<Request> {
+    let tokens = |tokens: &[u32]| tokens.iter().copied().map(TokenId).collect::<Vec<_>>();
+    let neutral = LogitEdits::default();
+    let all = LogitEdits {
+        presence_penalty: 0.6,
+        frequency_penalty: 0.4,
+        repetition_penalty: 1.3,
+        min_tokens: 10,
+        end_tokens: tokens(&[83, 511]),
+        bias: vec![(TokenId(7), 2.0), (TokenId(400), -4.0)],
+        allowed: (0..450).map(TokenId).collect(),
+        bad_words: vec![tokens(&[11]), tokens(&[7, 12])],
+    };
+    let kinds = [
+        LogitEdits { repetition_penalty: 1.5, ..neutral.clone() },
+        LogitEdits { frequency_penalty: 2.0, ..neutral.clone() },
+        LogitEdits { allowed: tokens(&[3, 4, 5]), ..neutral },
+        all,
+    ];
+    let of = |(edits, seed): (LogitEdits, u64)| {
+        let edits = Some(Arc::new(edits));
+        let drawn = SamplingParams { temperature: 0.9, top_k: 40, edits: edits.clone(), ..SamplingParams::default() };
+        [request(seed, drawn), request(seed + 50, SamplingParams { edits, ..greedy() })]
+    };
+    kinds.into_iter().zip(1..).flat_map(of).collect()
+}
+
+#[test]
+fn edited_logits_give_the_same_tokens_at_any_world_size_and_after_a_new_start() {
+    let requests = edited();
+    let run = |world_size, requests: &[Request]| {
+        let mut group = Group::start(load(&goldens().join("tiny-llama"), world_size), DeviceKind::Cpu, 1);
+        group.generate(requests, u64::from(world_size))
+    };
+    let whole = run(1, &requests);
+    for world_size in [2, 3] {
+        for (index, (split, whole)) in run(world_size, &requests).iter().zip(&whole).enumerate() {
+            assert_eq!(split.tokens, whole.tokens, "request {index}, {world_size} ranks");
+        }
+    }
+    assert!(whole[4].tokens.iter().chain(&whole[5].tokens).all(|token| (3..6).contains(&token.0)));
+    assert!(whole[6].tokens.iter().chain(&whole[7].tokens).all(|token| token.0 < 450 && token.0 != 11));
+
+    // As after a preemption: the first tokens of the output come with the sequence.
+    let mut again = requests.clone();
+    for (request, whole) in again.iter_mut().zip(&whole) {
+        request.prompt.extend_from_slice(&whole.tokens[..9]);
+        (request.num_output, request.num_new) = (9, request.num_new - 9);
+    }
+    for (index, (rest, whole)) in run(2, &again).iter().zip(&whole).enumerate() {
+        assert_eq!(rest.tokens, whole.tokens[9..], "request {index}");
+    }
 }
 
 /// One request of each kind, so that every step mixes variants.

@@ -48,6 +48,27 @@ struct Sampling {
     /// The same seed gives the same text; -1: a random one.
     #[schemars(range(min = -9_000_000_000_000_000_i64, max = 9_000_000_000_000_000_i64))]
     seed: Option<i64>,
+    /// Subtracted from tokens of the output.
+    #[schemars(range(min = -2.0, max = 2.0))]
+    presence_penalty: Option<f64>,
+    /// Subtracted for each time that a token stands in the output.
+    #[schemars(range(min = -2.0, max = 2.0))]
+    frequency_penalty: Option<f64>,
+    /// Above 0: divides the logits of tokens seen before; 1 is off.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    repetition_penalty: Option<f64>,
+    /// Tokens before which the output does not stop.
+    #[schemars(range(min = 0, max = 4_294_967_295_u32))]
+    min_tokens: Option<u32>,
+    /// Added to the logits of token ids; clamped to 100 either way.
+    #[schemars(extend("maxProperties" = 1024))]
+    logit_bias: Option<BTreeMap<String, f64>>,
+    /// The only tokens that may be drawn.
+    #[schemars(length(min = 1), inner(range(min = 0)))]
+    allowed_token_ids: Option<Vec<u32>>,
+    /// Words that may not stand in the output.
+    #[schemars(length(max = 128), inner(length(min = 1)))]
+    bad_words: Option<Vec<String>>,
     /// Tokens that end the output.
     #[schemars(inner(range(min = 0)))]
     stop_token_ids: Option<Vec<u32>>,

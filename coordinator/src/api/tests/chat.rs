@@ -1,5 +1,7 @@
 //! `/v1/chat/completions`.
 
+use phalanx_proto::LogitEdits;
+
 use super::*;
 
 const PATH: &str = "/v1/chat/completions";
@@ -144,6 +146,49 @@ async fn sampling_is_request_then_model_then_openai() {
     check(r#","top_k":-1"#, 0.6, 0, 0.9, 0.0).await;
     check(r#","temperature":0.001"#, 0.01, 0, 0.9, 0.0).await;
     check(r#","temperature":0,"top_k":5,"top_p":0.5,"min_p":0.5"#, 0.0, 0, 1.0, 0.0).await;
+}
+
+#[tokio::test]
+async fn edits_of_logits_reach_the_engine() {
+    let defaults = GenerationDefaults { repetition_penalty: Some(1.1), ..GenerationDefaults::default() };
+    let server = Server::with(Setup { defaults, ..Setup::default() }, |_| Says::stop("x"));
+    let edits = async |rest: &str| {
+        let answer = server.post(PATH, &body(rest)).await;
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        server.sampling().edits.map(|edits| LogitEdits::clone(&edits))
+    };
+    let neutral = LogitEdits::default();
+    assert_eq!(edits("").await, Some(LogitEdits { repetition_penalty: 1.1, ..neutral.clone() }));
+    assert_eq!(edits(r#","repetition_penalty":1"#).await, None, "the request goes before the model's default");
+    let rest = r#","repetition_penalty":1,"presence_penalty":0.5,"frequency_penalty":-0.25,"logit_bias":{"7":-500,"9":1.5},
+        "allowed_token_ids":[9,7,9],"min_tokens":3,"stop_token_ids":[40]"#;
+    let expected = LogitEdits {
+        presence_penalty: 0.5,
+        frequency_penalty: -0.25,
+        bias: vec![(TokenId(7), -100.0), (TokenId(9), 1.5)],
+        allowed: vec![TokenId(7), TokenId(9)],
+        min_tokens: 3,
+        end_tokens: vec![END, TokenId(40)],
+        ..neutral
+    };
+    assert_eq!(edits(rest).await, Some(expected));
+    let words = edits(r#","bad_words":["a"]"#).await.unwrap().bad_words;
+    let text = tiny_text(None);
+    let forms: Vec<String> = words.iter().map(|word| text.decode(word, false)).collect();
+    assert_eq!(forms, ["a", " a"]);
+}
+
+#[tokio::test]
+async fn no_string_ends_an_output_before_its_least_length() {
+    let server = Server::new(|_| Says::stop("aaaa bbb aaaa"));
+    let whole = async |rest: &str| {
+        let answer = server.post(PATH, &body(rest)).await.json();
+        answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(whole(r#","stop":"a""#).await, "");
+    let later = whole(r#","stop":"a","min_tokens":5"#).await;
+    assert!(later.starts_with("aaaa"), "{later}");
+    assert_ne!(later, "aaaa bbb aaaa");
 }
 
 #[tokio::test]

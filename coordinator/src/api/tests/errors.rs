@@ -1,5 +1,7 @@
 //! What is refused, and how it is told.
 
+use phalanx_proto::SamplerFeatures;
+
 use super::*;
 
 const CHAT: &str = "/v1/chat/completions";
@@ -77,6 +79,21 @@ async fn bad_parameters_are_named() {
     .await;
     check(r#""stop_token_ids":["x"]"#, "stop_token_ids[0]", "stop_token_ids[0] must be a token id; it is a string")
         .await;
+    check(r#""presence_penalty":2.5"#, "presence_penalty", "presence_penalty must be between -2 and 2; it is 2.5")
+        .await;
+    check(r#""repetition_penalty":0"#, "repetition_penalty", "repetition_penalty must be above 0; it is 0").await;
+    check(r#""min_tokens":9,"max_tokens":8"#, "min_tokens", "min_tokens must not be above max_tokens").await;
+    check(r#""logit_bias":{"515":1}"#, "logit_bias", "logit_bias must be within the vocabulary of 515; it is 515")
+        .await;
+    check(r#""logit_bias":{"a":1}"#, "logit_bias.a", "logit_bias.a must be named by a token id; it is a").await;
+    check(r#""logit_bias":{"1":"a"}"#, "logit_bias.1", "logit_bias.1 must be a number; it is a string").await;
+    check(
+        r#""allowed_token_ids":[]"#,
+        "allowed_token_ids",
+        "allowed_token_ids must be a list of at least one token id; it is []",
+    )
+    .await;
+    check(r#""bad_words":["a"," "]"#, "bad_words[1]", "bad_words[1] must be a word; it is \" \"").await;
     check(r#""stream_options":{}"#, "stream_options", "stream_options needs stream to be true").await;
     check(
         r#""stream":true,"prompt_logprobs":1"#,
@@ -97,12 +114,8 @@ async fn features_that_come_later_are_refused() {
     let server = Server::new(|_| Says::stop("x"));
     let messages = r#""messages":[{"role":"user","content":"x"}]"#;
     for (path, base, field, param) in [
-        (TEXT, r#""prompt":"x""#, r#""presence_penalty":0.5"#, "presence_penalty"),
-        (TEXT, r#""prompt":"x""#, r#""repetition_penalty":1.1"#, "repetition_penalty"),
-        (TEXT, r#""prompt":"x""#, r#""logit_bias":{"5":1}"#, "logit_bias"),
         (TEXT, r#""prompt":"x""#, r#""use_beam_search":true"#, "use_beam_search"),
         (TEXT, r#""prompt":"x""#, r#""suffix":"y""#, "suffix"),
-        (TEXT, r#""prompt":"x""#, r#""min_tokens":3"#, "min_tokens"),
         (CHAT, messages, r#""tools":[{"type":"web_search"}]"#, "tools[0].type"),
         (CHAT, messages, r#""response_format":{"type":"structural_tag"}"#, "response_format.type"),
     ] {
@@ -114,6 +127,33 @@ async fn features_that_come_later_are_refused() {
             "{field}"
         );
     }
+}
+
+#[tokio::test]
+async fn devices_that_cannot_edit_or_mask_refuse_what_asks_for_it_and_nothing_else() {
+    let limits = EngineLimits { features: SamplerFeatures::default(), ..limits() };
+    let defaults = GenerationDefaults { repetition_penalty: Some(1.1), ..GenerationDefaults::default() };
+    let server = Server::with(Setup { limits, defaults, ..Setup::default() }, |_| Says::stop("x"));
+    for (field, param) in [
+        (r#""presence_penalty":0.5"#, "presence_penalty"),
+        (r#""frequency_penalty":0.5"#, "frequency_penalty"),
+        (r#""repetition_penalty":1.1"#, "repetition_penalty"),
+        (r#""logit_bias":{"5":1}"#, "logit_bias"),
+        (r#""allowed_token_ids":[5]"#, "allowed_token_ids"),
+        (r#""bad_words":["x"]"#, "bad_words"),
+        (r#""min_tokens":3"#, "min_tokens"),
+    ] {
+        let answer = server.post(TEXT, &format!(r#"{{"prompt":"x",{field}}}"#)).await;
+        let error = &answer.json()["error"];
+        assert_eq!((answer.status, error["param"].as_str()), (400, Some(param)), "{field}");
+        assert_eq!(error["code"], "unsupported_parameter", "{field}");
+    }
+    let json = r#"{"messages":[{"role":"user","content":"x"}],"response_format":{"type":"json_object"}}"#;
+    let answer = server.post(CHAT, json).await;
+    assert_eq!((answer.status, answer.json()["error"]["param"].as_str()), (400, Some("response_format")));
+    let neutral = r#"{"prompt":"x","presence_penalty":0,"repetition_penalty":1,"logit_bias":{},"min_tokens":0}"#;
+    assert_eq!(server.post(TEXT, neutral).await.status, 200);
+    assert_eq!(server.sampling().edits, None, "the model's own default is no request");
 }
 
 #[tokio::test]

@@ -55,6 +55,7 @@ fn limits() -> EngineLimits {
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
         recovery: crate::engine::RecoveryLimits::default(),
+        features: phalanx_proto::SamplerFeatures { masks: true, edits: true },
     }
 }
 

@@ -105,6 +105,10 @@ impl Ops for CudaOps {
 
     fn load_inputs(&mut self, step: &StepInputs, inputs: &mut CudaInputs) -> Result<(), KernelError> {
         crate::cpu::inputs::check(step, &inputs.limits)?;
+        if !step.masks.is_empty() || !step.edits.is_empty() {
+            let what = "masks and edits of logits".into();
+            return Err(KernelError::Unsupported { backend: "cuda", op: "sample", what });
+        }
         let stream = std::rc::Rc::clone(&self.stream);
         inputs.load(step, &stream, STEP_DEADLINE, |argument, num_blocks| {
             let config = LaunchConfig::linear(num_blocks, 256);

@@ -1,5 +1,6 @@
 //! Sampling against reference distributions, whole and in parts.
 
+use super::super::edit::{LogitEdits, TokenHistory};
 use super::*;
 
 /// A file of the reference data.
@@ -55,34 +56,63 @@ fn number(params: &serde_json::Value, name: &str, default: f64) -> f32 {
     params.get(name).map_or(default, |v| v.as_f64().expect("number")) as f32
 }
 
+fn ids(list: &serde_json::Value) -> Vec<u32> {
+    list.as_array().into_iter().flatten().map(|id| id.as_u64().expect("an id") as u32).collect()
+}
+
+/// The logits of a record as the edits of a case leave them, in `num` parts.
+fn edited(record: &serde_json::Value, params: &serde_json::Value, eos: u32, num: usize) -> Vec<f32> {
+    let bias = params["logit_bias"].as_object().into_iter().flatten();
+    let allowed = params["allowed_token_ids"].is_array().then(|| {
+        let mut words = vec![0; 17];
+        ids(&params["allowed_token_ids"]).iter().for_each(|id| words[*id as usize / 32] |= 1 << (id % 32));
+        words
+    });
+    let edits = LogitEdits {
+        presence_penalty: number(params, "presence_penalty", 0.0),
+        frequency_penalty: number(params, "frequency_penalty", 0.0),
+        repetition_penalty: number(params, "repetition_penalty", 1.0),
+        bias: bias.map(|(id, bias)| (id.parse().expect("an id"), bias.as_f64().expect("a number") as f32)).collect(),
+        allowed,
+        bad_words: params["bad_words_token_ids"].as_array().into_iter().flatten().map(ids).collect(),
+        min_tokens: number(params, "min_tokens", 0.0) as u32,
+        end_tokens: [vec![eos], ids(&params["stop_token_ids"])].concat(),
+    };
+    let history = TokenHistory::new(&ids(&record["prompt_ids"]), &ids(&record["output_ids"]));
+    let mut logits = logits_of(record);
+    let len = logits.len().div_ceil(num);
+    for (part, slice) in logits.chunks_mut(len).enumerate() {
+        edits.apply(&history, slice, (part * len) as u32);
+    }
+    logits
+}
+
 #[test]
-fn cuts_have_the_reference_distributions_in_1_2_and_3_parts() {
-    let known = ["temperature", "top_k", "top_p", "min_p"];
+fn edits_and_cuts_have_the_reference_distributions_in_1_2_and_3_parts() {
+    let reference = golden("decoding/sampling-tiny-llama.json");
+    let eos = reference["eos_token_id"].as_u64().expect("an id") as u32;
     let mut num_checked = 0;
-    for record in golden("decoding/sampling-tiny-llama.json")["records"].as_array().expect("records") {
-        let logits = logits_of(record);
+    for record in reference["records"].as_array().expect("records") {
         for case in record["cases"].as_array().expect("cases") {
             let p = &case["params"];
-            if p.as_object().expect("params").keys().any(|k| !known.contains(&k.as_str())) {
-                continue;
-            }
-            let expected: Vec<f64> = match case["probs"].as_array() {
-                Some(all) => all.iter().map(|v| v.as_f64().expect("number")).collect(),
-                None => (0..logits.len()).map(|i| case["sparse"][i.to_string()].as_f64().unwrap_or(0.0)).collect(),
-            };
-            let params = CutParams {
-                temperature: number(p, "temperature", 1.0),
-                top_k: number(p, "top_k", 0.0) as u32,
-                top_p: number(p, "top_p", 1.0),
-                min_p: number(p, "min_p", 0.0),
-            };
             for num in 1..=3 {
+                let logits = edited(record, p, eos, num);
+                let expected: Vec<f64> = match case["probs"].as_array() {
+                    Some(all) => all.iter().map(|v| v.as_f64().expect("number")).collect(),
+                    None => (0..logits.len()).map(|i| case["sparse"][i.to_string()].as_f64().unwrap_or(0.0)).collect(),
+                };
+                let params = CutParams {
+                    temperature: number(p, "temperature", 1.0),
+                    top_k: number(p, "top_k", 0.0) as u32,
+                    top_p: number(p, "top_p", 1.0),
+                    min_p: number(p, "min_p", 0.0),
+                };
                 check(&logits, params, num, &expected);
             }
             num_checked += 1;
         }
     }
-    assert_eq!(num_checked, 3 * 14);
+    assert_eq!(num_checked, 3 * 28);
 }
 
 fn check(logits: &[f32], params: CutParams, num: usize, expected: &[f64]) {

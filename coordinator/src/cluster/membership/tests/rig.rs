@@ -361,7 +361,13 @@ async fn fake_rank(head: String, node: String, key: RankKey, launch_token: Strin
         let answers = match message.message {
             Some(M::Load(_)) => vec![progress(Phase::Device), RankEvent::Listening(String::new())],
             Some(M::Connect(_)) => {
-                let fits = RankCapacity { num_blocks: 64, weight_bytes: 1000, block_bytes: 10, free_bytes: 640 };
+                let fits = RankCapacity {
+                    num_blocks: 64,
+                    weight_bytes: 1000,
+                    block_bytes: 10,
+                    free_bytes: 640,
+                    features: phalanx_proto::SamplerFeatures::default(),
+                };
                 vec![progress(Phase::Communicator), progress(Phase::Weights), RankEvent::Capacity(fits)]
             }
             Some(M::InitKvCache(init)) => {
