@@ -557,7 +557,8 @@ pub trait Ops {
         bias: Option<&Self::Vector>,
         out: &mut Self::Buffer,
     ) -> Result<(), KernelError>;
-    /// Rotates q and k in place and stores k and v. `qkv` `[T, (kv * group + 2 kv) * head_dim]`: q, then k, then v.
+    /// Rotates q in place, and stores rotated k, and v; what k's columns hold afterwards is the backend's affair.
+    /// `qkv` `[T, (kv * group + 2 kv) * head_dim]`: q, then k, then v.
     /// Source: arXiv:2104.09864.
     fn rope_store(
         &mut self,
