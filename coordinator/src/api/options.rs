@@ -87,6 +87,8 @@ pub struct Options {
     pub request_id: Option<String>,
     /// What outputs are held to.
     pub structure: Option<Structure>,
+    /// Lower runs first.
+    pub priority: i32,
 }
 
 /// Fields of features that come later: each is accepted only where it changes nothing.
@@ -102,7 +104,6 @@ const NOT_SUPPORTED: &[Neutral] = &[
     Neutral { name: "repetition_detection", feature: "detection of loops", changes_nothing: never },
     Neutral { name: "logits_processors", feature: "code from clients", changes_nothing: is_empty },
     Neutral { name: "cache_salt", feature: "a separate prefix cache", changes_nothing: never },
-    Neutral { name: "priority", feature: "a priority", changes_nothing: is_zero },
     Neutral { name: "watermarking", feature: "watermarking", changes_nothing: is_false },
     Neutral { name: "kv_transfer_params", feature: "transfer of KV blocks", changes_nothing: is_empty },
     Neutral { name: "vllm_xargs", feature: "an extension of another server", changes_nothing: is_empty },
@@ -133,6 +134,7 @@ impl Options {
             stream: take_stream(fields)?,
             request_id: take_request_id(fields)?,
             structure: structured::take(fields)?,
+            priority: fields.integer("priority", i32::MIN.into(), i32::MAX.into())?.unwrap_or(0) as i32,
         };
         // Tokenizers of this kind put no spaces of their own between special tokens: both values mean the same.
         fields.boolean("spaces_between_special_tokens")?;

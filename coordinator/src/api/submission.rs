@@ -19,6 +19,7 @@ use super::meter::RequestMeter;
 use super::options::Options;
 use super::patience::Patience;
 use super::served_models::ServedModel;
+use crate::engine::policy::Policy;
 use crate::engine::{Constraint, GenerateRequest};
 use crate::text::{TextError, TextModel};
 
@@ -183,6 +184,10 @@ impl Submission<'_> {
             let value = token.to_string();
             return Err(ApiError::OutOfRange { param: "stop_token_ids".into(), value, expected });
         }
+        if self.options.priority != 0 && limits.policy == Policy::Fcfs {
+            let rule = "this model is served with --scheduling-policy fcfs: priority must be 0";
+            return Err(ApiError::Conflict { param: "priority", rule });
+        }
         let min_tokens = self.options.edits.min_tokens;
         if self.max_tokens.is_some_and(|max| min_tokens > max.get()) {
             return Err(ApiError::Conflict { param: "min_tokens", rule: "min_tokens must not be above max_tokens" });
@@ -226,6 +231,7 @@ impl Submission<'_> {
             max_tokens: self.max_tokens.unwrap_or(room).min(room),
             stop_token_ids: stop_tokens.all(),
             constraint: self.constraint.clone(),
+            priority: self.options.priority,
         })
     }
 

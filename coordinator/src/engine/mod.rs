@@ -41,7 +41,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 pub use constraint::{Constraint, ConstraintError, NextTokens, TokenConstraint};
-pub use handle::{EngineHandle, EngineSnapshot, TokenStream};
+pub use handle::{EngineHandle, EngineSnapshot, Places, Reservation, TokenStream};
 pub use replicas::Replicas;
 pub use request::{EngineError, EngineLimits, FinishReason, GenerateRequest, RecoveryLimits, TokenEvent, Usage};
 pub use scheduler::Counters;
@@ -301,7 +301,6 @@ impl Engine {
         events.append(&mut self.scheduler.take_events());
         let num_ended = events.iter().filter(|(_, event)| is_last(event)).count() as u32;
         if num_ended > 0 {
-            self.shared.release(num_ended);
             self.note_ends(num_ended);
         }
         let has_work = !self.scheduler.is_empty();

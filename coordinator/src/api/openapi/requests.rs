@@ -82,6 +82,9 @@ struct Sampling {
     spaces_between_special_tokens: Option<bool>,
     /// Add the tokenizer's own special tokens to the prompt.
     add_special_tokens: Option<bool>,
+    /// Lower runs first; 0 where the model is served first come, first served.
+    #[schemars(range(min = -2_147_483_648_i64, max = 2_147_483_647))]
+    priority: Option<i32>,
     /// Send the answer in pieces.
     stream: Option<bool>,
 }
