@@ -61,6 +61,13 @@ impl Accepted {
         Ok(Self { id, created, caller, model, entry: None })
     }
 
+    /// It is in the engine, which counts it from now on.
+    pub(super) fn leave(&self) {
+        if let Some(entry) = &self.entry {
+            entry.leave();
+        }
+    }
+
     /// The tokenizer side of the model, for a field that needs one.
     pub fn text(&self, param: &'static str) -> Result<&Arc<TextModel>, ApiError> {
         let missing = || ApiError::NoTokenizer { param, model: self.model.name.clone() };
@@ -166,14 +173,15 @@ impl Submission<'_> {
                 });
             }
         }
-        if let Some(entry) = &request.entry {
-            entry.leave();
-        }
+        request.leave();
         Ok(choices)
     }
 
     /// What can only be checked against the model.
-    fn check(&self, model: &ServedModel) -> Result<(), ApiError> {
+    ///
+    /// # Errors
+    /// An option that does not fit it.
+    pub(super) fn check(&self, model: &ServedModel) -> Result<(), ApiError> {
         if model.text.is_none() && !self.options.stops.is_empty() {
             return Err(ApiError::NoTokenizer { param: "stop", model: model.name.clone() });
         }
@@ -201,12 +209,17 @@ impl Submission<'_> {
         Ok(())
     }
 
-    fn stop_tokens(&self, model: &ServedModel) -> StopTokens {
+    /// The tokens that end an output.
+    pub(super) fn stop_tokens(&self, model: &ServedModel) -> StopTokens {
         let own = if self.options.ignore_eos { Vec::new() } else { model.end_token_ids.clone() };
         StopTokens { model: own, request: self.options.stop_token_ids.clone() }
     }
 
-    fn generate_request(
+    /// What the engine is asked behind a prompt, with no name yet.
+    ///
+    /// # Errors
+    /// The prompt is empty or too long, or `n` does not fit the sampling.
+    pub(super) fn generate_request(
         &self,
         model: &ServedModel,
         prompt: &[TokenId],
@@ -235,7 +248,8 @@ impl Submission<'_> {
         })
     }
 
-    fn output_text(&self, model: &ServedModel) -> Option<OutputText> {
+    /// Makes the text of one output; none without a tokenizer.
+    pub(super) fn output_text(&self, model: &ServedModel) -> Option<OutputText> {
         let text = model.text.as_ref()?;
         let detokenizer = text.detokenizer(self.options.skip_special_tokens && !self.keeps_special);
         Some(OutputText::new(detokenizer, &self.options.stops, self.options.include_stop))

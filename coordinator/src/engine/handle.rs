@@ -187,9 +187,9 @@ impl Reservation {
     /// Hands one more sequence to the engine.
     ///
     /// # Errors
-    /// As of [`EngineHandle::submit`], but for the queue, which has room for it.
+    /// As of [`EngineHandle::submit`], but for the queue, which has room for it, and for a drain, which waits for it.
     pub fn submit(&mut self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
-        let max_tokens = self.engine.admit(&request)?;
+        let max_tokens = self.engine.fit(&request)?;
         let stream = self.engine.start(request, max_tokens, Arc::clone(&self.places), self.arrival)?;
         self.arrival.get_or_insert(stream.id);
         Ok(stream)
@@ -231,7 +231,8 @@ impl EngineHandle {
     /// # Errors
     /// The request can never run (the client must change it), the queue is full (try again later), or the engine has ended.
     pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
-        let max_tokens = self.admit(&request)?;
+        self.check_open()?;
+        let max_tokens = self.fit(&request)?;
         let places = Arc::new(self.shared.accept(1)?);
         self.start(request, max_tokens, places, None)
     }
@@ -252,8 +253,7 @@ impl EngineHandle {
     }
 
     /// Most tokens that a request may have.
-    fn admit(&self, request: &GenerateRequest) -> Result<NonZeroU32, EngineError> {
-        self.check_open()?;
+    fn fit(&self, request: &GenerateRequest) -> Result<NonZeroU32, EngineError> {
         let num_blocks = self.shared.num_blocks.load(Ordering::Acquire);
         EngineLimits { num_blocks, ..self.shared.limits.clone() }.admit(request)
     }

@@ -513,7 +513,11 @@ fn blocks_that_run_out_cost_the_highest_priority_number_its_place() {
             let rows = step.plan.rows.iter().filter(|row| row.samples);
             let rows = rows.map(|row| phalanx_proto::SampledRow { slot: row.slot, token: TokenId(1), logprobs: None });
             let rows = rows.collect();
-            scheduler.commit(step, phalanx_proto::StepOutput { elapsed_us: 1, rows, ..Default::default() }, &mut blocks);
+            scheduler.commit(
+                step,
+                phalanx_proto::StepOutput { elapsed_us: 1, rows, ..Default::default() },
+                &mut blocks,
+            );
         }
         assert_eq!(last, [1, 2, 3, 4].into_iter().filter(|id| *id != expected).collect::<Vec<u64>>());
     }

@@ -1,6 +1,7 @@
 //! The routes against an engine whose answers are written beforehand.
 
 mod admission;
+mod beam;
 mod chat;
 mod completions;
 mod errors;
