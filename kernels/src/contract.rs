@@ -314,6 +314,8 @@ pub struct SamplerFeatures {
     pub masks: bool,
     /// [`StepInputs::edits`].
     pub edits: bool,
+    /// Whether masks and edits leave the logits as they were. Where not, they are projected again before they are scored.
+    pub keeps_logits: bool,
 }
 
 /// Largest step that a backend must hold.
@@ -333,6 +335,8 @@ pub struct InputLimits {
     pub positions_max: usize,
     /// Steps that may be submitted and not yet taken.
     pub steps_max: usize,
+    /// Tokens of the whole vocabulary; 0 where no row has a mask or edits.
+    pub vocab_size: usize,
     /// What attention is planned for.
     pub attention: AttentionLimits,
 }

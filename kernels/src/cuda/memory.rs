@@ -226,6 +226,11 @@ impl PinnedMemory {
         Span { address: self.device, len: self.len }
     }
 
+    /// The context that it belongs to.
+    pub(super) fn context(&self) -> &Context {
+        &self.context
+    }
+
     /// Bytes.
     pub fn len(&self) -> usize {
         self.len
