@@ -489,7 +489,8 @@ pub trait Ops {
         let _ = (inputs, part);
         work(self)
     }
-    /// Draws a token for each of the step's sampled rows: kept in the row's slot for later steps, and reported. Collective.
+    /// Draws a token for each of the step's sampled rows: kept in the row's slot for later steps, and reported. Collective. Where
+    /// the sampler keeps no logits ([`SamplerFeatures::keeps_logits`]), those of masked and edited rows are others afterwards.
     ///
     /// # Errors
     /// A device fault or a broken group.

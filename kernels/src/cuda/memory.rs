@@ -226,11 +226,6 @@ impl PinnedMemory {
         Span { address: self.device, len: self.len }
     }
 
-    /// The context that it belongs to.
-    pub(super) fn context(&self) -> &Context {
-        &self.context
-    }
-
     /// Bytes.
     pub fn len(&self) -> usize {
         self.len

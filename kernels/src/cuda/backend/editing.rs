@@ -13,7 +13,7 @@ use super::inputs::CudaInputs;
 use super::sampling::Slice;
 use super::{CudaOps, STEP_DEADLINE};
 use crate::cuda::edit_plan::{Drawn, EditPlanner, RING_MAX, ROW_WORDS};
-use crate::cuda::{Context, CudaError, DeviceMemory, Event, LaunchConfig, PinnedMemory, Span};
+use crate::cuda::{Context, CudaError, DeviceMemory, Event, LaunchConfig, PinnedMemory, Span, Stream};
 use crate::{InputLimits, KernelError, SamplerFeatures, StepInputs, kernel_args};
 
 /// Bytes that a blob has at first; it grows to what a step needs.
@@ -30,27 +30,52 @@ pub(super) struct Editing {
     allowed: DeviceMemory,
     masked: DeviceMemory,
     recents: DeviceMemory,
-    blobs: Vec<Blob>,
-    next: usize,
-    /// The blob of the step that was loaded last, until it is submitted.
-    loaded: Option<usize>,
+    blobs: Blobs,
     /// What is to be written into a blob.
     words: Vec<u32>,
 }
 
-/// A step's records and lists where the device reads them, and the end of the kernels that do.
-struct Blob {
-    memory: PinnedMemory,
-    read: Event,
+/// Records and lists of steps where the device reads them, each with the end of the kernels that do.
+struct Blobs {
+    all: Vec<(PinnedMemory, Event)>,
+    next: usize,
+    /// That of the step that was loaded last, until the step is submitted.
+    loaded: Option<usize>,
 }
 
-impl Drop for Blob {
+impl Blobs {
+    fn new(context: &Context, num: usize) -> Result<Self, CudaError> {
+        let blob = |_| Ok((PinnedMemory::alloc(context, BLOB_BYTES_MIN)?, Event::new(context)?));
+        Ok(Self { all: (0..num).map(blob).collect::<Result<_, CudaError>>()?, next: 0, loaded: None })
+    }
+
+    /// Writes into the next one: its address.
+    fn load(&mut self, context: &Context, words: &[u32]) -> Result<Span, CudaError> {
+        let index = self.next;
+        self.next = (index + 1) % self.all.len();
+        let (memory, read) = &mut self.all[index];
+        read.wait(STEP_DEADLINE, "the edits of an earlier step")?;
+        if memory.len() < size_of_val(words) {
+            *memory = PinnedMemory::alloc(context, size_of_val(words).next_power_of_two())?;
+        }
+        memory.slice_mut()[..words.len()].copy_from_slice(words);
+        self.loaded = Some(index);
+        Ok(memory.span())
+    }
+
+    /// All kernels that read the one that was loaded are in the stream.
+    fn close(&mut self, stream: &Stream) -> Result<(), CudaError> {
+        self.loaded.take().map_or(Ok(()), |index| self.all[index].1.record(stream))
+    }
+}
+
+impl Drop for Blobs {
     fn drop(&mut self) {
-        if !self.read.is_reached().unwrap_or(false)
-            && let Ok(empty) = PinnedMemory::alloc(self.memory.context(), 0)
-        {
-            // The device may still read it, and nobody may wait here: it stays allocated until the process ends.
-            std::mem::forget(std::mem::replace(&mut self.memory, empty));
+        for (index, (memory, read)) in self.all.drain(..).enumerate() {
+            if self.loaded == Some(index) || !read.is_reached().unwrap_or(false) {
+                // The device may still read it, and nobody may wait here: it stays allocated until the process ends.
+                std::mem::forget(memory);
+            }
         }
     }
 }
@@ -61,7 +86,6 @@ impl Editing {
         let planner = EditPlanner::new(limits.steps_max);
         let bits = rows * num_words(limits.vocab_size) * 4;
         let alloc = |bytes: usize| DeviceMemory::alloc(context, bytes);
-        let blob = |_| Ok(Blob { memory: PinnedMemory::alloc(context, BLOB_BYTES_MIN)?, read: Event::new(context)? });
         Ok(Self {
             vocab_size: limits.vocab_size,
             rows: alloc(rows * ROW_WORDS * 4)?,
@@ -69,9 +93,7 @@ impl Editing {
             allowed: alloc(bits)?,
             masked: alloc(bits)?,
             recents: alloc(limits.slots_max * planner.ring() * 4)?,
-            blobs: (0..=limits.steps_max).map(blob).collect::<Result<_, CudaError>>()?,
-            next: 0,
-            loaded: None,
+            blobs: Blobs::new(context, limits.steps_max + 1)?,
             words: Vec::new(),
             planner,
         })
@@ -83,27 +105,9 @@ impl Editing {
         SamplerFeatures { masks: edits, edits, keeps_logits: false }
     }
 
-    /// Writes a step into the next blob: its address.
-    fn fill(&mut self, context: &Context, step: &StepInputs, num_rows: usize) -> Result<Span, KernelError> {
-        self.planner.write(step, num_rows, &mut self.words);
-        let index = self.next;
-        self.next = (index + 1) % self.blobs.len();
-        let blob = &mut self.blobs[index];
-        blob.read.wait(STEP_DEADLINE, "the edits of an earlier step")?;
-        let bytes = self.words.len() * 4;
-        if blob.memory.len() < bytes {
-            blob.memory = PinnedMemory::alloc(context, bytes.next_power_of_two())?;
-        }
-        blob.memory.slice_mut()[..self.words.len()].copy_from_slice(&self.words);
-        self.loaded = Some(index);
-        Ok(blob.memory.span())
-    }
-
     /// The step's kernels are in the stream: which rows keep what they draw.
-    pub(super) fn submit(&mut self, stream: &crate::cuda::Stream) -> Result<Vec<Drawn>, CudaError> {
-        if let Some(index) = self.loaded.take() {
-            self.blobs[index].read.record(stream)?;
-        }
+    pub(super) fn submit(&mut self, stream: &Stream) -> Result<Vec<Drawn>, CudaError> {
+        self.blobs.close(stream)?;
         Ok(self.planner.submit())
     }
 
@@ -130,13 +134,10 @@ impl CudaOps {
 
     /// Takes a step's masks and edits in.
     pub(super) fn load_edits(&mut self, step: &StepInputs, num_rows: usize) -> Result<(), KernelError> {
-        let features = self.planned_features();
-        let stream = Rc::clone(&self.stream);
+        let (features, stream) = (self.planned_features(), Rc::clone(&self.stream));
         let Some(editing) = &mut self.editing else { return Ok(()) };
-        // A step that was loaded and not submitted may still be read.
-        if let Some(index) = editing.loaded.take() {
-            editing.blobs[index].read.record(&stream)?;
-        }
+        // What was loaded and not submitted may still be read.
+        editing.blobs.close(&stream)?;
         if step.masks.is_empty() && step.edits.is_empty() {
             editing.planner.abandon();
             return Ok(());
@@ -145,15 +146,14 @@ impl CudaOps {
             let what = "masks and edits without a vocabulary, or with that many steps in flight".into();
             return Err(KernelError::Unsupported { backend: "cuda", op: "sample", what });
         }
-        let blob = editing.fill(&self.context, step, num_rows)?;
+        editing.planner.write(step, num_rows, &mut editing.words);
+        let blob = editing.blobs.load(&self.context, &editing.words)?;
+        let editing = self.editing.as_ref().ok_or_else(unplanned)?;
         let (ring, words) = (editing.planner.ring() as u32, num_words(editing.vocab_size) as u32);
         let Editing { recents, rows, items, allowed, masked, .. } = editing;
-        let args = kernel_args![blob, &*recents, ring, words, &*rows, &*items, &*allowed, &*masked];
-        let config = LaunchConfig::linear(num_rows as u32, 256);
-        let kernel = &self.kernels.editing.load;
-        let config = if self.context.device().capability.0 >= 9 { config.dependent() } else { config };
+        let args = kernel_args![blob, recents, ring, words, rows, items, allowed, masked];
         // SAFETY: all memory was planned for the padded rows; the blob holds their records and what these name.
-        Ok(unsafe { stream.launch(kernel, &config, args) }?)
+        unsafe { self.launch(&self.kernels.editing.load, LaunchConfig::linear(num_rows as u32, 256), args) }
     }
 
     /// Edits the logits of the loaded step's rows. Collective. `best` and `gathered` are free until the sampler begins.
