@@ -9,8 +9,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use harness::{
-    Cluster, Golden, Precision, Processes, StreamEnd, check_agreement, check_model, golden, goldens, model_config,
-    smollm2, smollm2_bf16, token_ids, wait_for,
+    Cluster, Golden, Precision, Processes, StreamEnd, check_agreement, check_edited, check_model, edited_answers,
+    edited_requests, golden, goldens, model_config, smollm2, smollm2_bf16, token_ids, wait_for,
 };
 use phalanx_kernels::cuda::{Context, devices};
 use serde_json::{Value, json};
@@ -145,6 +145,38 @@ fn recorded_steps_give_the_tokens_of_eager_ones() {
                 assert_eq!(recorded, eager, "{} {dtype} TP {size}", model.name);
                 println!("{} {dtype} TP {size}: {} answers are equal", model.name, requests.len());
             }
+        }
+    }
+}
+
+/// Penalties, biases, bans, a least length and grammars on devices: the answers of the CPU, recorded and eager, alone and with
+/// others that have none, at every size.
+#[test]
+fn edited_requests_get_the_tokens_of_the_cpu() {
+    let requests = edited_requests();
+    let folder = golden("tiny-llama").folder;
+    let common = ["--dtype", "float32", "--max-num-seqs", "32"];
+    let on_cpu = Cluster::start_with(1, &["--device", "cpu"]);
+    on_cpu.serve(&folder, "m", &common);
+    let expected = edited_answers(&on_cpu.http, &requests, false);
+    drop(on_cpu);
+    let cluster = cluster();
+    let plain = json!({"model": "m", "prompt": "Hi", "max_tokens": 200, "temperature": 0, "ignore_eos": true});
+    for size in sizes() {
+        for flag in [None, Some("--enforce-eager")] {
+            let flags: Vec<&str> = common.into_iter().chain(["--tensor-parallel-size", size]).chain(flag).collect();
+            cluster.serve(&folder, "m", &flags);
+            let label = format!("TP {size} {}", flag.unwrap_or("recorded"));
+            let alone = edited_answers(&cluster.http, &requests, false);
+            check_edited(&label, &requests, &alone, &expected);
+            let text = cluster.http.ask("/v1/completions", &plain)["choices"][0]["text"].clone();
+            let mixed: Vec<Value> = requests.iter().cloned().chain(vec![plain.clone(); 4]).collect();
+            let together = edited_answers(&cluster.http, &mixed, true);
+            check_edited(&format!("{label}, together"), &requests, &together[..requests.len()], &expected);
+            for other in &together[requests.len()..] {
+                assert_eq!(other["text"], text, "{label}: beside edited ones a plain request gets its own text");
+            }
+            remove(&cluster, "m");
         }
     }
 }

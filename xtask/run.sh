@@ -31,7 +31,7 @@ sanitize() {
     "$tool" --tool memcheck --report-api-errors no --error-exitcode 9 \
         "$here/bin/cuda" --test-threads=1 --nocapture $quick || return
     "$tool" --tool racecheck --error-exitcode 9 \
-        "$here/bin/cuda" --test-threads=1 --nocapture --exact norms::f16 greedy::f32 scores::f32 embed::f16 || return
+        "$here/bin/cuda" --test-threads=1 --nocapture --exact norms::f16 greedy::f32 scores::f32 embed::f16 edited_values::f32 || return
 }
 
 what=${1:-all}

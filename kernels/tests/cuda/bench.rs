@@ -108,6 +108,7 @@ pub fn limits(attention: AttentionLimits) -> InputLimits {
         slots_max: 80,
         positions_max: 2048,
         steps_max: 3,
+        vocab_size: 50_000,
         attention,
     }
 }

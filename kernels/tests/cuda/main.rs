@@ -8,6 +8,7 @@
 
 mod attention;
 mod bench;
+mod edits;
 mod products;
 mod ranks;
 mod rows;
@@ -53,5 +54,8 @@ in_every_type! {
     scores => crate::sampling::check_scores,
     last_tokens => crate::steps::check_last_tokens,
     recording => crate::steps::check_recording,
+    edits => crate::edits::check_tokens,
+    edited_values => crate::edits::check_values,
+    edited_recording => crate::edits::check_recording,
     two_ranks => crate::ranks::check,
 }

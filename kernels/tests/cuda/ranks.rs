@@ -14,6 +14,7 @@ use phalanx_kernels::reference::ReferenceOps;
 use phalanx_kernels::{Collective, CollectiveError, Ops, SamplerKind, VocabSlice};
 
 use crate::bench::{Bench, Findings, Random, SOME_HEADS, open, settings, tolerance, turn};
+use crate::edits::{self, Edited};
 use crate::sampling::{Case, compare_scores, program, scores};
 
 /// Names the socket to the process that plays rank 1.
@@ -140,6 +141,7 @@ fn run(mut pair: Pair, dtype: Dtype) {
     let mut findings = Findings::default();
     check_sums(&mut pair, &mut device, &mut reference, dtype, &mut findings);
     check_sampling(&mut pair, &mut device, &mut reference, dtype, &mut findings);
+    check_edits(&mut pair, &mut device, &mut reference, dtype, &mut findings);
     findings.finish(&format!("rank {}", pair.rank));
 }
 
@@ -206,6 +208,33 @@ fn check_sampling(
                     got.iter().flat_map(|step| &step.tokens).map(|t| t.map_or(-1.0, |t| t as f32)).collect();
                 findings.holds(pair.agree(&tokens), || format!("{label}: the ranks sampled other tokens"));
             }
+        }
+    }
+}
+
+/// Masks and edits of a vocabulary in two parts. Rows that may draw nothing on one rank draw on the other.
+fn check_edits(
+    pair: &mut Pair,
+    device: &mut Bench<CudaOps>,
+    reference: &mut Bench<ReferenceOps>,
+    dtype: Dtype,
+    findings: &mut Findings,
+) {
+    for (index, vocab) in [35, 20_011].into_iter().enumerate() {
+        for rows in [1, 7, 40] {
+            let mut shared = Random::new((index * 100 + rows) as u64, dtype);
+            let mut own = Random::new((index * 100 + rows * 2 + pair.rank) as u64 + 9000, dtype);
+            let mut case = Case::new(&mut own, rows, vocab, SamplerKind::Greedy);
+            case.slice = VocabSlice { columns: 1..vocab - 1, first_id: 5 + (pair.rank * (vocab - 2)) as u32 };
+            case.scores = scores(&mut shared, rows, rows, 2 * (vocab - 2));
+            let edited = Edited::new(case, &mut shared, 5 + 2 * (vocab - 2));
+            let got = edits::program(device, &edited, dtype, false);
+            let expected = edits::program(reference, &edited, dtype, false);
+            let label = format!("edits, {rows} rows of 2 x {vocab}");
+            compare_scores(&label, &got, &expected, findings);
+            let tokens: Vec<f32> =
+                got.iter().flat_map(|step| &step.tokens).map(|t| t.map_or(-1.0, |t| t as f32)).collect();
+            findings.holds(pair.agree(&tokens), || format!("{label}: the ranks sampled other tokens"));
         }
     }
 }

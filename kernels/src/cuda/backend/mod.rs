@@ -10,6 +10,7 @@
 mod attention;
 mod buckets;
 mod buffers;
+mod editing;
 mod graphs;
 mod group;
 mod inputs;
@@ -31,6 +32,7 @@ use crate::cuda::{
 };
 use crate::{Collective, KernelError};
 use attention::AttentionScratch;
+use editing::Editing;
 use graphs::Graphs;
 use group::{Exchange, Group};
 use kernels::Kernels;
@@ -64,6 +66,7 @@ pub struct CudaSettings {
 pub struct CudaOps {
     graphs: Graphs,
     sampling: Option<Sampling>,
+    editing: Option<Editing>,
     attention: Option<AttentionScratch>,
     scratch: Scratch,
     uploader: Uploader,
@@ -102,6 +105,7 @@ impl CudaOps {
         Ok(Self {
             graphs: Graphs::default(),
             sampling: None,
+            editing: None,
             attention: None,
             scratch: Scratch::default(),
             uploader: Uploader::new(&context)?,
