@@ -54,4 +54,6 @@ in_every_type! {
     last_tokens => crate::steps::check_last_tokens,
     recording => crate::steps::check_recording,
     two_ranks => crate::ranks::check,
+    two_ranks_nccl => crate::ranks::check_nccl,
+    two_ranks_late => crate::ranks::check_late,
 }

@@ -155,7 +155,7 @@ impl ReduceBench {
         let dtype = if context.device().has_bfloat16() { Dtype::Bf16 } else { Dtype::F16 };
         let stream = Stream::new(&context, Priority::High)?;
         let modules = ModuleSet::new(&context, modules.clone());
-        let exchange = Exchange { dtype, hidden: HIDDEN };
+        let exchange = Exchange { dtype, hidden: HIDDEN, only_nccl: false };
         let peers = Peers::form(&context, &stream, &modules, &exchange, &mut *collective)?;
         let (nccl, nccl_missing) = match join(&exchange, &mut *collective)? {
             Ok(nccl) => (Some(nccl), None),
