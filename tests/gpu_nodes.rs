@@ -2,7 +2,7 @@
 //!
 //! Not part of `cargo test`: it needs two devices, and says so where one is visible. `cargo xtask gpu-test` runs it.
 
-#![expect(clippy::expect_used, clippy::panic, reason = "helpers of tests are test code too")]
+#![expect(clippy::panic, reason = "helpers of tests are test code too")]
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};

@@ -101,7 +101,7 @@ impl ReduceWay {
 
     /// The group's table for this way alone.
     fn plan(self, world_size: u32) -> Result<PeerPlan, KernelError> {
-        let usual = PeerPlan::unmeasured(world_size);
+        let usual = PeerPlan::usual(world_size);
         let rules = |op| usual.rules(op).to_vec();
         let only = |algorithm, blocks_max| vec![Rule { bytes_max: u64::MAX, algorithm, blocks_max }];
         let (mut fused, mut plain) = (rules(PeerOp::ReduceAddNorm), rules(PeerOp::AllReduce));

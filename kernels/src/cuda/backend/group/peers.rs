@@ -137,7 +137,7 @@ impl Peers {
         let has_clusters = device.capability.0 >= 9;
         Ok(Some(Self {
             kernels: PeerKernels::find(modules, exchange.dtype)?,
-            plan: PeerPlan::unmeasured(world_size as u32),
+            plan: PeerPlan::usual(world_size as u32),
             layout,
             residency: Residency { blocks: device.num_multiprocessors, has_clusters },
             group: group.to_bytes(),
