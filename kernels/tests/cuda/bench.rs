@@ -146,6 +146,7 @@ pub fn settings(dtype: Dtype, attention: AttentionLimits) -> CudaSettings {
         head_dim: attention.head_dim,
         group: attention.group,
         enforce_eager: false,
+        only_nccl: false,
         modules: ModuleSettings::default(),
     }
 }

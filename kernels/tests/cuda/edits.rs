@@ -44,7 +44,8 @@ fn edits(random: &mut Random, end: usize) -> (LogitEdits, TokenHistory) {
         min_tokens: random.below(8) as u32,
         end_tokens: of(random, 2),
     };
-    let prompt: Vec<u32> = (0..random.below(40)).map(|_| random.below(end) as u32).chain(of(random, 2)).collect();
+    let mut prompt: Vec<u32> = (0..random.below(40)).map(|_| random.below(end) as u32).collect();
+    prompt.extend(of(random, 2));
     let output = of(random, 3);
     (edits, TokenHistory::new(&prompt, &output))
 }

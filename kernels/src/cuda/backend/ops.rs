@@ -148,10 +148,11 @@ impl Ops for CudaOps {
     }
 
     fn is_done(&mut self) -> Result<bool, KernelError> {
-        self.results_arrived()
+        self.has_ended()
     }
 
     fn take(&mut self) -> Result<StepResult, KernelError> {
+        self.awaited_since = None;
         self.take_results()
     }
 
