@@ -15,6 +15,7 @@ use super::launch::{DeviceChoice, DeviceFlags, HeadFlags};
 use crate::cluster::strategy::Strategy;
 use crate::cluster::{DeploymentSpec, TensorParallelSize};
 use crate::config::{defaults, parse_duration};
+use crate::engine::policy::Policy;
 use crate::text::tools::ToolFormat;
 
 const DTYPES: [&str; 6] = ["auto", "float16", "half", "bfloat16", "float32", "float"];
@@ -109,6 +110,9 @@ pub struct EngineFlags {
     /// Most requests that wait
     #[arg(long, value_name = "N", default_value_t = defaults::MAX_QUEUE)]
     pub max_queue: u32,
+    /// Who runs next: priority: the lowest `priority` of a request, then who came first; fcfs: who came first
+    #[arg(long, value_name = "POLICY", default_value_t, value_parser = |s: &str| s.parse::<Policy>())]
+    pub scheduling_policy: Policy,
     /// Longest wait of a request in the queue; it is refused then [default: no limit]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub queue_timeout: Option<Duration>,
@@ -347,6 +351,7 @@ impl EngineFlags {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_queue: self.max_queue,
+            scheduling_policy: self.scheduling_policy,
             queue_timeout: self.queue_timeout,
             disable_log_stats: self.disable_log_stats,
             enable_prefix_caching: !self.no_enable_prefix_caching || self.enable_prefix_caching,

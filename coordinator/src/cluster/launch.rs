@@ -72,6 +72,7 @@ pub(super) fn engine_limits(checked: &CheckedSpec) -> EngineLimits {
         enable_prefix_caching: spec.enable_prefix_caching,
         step_time_budget: defaults::STEP_TIME_BUDGET,
         step_deadline_min: defaults::STEP_DEADLINE_MIN,
+        policy: spec.scheduling_policy,
         recovery: RecoveryLimits::default(),
         features: phalanx_proto::SamplerFeatures::default(),
     }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::strategy::Strategy;
 use crate::config::defaults;
+use crate::engine::policy::Policy;
 
 /// How many ranks share one copy of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +73,9 @@ pub struct DeploymentSpec {
     pub max_num_batched_tokens: u32,
     /// Most requests that wait.
     pub max_queue: u32,
+    /// Who runs next.
+    #[serde(default)]
+    pub scheduling_policy: Policy,
     /// Longest wait of a request in the queue.
     #[serde(default)]
     pub queue_timeout: Option<Duration>,
@@ -120,6 +124,7 @@ impl DeploymentSpec {
             max_num_seqs: defaults::MAX_NUM_SEQS,
             max_num_batched_tokens: defaults::MAX_NUM_BATCHED_TOKENS,
             max_queue: defaults::MAX_QUEUE,
+            scheduling_policy: Policy::default(),
             queue_timeout: None,
             disable_log_stats: false,
             enable_prefix_caching: true,
