@@ -22,6 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Node {
     home: TempDir,
     namespace: Option<String>,
+    token: Option<String>,
 }
 
 /// What a command of ours did.
@@ -49,6 +50,7 @@ impl Node {
         Self {
             home: tempfile::Builder::new().prefix("phalanx-").tempdir().expect("a temporary folder"),
             namespace: None,
+            token: None,
         }
     }
 
@@ -57,6 +59,27 @@ impl Node {
         let mut node = Self::new();
         node.namespace = Some(namespace.to_owned());
         node
+    }
+
+    /// Gives its programs a join token of a head's machine, as a user does for machines that are not the head's own.
+    ///
+    /// # Panics
+    /// If that head makes none.
+    #[must_use]
+    pub fn with_token_of(mut self, head: &Self) -> Self {
+        self.token = Some(head.make_token(&[]));
+        self
+    }
+
+    /// A token that the head of this home makes.
+    ///
+    /// # Panics
+    /// If it makes none.
+    pub fn make_token(&self, flags: &[&str]) -> String {
+        let made = self.run("coordinator", &[&["token", "create", "--json"], flags].concat());
+        assert_eq!(made.code, 0, "{made:?}");
+        let line: Value = serde_json::from_str(made.stdout.trim()).expect("one object");
+        line["token"].as_str().expect("a token").to_owned()
     }
 
     /// Its `PHALANX_HOME`.
@@ -75,6 +98,10 @@ impl Node {
             None => Command::new(binary(program)),
         };
         command.args(arguments).env("PHALANX_HOME", self.home.path()).stdin(Stdio::null());
+        match &self.token {
+            Some(token) => command.env("PHALANX_TOKEN", token),
+            None => command.env_remove("PHALANX_TOKEN"),
+        };
         command
     }
 

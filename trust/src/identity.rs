@@ -34,15 +34,24 @@ impl Enrollment {
     }
 
     /// The identity, with what the head answered.
-    pub fn finish(self, certificate: Vec<u8>, authority: Vec<u8>, not_after: u64) -> Identity {
+    pub fn finish(self, node_id: &str, certificate: Vec<u8>, authority: Vec<u8>, not_after: u64) -> Identity {
         let not_after = not_after.max(unix_seconds());
-        Identity { certificate, authority, key: self.key.serialized_der().to_vec(), made: unix_seconds(), not_after }
+        let node_id = node_id.to_owned();
+        Identity {
+            node_id,
+            certificate,
+            authority,
+            key: self.key.serialized_der().to_vec(),
+            made: unix_seconds(),
+            not_after,
+        }
     }
 }
 
 /// A node's key and certificate.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Identity {
+    node_id: String,
     certificate: Vec<u8>,
     authority: Vec<u8>,
     key: Vec<u8>,
@@ -52,6 +61,7 @@ pub struct Identity {
 
 #[derive(Serialize, Deserialize)]
 struct Stored {
+    node_id: String,
     certificate: String,
     authority: String,
     key: String,
@@ -80,6 +90,7 @@ impl Identity {
         let stored: Stored = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
         let bytes = |text: &str| from_hex(text).ok_or_else(|| damaged("it holds no hexadecimal digits".to_owned()));
         Ok(Some(Self {
+            node_id: stored.node_id.clone(),
             certificate: bytes(&stored.certificate)?,
             authority: bytes(&stored.authority)?,
             key: bytes(&stored.key)?,
@@ -95,6 +106,7 @@ impl Identity {
     pub fn write(&self, folder: &Path) -> Result<(), TrustError> {
         let path = Self::path(folder);
         let stored = Stored {
+            node_id: self.node_id.clone(),
             certificate: to_hex(&self.certificate),
             authority: to_hex(&self.authority),
             key: to_hex(&self.key),
@@ -104,6 +116,16 @@ impl Identity {
         let text = serde_json::to_vec(&stored).map_err(io::Error::from);
         let written = text.and_then(|text| private_dir(folder).and_then(|()| write_private(&path, &text)));
         written.map_err(|source| TrustError::Io { path, source })
+    }
+
+    /// Removes it, so that another one is asked for.
+    pub fn remove(folder: &Path) {
+        let _ = fs::remove_file(Self::path(folder));
+    }
+
+    /// Whose it is.
+    pub fn node_id(&self) -> &str {
+        &self.node_id
     }
 
     /// The authority that signed it.
@@ -159,7 +181,7 @@ mod tests {
         assert_eq!(Identity::read(dir.path()).expect("reads"), None);
         let enrollment = Enrollment::new().expect("a key");
         let issued = authority.certify_node("n", &enrollment.public_key(), Duration::from_secs(90)).expect("signs");
-        let identity = enrollment.finish(issued.certificate, authority.certificate().to_vec(), issued.not_after);
+        let identity = enrollment.finish("n", issued.certificate, authority.certificate().to_vec(), issued.not_after);
         identity.write(dir.path()).expect("writes");
         assert_eq!(Identity::read(dir.path()).expect("reads"), Some(identity.clone()));
         assert_eq!(identity.pin(), authority.pin());

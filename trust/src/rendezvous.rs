@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -60,6 +61,14 @@ pub fn forget(port: u16, home: &Path) {
 pub fn find(port: u16) -> Option<PathBuf> {
     let text = fs::read_to_string(file(port).filter(|_| is_ours(&folder()))?).ok()?;
     Some(PathBuf::from(text)).filter(|home| home.is_absolute())
+}
+
+/// The same for `host:port`, where the host is this machine's loopback.
+pub fn of_address(address: &str) -> Option<PathBuf> {
+    let (host, port) = address.rsplit_once(':')?;
+    let host = host.trim_matches(['[', ']']);
+    let is_loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    is_loopback.then(|| port.parse().ok()).flatten().and_then(find)
 }
 
 #[cfg(test)]

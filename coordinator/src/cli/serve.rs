@@ -65,7 +65,7 @@ impl OwnHead {
         flags: &OwnHeadFlags,
         spec: &DeploymentSpec,
     ) -> Result<Self, CliError> {
-        let mut options = flags.head().options(&surroundings.environment.home);
+        let mut options = flags.head().options(surroundings);
         options.cluster.flag = "--cluster-port";
         options.api_keys.clone_from(&flags.api_key);
         let head = head::bind(options)?.start()?;
