@@ -71,6 +71,13 @@ impl Node {
         self
     }
 
+    /// The same machine without one.
+    #[must_use]
+    pub fn without_token(mut self) -> Self {
+        self.token = None;
+        self
+    }
+
     /// A token that the head of this home makes.
     ///
     /// # Panics

@@ -173,3 +173,78 @@ impl Strangers {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+    use tokio_stream::StreamExt;
+    use tonic::transport::server::Connected;
+
+    use super::*;
+    use crate::{DialError, Enrollment, Identity, Peer, Pin, Trust, dial};
+
+    const PATIENCE: Duration = Duration::from_secs(5);
+
+    fn authority() -> Arc<Authority> {
+        Arc::new(Authority::open(tempfile::tempdir().expect("a folder").path()).expect("made"))
+    }
+
+    /// An identity that `signer` gave, and that looks for the head of `head`.
+    fn identity(signer: &Authority, head: &Authority, lifetime: Duration) -> Trust {
+        let enrollment = Enrollment::new().expect("a key");
+        let issued = signer.certify_node("node-1", &enrollment.public_key(), lifetime).expect("signs");
+        let authority = head.certificate().to_vec();
+        let identity: Identity = enrollment.finish("node-1", issued.certificate, authority, issued.not_after);
+        Trust::Known(Box::new(identity))
+    }
+
+    /// What the head sees of somebody who comes so, and what he sees of the head.
+    async fn meet(head: &Arc<Authority>, trust: &Trust) -> (Option<Peer>, Result<Stream, DialError>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address").to_string();
+        let mut streams = incoming(listener, Some(HeadTls::new(head).expect("a certificate")));
+        let dialled = dial(&address, trust, PATIENCE).await;
+        let seen = tokio::time::timeout(Duration::from_millis(300), streams.next()).await;
+        let seen = seen.ok().flatten().and_then(Result::ok);
+        (seen.map(|stream| stream.connect_info()), dialled)
+    }
+
+    #[tokio::test]
+    async fn both_sides_know_each_other_or_part() {
+        let (head, other) = (authority(), authority());
+        let (seen, dialled) = meet(&head, &Trust::Pinned(head.pin())).await;
+        assert!(matches!(seen, Some(Peer::Tls(_, None))) && dialled.is_ok(), "{seen:?} {dialled:?}");
+        let (seen, dialled) = meet(&head, &identity(&head, &head, PATIENCE)).await;
+        let Some(Peer::Tls(_, Some(node))) = seen else { panic!("{seen:?}") };
+        assert!(node.node_id == "node-1" && node.serial.len() == 32 && dialled.is_ok(), "{node:?}");
+        let (seen, dialled) = meet(&head, &Trust::Pinned(Pin::of(b"another"))).await;
+        assert!(seen.is_none() && matches!(dialled, Err(DialError::WrongHead(_))), "{seen:?} {dialled:?}");
+        let (seen, _) = meet(&head, &identity(&other, &head, PATIENCE)).await;
+        assert_eq!(seen, None, "a certificate of another cluster");
+        let expired = identity(&head, &head, Duration::ZERO);
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        let (seen, dialled) = meet(&head, &expired).await;
+        assert_eq!(seen, None, "a certificate that has ended");
+        let read = dialled.expect("TLS 1.3 tells later").read_u8().await.expect_err("an alert").to_string();
+        assert!(read.contains("CertificateExpired"), "{read}");
+    }
+
+    #[tokio::test]
+    async fn a_node_cannot_play_the_head() {
+        let head = authority();
+        let Trust::Known(node) = identity(&head, &head, PATIENCE) else { panic!() };
+        let key = crate::authority::signing_key(node.key()).expect("a key");
+        let chain = vec![node.chain().remove(0), head.certificate().clone()];
+        let certificate = Arc::new(CertifiedKey::new(chain, key));
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = ServerConfig::builder_with_provider(provider).with_protocol_versions(&[&rustls::version::TLS13]);
+        let builder = builder.expect("a version").with_no_client_auth();
+        let config = builder.with_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(certificate)));
+        let tls = HeadTls(TlsAcceptor::from(Arc::new(config)));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address").to_string();
+        let _streams = incoming(listener, Some(tls));
+        let dialled = dial(&address, &Trust::Pinned(head.pin()), PATIENCE).await;
+        assert!(matches!(dialled, Err(DialError::WrongHead(_))), "{dialled:?}");
+    }
+}

@@ -39,6 +39,8 @@ pub mod defaults {
     pub const TOKEN_LOOKS: u32 = 20;
     /// Time between two of them.
     pub const TOKEN_LOOK_PAUSE: Duration = Duration::from_millis(100);
+    /// Shortest time between two looks at when this node's certificate ends.
+    pub const RENEWAL_LOOK: Duration = Duration::from_secs(1);
     /// Longest time between two looks at when this node's certificate ends.
     pub const RENEWAL_PAUSE: Duration = Duration::from_secs(600);
     /// Rest before a renewal that failed is tried again.

@@ -1,9 +1,11 @@
 //! `coordinator start --head`: the head and this machine's agent, as two processes in sessions of their own.
 
 use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 
 use clap::Args;
+use phalanx_trust::files::write_private;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -28,6 +30,9 @@ pub struct StartFlags {
     device: DeviceFlags,
     #[command(flatten)]
     flags: HeadFlags,
+    /// Write a join token to this file, for machines that are given it by a mount or a secret; the one before is revoked
+    #[arg(long, value_name = "FILE")]
+    join_token_file: Option<PathBuf>,
     /// Stay in the foreground
     #[arg(long)]
     block: bool,
@@ -59,6 +64,9 @@ pub(super) fn run(surroundings: &Surroundings, flags: &StartFlags) -> Outcome {
 async fn announce(record: &HeadRecord, agent: u32, flags: &StartFlags) -> Outcome {
     let client = HeadClient::connect(local_address(record)).await?;
     let token = join_token(&client, record).await?;
+    if let Some(file) = flags.join_token_file.as_deref().filter(|_| !record.insecure) {
+        write_join_token(&client, file).await?;
+    }
     if flags.json {
         let line = json!({
             "address": record.address,
@@ -102,6 +110,20 @@ async fn join_token(client: &HeadClient, record: &HeadRecord) -> Result<Option<S
     let note = "start".to_owned();
     let wish = TokenWish { scopes: vec![TokenScope::Join], ttl: Some(TOKEN_TTL), note };
     Ok(Some(client.create_token(&wish).await?.text))
+}
+
+/// Leaves a token that does not end by itself in a file of mode 0600.
+async fn write_join_token(client: &HeadClient, file: &Path) -> Outcome {
+    let note = format!("file {}", file.display());
+    let before = client.tokens().await?.tokens;
+    let token =
+        client.create_token(&TokenWish { scopes: vec![TokenScope::Join], ttl: None, note: note.clone() }).await?;
+    write_private(file, token.text.as_bytes())
+        .map_err(|error| CliError::failed("io", format!("cannot write {}: {error}", file.display())))?;
+    for old in before.iter().filter(|old| old.note == note && old.state() == "valid") {
+        client.revoke_token(&old.id).await?;
+    }
+    Ok(())
 }
 
 /// How other machines join, or why they cannot.

@@ -3,7 +3,6 @@
 //! **Invariant:** nothing is sent to a head that is not the one that the token names, or the one that gave the certificate.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use phalanx_proto::pb::enrollment_client::EnrollmentClient;
 use phalanx_proto::{NodeId, pb};
@@ -159,7 +158,8 @@ impl Credentials {
         loop {
             let due_in = match Identity::read(&self.home.trust_dir()) {
                 Ok(Some(known)) => known.due_in(),
-                _ => defaults::RENEWAL_PAUSE,
+                // The first one is on its way.
+                _ => defaults::RENEWAL_LOOK,
             };
             if due_in.is_zero() {
                 if let Err(error) = self.renew().await {
@@ -169,7 +169,7 @@ impl Credentials {
                 continue;
             }
             // Clocks jump: a long sleep is cut.
-            tokio::time::sleep(due_in.min(defaults::RENEWAL_PAUSE).max(Duration::from_secs(1))).await;
+            tokio::time::sleep(due_in.clamp(defaults::RENEWAL_LOOK, defaults::RENEWAL_PAUSE)).await;
         }
     }
 
