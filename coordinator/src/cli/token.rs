@@ -24,25 +24,39 @@ pub const TOKEN_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 #[command(after_help = "Examples:\n  coordinator token create\n  coordinator token create --ttl 1h --note rack-7\n  \
                         coordinator token list\n  coordinator token revoke 1f2e3d4c\n\nExample:\n  coordinator token create")]
 pub struct TokenFlags {
+    #[command(subcommand)]
+    action: TokenAction,
+}
+
+/// What each of them takes.
+#[derive(Debug, Clone, Args)]
+struct CommonFlags {
     #[command(flatten)]
     address: AddressFlag,
     /// Print one JSON object
-    #[arg(long, global = true)]
-    pub json: bool,
-    #[command(subcommand)]
-    action: TokenAction,
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Clone, Subcommand)]
 enum TokenAction {
     Create(CreateFlags),
-    List,
+    List(ListFlags),
     Revoke(RevokeFlags),
+}
+
+/// List tokens, without their text, and the nodes that have certificates
+#[derive(Debug, Clone, Args)]
+struct ListFlags {
+    #[command(flatten)]
+    common: CommonFlags,
 }
 
 /// Make a token; its text is shown this once
 #[derive(Debug, Clone, Args)]
 struct CreateFlags {
+    #[command(flatten)]
+    common: CommonFlags,
     /// How long it may be used: 30m, 24h, or "never" for until it is revoked
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = parse_ttl)]
     ttl: Ttl,
@@ -64,6 +78,8 @@ fn parse_ttl(text: &str) -> Result<Ttl, String> {
 /// Take a token back, or send a node away for good
 #[derive(Debug, Clone, Args)]
 struct RevokeFlags {
+    #[command(flatten)]
+    common: CommonFlags,
     /// The token's id
     #[arg(required_unless_present = "node", conflicts_with = "node")]
     id: Option<String>,
@@ -72,14 +88,29 @@ struct RevokeFlags {
     node: Option<String>,
 }
 
+impl TokenFlags {
+    fn common(&self) -> &CommonFlags {
+        match &self.action {
+            TokenAction::Create(CreateFlags { common, .. })
+            | TokenAction::List(ListFlags { common })
+            | TokenAction::Revoke(RevokeFlags { common, .. }) => common,
+        }
+    }
+
+    pub(super) fn json(&self) -> bool {
+        self.common().json
+    }
+}
+
 pub(super) fn run(surroundings: &Surroundings, flags: &TokenFlags) -> Outcome {
     runtime()?.block_on(async {
-        let client = connection::require(flags.address.address.as_deref(), surroundings).await?;
+        let CommonFlags { address, json } = flags.common();
+        let client = connection::require(address.address.as_deref(), surroundings).await?;
         match &flags.action {
-            TokenAction::Create(wish) => create(&client, wish, flags.json).await,
-            TokenAction::List => list(&client, flags.json).await,
-            TokenAction::Revoke(RevokeFlags { id: Some(id), .. }) => revoke_token(&client, id, flags.json).await,
-            TokenAction::Revoke(RevokeFlags { node: Some(node), .. }) => revoke_node(&client, node, flags.json).await,
+            TokenAction::Create(wish) => create(&client, wish, *json).await,
+            TokenAction::List(_) => list(&client, *json).await,
+            TokenAction::Revoke(RevokeFlags { id: Some(id), .. }) => revoke_token(&client, id, *json).await,
+            TokenAction::Revoke(RevokeFlags { node: Some(node), .. }) => revoke_node(&client, node, *json).await,
             TokenAction::Revoke(_) => Err(CliError::usage("give a token's id, or --node")),
         }
     })
