@@ -53,6 +53,9 @@ const NAMES: [&str; 43] = [
     "NCCL_TOPO_DUMP_FILE",
 ];
 
+/// What may be set although its name begins like others that may not: the log filter of a rank.
+const HARMLESS: [&str; 1] = ["PHALANX_LOG"];
+
 /// Parts of names that are refused: libraries that NCCL, RCCL and others load by name.
 const PARTS: [&str; 2] = ["_PLUGIN", "PRELOAD"];
 
@@ -68,6 +71,9 @@ pub fn refusal(name: &str) -> Option<&'static str> {
         return Some("it is no name of a variable");
     }
     let upper = name.to_ascii_uppercase();
+    if HARMLESS.contains(&name) {
+        return None;
+    }
     let decides = PREFIXES.iter().any(|prefix| upper.starts_with(prefix))
         || NAMES.contains(&upper.as_str())
         || PARTS.iter().any(|part| upper.contains(part));
@@ -103,7 +109,16 @@ mod tests {
         ] {
             assert!(refusal(name).is_some(), "{name:?}");
         }
-        for name in ["HF_ENDPOINT", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "RUST_LOG", "OMP_NUM_THREADS", "A", "_b1"] {
+        for name in [
+            "HF_ENDPOINT",
+            "PHALANX_LOG",
+            "NCCL_SOCKET_IFNAME",
+            "NCCL_DEBUG",
+            "RUST_LOG",
+            "OMP_NUM_THREADS",
+            "A",
+            "_b1",
+        ] {
             assert_eq!(refusal(name), None, "{name}");
         }
     }
