@@ -1,6 +1,6 @@
 //! A stranger's machine: what it tries at a head that lets machines join, and what it is told. docs/security.md is the list.
 
-#![expect(clippy::expect_used, clippy::panic, reason = "helpers of tests are test code too")]
+#![expect(clippy::expect_used, reason = "helpers of tests are test code too")]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -151,7 +151,7 @@ fn every_route_needs_a_key_once_there_is_one() {
     wait_for("the head to know the key", || (cluster.http.get("/v1/models").0 == 401).then_some(()));
     let mut num_routes = 0;
     for (path, methods) in document["paths"].as_object().expect("paths") {
-        let path = path.replace('{', "").replace('}', "");
+        let path = path.replace(['{', '}'], "");
         let status = match methods.get("post") {
             Some(_) => cluster.http.post(&path, &json!({"model": "m"})).status,
             None => cluster.http.get(&path).0,

@@ -33,7 +33,7 @@ enum Guard {
     /// It served before.
     Nothing,
     /// It was deployed on a head that runs anyway.
-    Undeploy(HeadClient),
+    Undeploy(Box<HeadClient>),
     /// The head was started for it.
     Stop(Box<OwnHead>),
 }
@@ -117,7 +117,7 @@ pub async fn ensure_served(
                 return Ok(Served { http, name: known.name.clone(), guard: Guard::Nothing });
             }
             let status = deploy(&client, spec, &mut progress).await?;
-            Served { http, name: status.name, guard: Guard::Undeploy(client) }
+            Served { http, name: status.name, guard: Guard::Undeploy(Box::new(client)) }
         }
         None => {
             let own = OwnHead::start(surroundings, own_head, spec).await?;
