@@ -23,6 +23,7 @@ pub struct Node {
     home: TempDir,
     namespace: Option<String>,
     env: Vec<(&'static str, String)>,
+    token: Option<String>,
 }
 
 /// What a command of ours did.
@@ -51,6 +52,7 @@ impl Node {
             home: tempfile::Builder::new().prefix("phalanx-").tempdir().expect("a temporary folder"),
             namespace: None,
             env: Vec::new(),
+            token: None,
         }
     }
 
@@ -66,6 +68,34 @@ impl Node {
         let mut node = Self::new();
         node.namespace = Some(namespace.to_owned());
         node
+    }
+
+    /// Gives its programs a join token of a head's machine, as a user does for machines that are not the head's own.
+    ///
+    /// # Panics
+    /// If that head makes none.
+    #[must_use]
+    pub fn with_token_of(mut self, head: &Self) -> Self {
+        self.token = Some(head.make_token(&[]));
+        self
+    }
+
+    /// The same machine without one.
+    #[must_use]
+    pub fn without_token(mut self) -> Self {
+        self.token = None;
+        self
+    }
+
+    /// A token that the head of this home makes.
+    ///
+    /// # Panics
+    /// If it makes none.
+    pub fn make_token(&self, flags: &[&str]) -> String {
+        let made = self.run("coordinator", &[&["token", "create", "--json"], flags].concat());
+        assert_eq!(made.code, 0, "{made:?}");
+        let line: Value = serde_json::from_str(made.stdout.trim()).expect("one object");
+        line["token"].as_str().expect("a token").to_owned()
     }
 
     /// Its `PHALANX_HOME`.
@@ -85,6 +115,10 @@ impl Node {
         };
         command.args(arguments).env("PHALANX_HOME", self.home.path()).stdin(Stdio::null());
         command.envs(self.env.iter().map(|(name, value)| (*name, value)));
+        match &self.token {
+            Some(token) => command.env("PHALANX_TOKEN", token),
+            None => command.env_remove("PHALANX_TOKEN"),
+        };
         command
     }
 
