@@ -17,6 +17,7 @@ mod memory;
 mod model;
 mod names;
 mod row_order;
+mod sentencepiece;
 mod shard;
 mod tensors;
 #[cfg(any(test, feature = "test-support"))]
@@ -29,6 +30,7 @@ pub use error::ModelError;
 pub use geometry::{Geometry, RopeScaling};
 pub use memory::{kv_block_bytes, weight_bytes};
 pub use model::{FileKind, ModelFiles, TensorView};
+pub use sentencepiece::SentencePieceFiles;
 pub use shard::{ShardPlan, Split};
 pub use tensors::{EMBEDDING, FINAL_NORM, HEAD, LayerNames, Sharding, TensorSpec};
 pub use texts::{GenerationDefaults, GgufVocab, TokenizerSource};
