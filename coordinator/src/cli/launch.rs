@@ -15,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::head_process::StartLine;
 use super::{CliError, Outcome, Surroundings};
+use crate::api::AllowedOrigins;
 use crate::cluster::ClusterHandle;
 use crate::cluster::membership::HeadClient;
 use crate::config::{Home, defaults, parse_duration};
@@ -73,6 +74,9 @@ pub struct HeadFlags {
     /// How long agents and ranks wait for a head that is gone, with their weights
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = parse_duration)]
     pub head_grace: Duration,
+    /// Web pages that may use the API: origins with commas between them, or * for all [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    pub allowed_origins: Option<AllowedOrigins>,
 }
 
 impl HeadFlags {
@@ -95,6 +99,7 @@ impl HeadFlags {
             advertise_address: self.advertise_address.clone(),
             head_grace: self.head_grace,
             api_keys: Vec::new(),
+            allowed_origins: self.allowed_origins.clone().unwrap_or_default(),
         }
     }
 
@@ -109,6 +114,7 @@ impl HeadFlags {
             format!("--dashboard-host={}", self.dashboard_host),
             format!("--head-grace={}ms", self.head_grace.as_millis()),
         ];
+        words.extend(self.allowed_origins.as_ref().map(|origins| format!("--allowed-origins={origins}")));
         words.extend(self.advertise_address.as_ref().map(|address| format!("--advertise-address={address}")));
         words
     }
