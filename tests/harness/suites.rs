@@ -90,11 +90,12 @@ pub fn keep_document(examples: u32) -> String {
     cluster.serve(&golden("tiny-llama").folder, "m", &["--max-model-len", "128"]);
     let mut program = suite.interpreter();
     program.arg(suite.packages().join("bin/schemathesis"));
-    program.arg("--config-file").arg(suite.sources().join("schemathesis.toml"));
-    program.arg("run").arg(format!("{}/openapi.json", cluster.http.base()));
+    // It looks for its files where it runs; what it keeps for its next run goes with the cluster.
+    for file in ["schemathesis.toml", "hooks.py"] {
+        fs::copy(suite.sources().join(file), cluster.node.home().join(file)).expect("a copy");
+    }
+    program.current_dir(cluster.node.home()).arg("run").arg(format!("{}/openapi.json", cluster.http.base()));
     program.args(["--max-examples", &examples.to_string()]);
-    // What it keeps for its next run goes with the cluster.
-    program.current_dir(cluster.node.home());
     let said = pass(program);
     assert_eq!(cluster.http.get("/health").0, 200);
     said

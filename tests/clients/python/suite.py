@@ -12,6 +12,7 @@ import journeys
 import plain
 import structured
 
+# `embeddings` joins them with its endpoint.
 MODULES = [plain, structured, journeys]
 
 
