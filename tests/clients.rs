@@ -1,6 +1,8 @@
 //! Other people's clients against a real server: `openai` and `anthropic` for Python and Node, `langchain-openai` with the
 //! standard suite of `langchain-tests`, `pydantic-ai`, `instructor`, `llm`, and schemathesis.
 
+#![expect(clippy::expect_used, reason = "helpers of tests are test code too")]
+
 use std::process::Command;
 
 use harness::{Cluster, Suite, golden, keep_document, pass, smollm2};
