@@ -26,7 +26,7 @@ use tracing::{error, info, warn};
 pub use ports::{PortError, PortWish};
 pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
 
-use crate::api::{self, ApiState, ServedModels};
+use crate::api::{self, AllowedOrigins, ApiState, ServedModels};
 use crate::cluster::membership::ClusterServer;
 use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, StatusBoard};
 use crate::config::{Home, defaults};
@@ -63,6 +63,8 @@ pub struct HeadOptions {
     pub insecure: bool,
     /// How long a node's certificate is valid.
     pub certificate_lifetime: Duration,
+    /// Pages that may read the API's answers.
+    pub allowed_origins: AllowedOrigins,
 }
 
 /// Why a head cannot start.
@@ -232,7 +234,12 @@ impl BoundHead {
         servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
         let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
         servers.push(tokio::spawn(keep_usage(Arc::clone(&keys), ended.clone())));
-        servers.push(http_server("HTTP", http, api_router(models, &board, keys), ended.clone())?);
+        servers.push(http_server(
+            "HTTP",
+            http,
+            api_router(models, &board, keys, options.allowed_origins),
+            ended.clone(),
+        )?);
         servers.push(http_server("the dashboard", dashboard, dashboard::router(board), ended)?);
         lock.write(&record)?;
         info!(
@@ -335,10 +342,11 @@ async fn keep_usage(keys: Arc<KeyRing>, mut ended: watch::Receiver<bool>) {
     }
 }
 
-fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>) -> axum::Router {
+fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>, origins: AllowedOrigins) -> axum::Router {
     let board = board.clone();
     let mut state = ApiState::new(models, Arc::new(move || board.snapshot()));
     state.keys = keys;
+    state.origins = origins;
     api::router(state)
 }
 

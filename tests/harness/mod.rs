@@ -15,6 +15,7 @@ mod judge;
 mod lasting;
 mod network;
 mod places;
+mod suites;
 
 pub use client::{Completion, Http, Stream, StreamEnd};
 pub use cluster::{Cluster, Finished, Node, Processes, wait_for};
@@ -25,3 +26,4 @@ pub use judge::{Precision, check_agreement, check_model, token_ids};
 pub use lasting::Lasting;
 pub use network::TwoHosts;
 pub use places::model_config;
+pub use suites::{Suite, keep_document, pass};

@@ -1,4 +1,4 @@
-//! The commands of this repository: `cargo xtask demo | test | device-code | soak | fetch | gpu-test | bench`.
+//! The commands of this repository: `cargo xtask demo | test | device-code | soak | document | fetch | gpu-test | bench`.
 //!
 //! Knows how to build, obtain what tests need, and drive the two binaries as a user does. Holds no product code.
 //!
@@ -47,6 +47,12 @@ enum Command {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// Holds a server to its own `/openapi.json` with thousands of requests, allowed and forbidden ones.
+    Document {
+        /// Cases for each operation and phase, at the most.
+        #[arg(long, default_value_t = 400)]
+        examples: u32,
+    },
     /// Obtains the model and the tokenizers that tests use, with their checksums.
     Fetch,
     /// Builds what needs a GPU and runs it, or packs it for a machine without Rust.
@@ -86,6 +92,7 @@ fn main() -> anyhow::Result<()> {
         Command::Test => test::run(),
         Command::DeviceCode => device_code::run(),
         Command::Soak { minutes, seed } => test::soak(minutes, seed),
+        Command::Document { examples } => test::document(examples),
         Command::Fetch => fetch::model().and(fetch::tokenizers()).map(|_| ()),
         Command::GpuTest { pack, profile, what } => gpu::run(pack.as_deref(), &profile, &what),
         Command::Bench { pack: Some(folder), profile, .. } => gpu::run(Some(&folder), &profile, &[]),

@@ -55,6 +55,13 @@ pub fn soak(minutes: f64, seed: u64) -> anyhow::Result<()> {
     check(Command::new(soak).args([minutes.to_string(), seed.to_string()]))
 }
 
+/// Builds the programs, and runs schemathesis against them.
+pub fn document(examples: u32) -> anyhow::Result<()> {
+    check(cargo().args(["build", "--workspace", "--bins", "--examples"]))?;
+    let document = build_binaries()?.join("examples/document");
+    check(Command::new(document).arg(examples.to_string()))
+}
+
 /// `cargo deny`, installed below `.cache` on first use. Advisories are left out: their database is not a package.
 fn deny() -> anyhow::Result<()> {
     let tools = cache().join("tools");

@@ -13,6 +13,9 @@ use serde_json::Value;
 use super::error::ApiError;
 use super::fields::{Fields, type_name};
 
+/// Some editors and shells put it before a text; it is no part of it.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 /// Limits of a body.
 #[derive(Debug, Clone, Copy)]
 pub struct BodyLimits {
@@ -36,10 +39,13 @@ pub struct Body {
 /// The body is no JSON object, too long, too late, or says that it is something else.
 pub async fn read(request: Request, limits: BodyLimits) -> Result<Body, ApiError> {
     check_content_type(request.headers())?;
+    check_content_encoding(request.headers())?;
     let bytes = tokio::time::timeout(limits.time_max, collect(request, limits.bytes_max))
         .await
         .map_err(|_| ApiError::BodyLate { limit: limits.time_max })??;
-    match serde_json::from_slice(&bytes).map_err(ApiError::MalformedJson)? {
+    match serde_json::from_slice(bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes))
+        .map_err(ApiError::MalformedJson)?
+    {
         Value::Object(members) => Ok(Body { fields: Fields::new(members), num_bytes: bytes.len() }),
         other => Err(ApiError::NotAnObject { found: type_name(&other) }),
     }
@@ -71,4 +77,10 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
         return Ok(());
     }
     Err(ApiError::ContentType { given })
+}
+
+fn check_content_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(value) = headers.get(header::CONTENT_ENCODING) else { return Ok(()) };
+    let given = String::from_utf8_lossy(value.as_bytes()).into_owned();
+    if given.trim().eq_ignore_ascii_case("identity") { Ok(()) } else { Err(ApiError::ContentEncoding { given }) }
 }

@@ -36,6 +36,12 @@ pub enum ApiError {
         /// What the header says.
         given: String,
     },
+    /// The body is compressed.
+    #[error("the body must not be compressed; its content encoding is {given:?}")]
+    ContentEncoding {
+        /// What the header says.
+        given: String,
+    },
     /// The body is longer than the server reads.
     #[error("the body is larger than {limit_bytes} bytes")]
     BodyTooLarge {
@@ -257,7 +263,7 @@ impl ApiError {
     /// The HTTP status.
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::ContentType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::ContentType { .. } | Self::ContentEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyLate { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::UnknownModel { .. } | Self::UnknownRoute { .. } => StatusCode::NOT_FOUND,

@@ -17,6 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::head_process::StartLine;
 use super::{CliError, Outcome, Surroundings};
+use crate::api::AllowedOrigins;
 use crate::cluster::ClusterHandle;
 use crate::cluster::membership::HeadClient;
 use crate::config::{Home, defaults, parse_duration};
@@ -79,6 +80,9 @@ pub struct HeadFlags {
     /// How long a node's certificate is valid; its agent renews it in time
     #[arg(long, value_name = "DURATION", default_value = "720h", value_parser = parse_duration, hide = true)]
     pub certificate_lifetime: Duration,
+    /// Web pages that may use the API: origins with commas between them, or * for all [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    pub allowed_origins: Option<AllowedOrigins>,
 }
 
 impl HeadFlags {
@@ -103,6 +107,7 @@ impl HeadFlags {
             api_keys: Vec::new(),
             insecure: surroundings.global.insecure,
             certificate_lifetime: self.certificate_lifetime,
+            allowed_origins: self.allowed_origins.clone().unwrap_or_default(),
         }
     }
 
@@ -118,6 +123,7 @@ impl HeadFlags {
             format!("--head-grace={}ms", self.head_grace.as_millis()),
             format!("--certificate-lifetime={}ms", self.certificate_lifetime.as_millis()),
         ];
+        words.extend(self.allowed_origins.as_ref().map(|origins| format!("--allowed-origins={origins}")));
         words.extend(self.advertise_address.as_ref().map(|address| format!("--advertise-address={address}")));
         words
     }
