@@ -208,7 +208,8 @@ impl Reader<'_> {
         let end = self.rest.find(|c: char| c != '-' && !c.is_ascii_digit()).unwrap_or(self.rest.len());
         let (word, rest) = self.rest.split_at(end);
         self.rest = rest;
-        let mut all = (min..=max).map(|number| number.to_string());
+        let minus_zero = (min..=max).contains(&0).then(|| "-0".to_owned());
+        let mut all = (min..=max).map(|number| number.to_string()).chain(minus_zero);
         if rest.is_empty() {
             // Also where it may be complete: a number shows its end by what follows.
             return if all.any(|number| number.starts_with(word)) { Err(Stop::End) } else { wrong("no such number") };
