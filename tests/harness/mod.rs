@@ -5,6 +5,7 @@
 //! **Invariant:** every wait has a deadline, and what ran over it is named.
 #![expect(clippy::expect_used, clippy::panic, reason = "a test harness: what goes wrong ends the test")]
 
+mod calls;
 mod client;
 mod cluster;
 mod company;
@@ -15,8 +16,10 @@ mod judge;
 mod lasting;
 mod network;
 mod places;
+mod schema;
 mod suites;
 
+pub use calls::{CallFigures, check_calls};
 pub use client::{Completion, Http, Stream, StreamEnd};
 pub use cluster::{Cluster, Finished, Node, Processes, wait_for};
 pub use company::{Company, Random, Work};
@@ -26,4 +29,5 @@ pub use judge::{Precision, check_agreement, check_model, token_ids};
 pub use lasting::Lasting;
 pub use network::TwoHosts;
 pub use places::model_config;
+pub use schema::{Fit, fit};
 pub use suites::{Suite, keep_document, pass};

@@ -1,4 +1,4 @@
-//! The commands of this repository: `cargo xtask demo | test | device-code | soak | document | fetch | gpu-test | bench`.
+//! The commands of this repository: `cargo xtask demo | test | device-code | soak | tool-calls | document | fetch | gpu-test | bench`.
 //!
 //! Knows how to build, obtain what tests need, and drive the two binaries as a user does. Holds no product code.
 //!
@@ -53,6 +53,12 @@ enum Command {
         #[arg(long, default_value_t = 400)]
         examples: u32,
     },
+    /// A thousand answers that have to be tool calls, in every format, from random weights: each is held against its schema.
+    ToolCalls {
+        /// Write every call here as well, one JSON object a line, for another validator.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
     /// Obtains the model and the tokenizers that tests use, with their checksums.
     Fetch,
     /// Builds what needs a GPU and runs it, or packs it for a machine without Rust.
@@ -93,6 +99,7 @@ fn main() -> anyhow::Result<()> {
         Command::DeviceCode => device_code::run(),
         Command::Soak { minutes, seed } => test::soak(minutes, seed),
         Command::Document { examples } => test::document(examples),
+        Command::ToolCalls { out } => test::tool_calls(out.as_deref()),
         Command::Fetch => fetch::model().and(fetch::tokenizers()).map(|_| ()),
         Command::GpuTest { pack, profile, what } => gpu::run(pack.as_deref(), &profile, &what),
         Command::Bench { pack: Some(folder), profile, .. } => gpu::run(Some(&folder), &profile, &[]),

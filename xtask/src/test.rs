@@ -1,5 +1,6 @@
 //! `cargo xtask test`: what CI runs, in the order in which it fails soonest.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
@@ -60,6 +61,13 @@ pub fn document(examples: u32) -> anyhow::Result<()> {
     check(cargo().args(["build", "--workspace", "--bins", "--examples"]))?;
     let document = build_binaries()?.join("examples/document");
     check(Command::new(document).arg(examples.to_string()))
+}
+
+/// Builds the programs, and runs the tool calls beside them.
+pub fn tool_calls(out: Option<&Path>) -> anyhow::Result<()> {
+    check(cargo().args(["build", "--workspace", "--bins", "--examples"]))?;
+    let tool_calls = build_binaries()?.join("examples/tool_calls_1000");
+    check(Command::new(tool_calls).args(out))
 }
 
 /// `cargo deny`, installed below `.cache` on first use. Advisories are left out: their database is not a package.

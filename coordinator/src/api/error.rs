@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::constraint::GrammarError;
 use crate::engine::EngineError;
+use crate::heavy::HeavyError;
 use crate::text::TextError;
 
 /// When to try again where nothing better is known.
@@ -150,9 +151,9 @@ pub enum ApiError {
         /// Why.
         source: GrammarError,
     },
-    /// A blocking thread ended early.
-    #[error("the tokenizer's thread ended early")]
-    TokenizerThread(#[source] tokio::task::JoinError),
+    /// A long text could not be worked on.
+    #[error(transparent)]
+    Heavy(#[from] HeavyError),
     /// The engine refused the request or gave it up.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -277,7 +278,8 @@ impl ApiError {
             | Self::QueueTimeout { .. }
             | Self::Unhealthy { .. }
             | Self::EngineGone => StatusCode::SERVICE_UNAVAILABLE,
-            Self::TokenizerThread(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Heavy(HeavyError::Busy) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Heavy(HeavyError::Broke) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Grammar { source: GrammarError::Busy, .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine(error) => engine_status(error),
             _ => StatusCode::BAD_REQUEST,

@@ -60,6 +60,7 @@ pub use body::BodyLimits;
 pub use error::ApiError;
 pub use origins::AllowedOrigins;
 pub use served_models::{ServedModel, ServedModels};
+pub use sse::Frames;
 
 /// What the deployment is, as OpenAI's answers tell it.
 const SYSTEM_FINGERPRINT: &str = concat!("phalanx-", env!("CARGO_PKG_VERSION"));

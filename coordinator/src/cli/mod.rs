@@ -12,6 +12,7 @@ mod completions;
 mod connection;
 mod doctor;
 mod failure;
+pub mod frames;
 mod generate;
 mod head_process;
 mod key;
