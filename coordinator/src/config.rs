@@ -107,10 +107,12 @@ pub struct Environment {
     pub home: Home,
     /// The default log filter, where set.
     pub log: Option<String>,
+    /// What proves to a head elsewhere that it may be asked.
+    pub token: Option<String>,
 }
 
 impl Environment {
-    /// Reads `PHALANX_HOME` and `PHALANX_LOG`.
+    /// Reads `PHALANX_HOME`, `PHALANX_LOG` and `PHALANX_TOKEN`.
     #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the environment")]
     pub fn read() -> Self {
         let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -119,6 +121,7 @@ impl Environment {
         Self {
             home: Home::new(home.unwrap_or_else(|| std::env::temp_dir().join("phalanx"))),
             log: std::env::var("PHALANX_LOG").ok().filter(|value| !value.is_empty()),
+            token: std::env::var("PHALANX_TOKEN").ok().filter(|value| !value.is_empty()),
         }
     }
 }
@@ -151,6 +154,11 @@ impl Home {
     /// What survives a restart.
     pub fn store_dir(&self) -> PathBuf {
         self.0.join("store")
+    }
+
+    /// Keys and certificates between machines.
+    pub fn trust_dir(&self) -> PathBuf {
+        self.0.join("trust")
     }
 
     /// The cluster's Unix socket on this machine.

@@ -36,6 +36,9 @@ pub struct HeadStatus {
     pub uptime_s: f64,
     /// Process id.
     pub pid: u32,
+    /// Plain text between machines, and everybody may join and command (`--insecure`).
+    #[serde(default)]
+    pub insecure: bool,
 }
 
 /// One machine.

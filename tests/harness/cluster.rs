@@ -22,6 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Node {
     home: TempDir,
     namespace: Option<String>,
+    env: Vec<(&'static str, String)>,
+    token: Option<String>,
 }
 
 /// What a command of ours did.
@@ -49,7 +51,16 @@ impl Node {
         Self {
             home: tempfile::Builder::new().prefix("phalanx-").tempdir().expect("a temporary folder"),
             namespace: None,
+            env: Vec::new(),
+            token: None,
         }
+    }
+
+    /// A variable that its programs get.
+    #[must_use]
+    pub fn with_env(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.env.push((name, value.into()));
+        self
     }
 
     /// A node whose programs run in a network namespace.
@@ -57,6 +68,34 @@ impl Node {
         let mut node = Self::new();
         node.namespace = Some(namespace.to_owned());
         node
+    }
+
+    /// Gives its programs a join token of a head's machine, as a user does for machines that are not the head's own.
+    ///
+    /// # Panics
+    /// If that head makes none.
+    #[must_use]
+    pub fn with_token_of(mut self, head: &Self) -> Self {
+        self.token = Some(head.make_token(&[]));
+        self
+    }
+
+    /// The same machine without one.
+    #[must_use]
+    pub fn without_token(mut self) -> Self {
+        self.token = None;
+        self
+    }
+
+    /// A token that the head of this home makes.
+    ///
+    /// # Panics
+    /// If it makes none.
+    pub fn make_token(&self, flags: &[&str]) -> String {
+        let made = self.run("coordinator", &[&["token", "create", "--json"], flags].concat());
+        assert_eq!(made.code, 0, "{made:?}");
+        let line: Value = serde_json::from_str(made.stdout.trim()).expect("one object");
+        line["token"].as_str().expect("a token").to_owned()
     }
 
     /// Its `PHALANX_HOME`.
@@ -75,6 +114,11 @@ impl Node {
             None => Command::new(binary(program)),
         };
         command.args(arguments).env("PHALANX_HOME", self.home.path()).stdin(Stdio::null());
+        command.envs(self.env.iter().map(|(name, value)| (*name, value)));
+        match &self.token {
+            Some(token) => command.env("PHALANX_TOKEN", token),
+            None => command.env_remove("PHALANX_TOKEN"),
+        };
         command
     }
 
@@ -155,7 +199,11 @@ impl Cluster {
 
     /// The same with further flags.
     pub fn start_with(slots: u32, flags: &[&str]) -> Self {
-        let node = Node::new();
+        Self::start_on(Node::new(), slots, flags)
+    }
+
+    /// The same on a node that was made before.
+    pub fn start_on(node: Node, slots: u32, flags: &[&str]) -> Self {
         let slots = slots.to_string();
         let mut arguments = vec!["start", "--head", "--num-gpus", &slots, "--json"];
         for port in ["--port", "--http-port", "--dashboard-port"] {

@@ -8,6 +8,7 @@
 
 mod admission;
 mod anthropic;
+mod beam;
 mod body;
 mod caller;
 mod chat;

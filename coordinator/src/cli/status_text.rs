@@ -18,6 +18,13 @@ pub(super) fn text(snapshot: &StatusSnapshot) -> String {
         head.http,
         head.dashboard
     );
+    if head.insecure {
+        let _ = writeln!(
+            out,
+            "INSECURE: started with --insecure; whoever reaches {} joins and commands, and reads what goes by",
+            head.address
+        );
+    }
     let used: u32 = snapshot.nodes.iter().filter(|node| node.state == "alive").map(|node| node.slots_used).sum();
     let slots: u32 = snapshot.nodes.iter().filter(|node| node.state == "alive").map(|node| node.slots).sum();
     let queue = &snapshot.queue;

@@ -1,6 +1,7 @@
 //! The routes against an engine whose answers are written beforehand.
 
 mod admission;
+mod beam;
 mod chat;
 mod completions;
 mod errors;
@@ -54,6 +55,7 @@ fn limits() -> EngineLimits {
         enable_prefix_caching: true,
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
+        policy: crate::engine::policy::Policy::default(),
         recovery: crate::engine::RecoveryLimits::default(),
         features: phalanx_proto::SamplerFeatures { masks: true, edits: true },
     }

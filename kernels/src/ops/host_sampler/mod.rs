@@ -8,14 +8,19 @@
 //! **Invariant:** a row has a token where it has a finite logit at all: where edits leave none, the row draws without them, and where its
 //! mask leaves none either, it takes the best token.
 
+mod gather;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, VecDeque};
 
 use super::edit::{TokenHistory, apply_mask};
-use super::sample::{Candidate, Cut, CutParams, Histogram, MaxSum, RandomKey, draw, merge_top_n, num_above, top_n};
+use super::sample::{Candidate, Cut, CutParams, Histogram, MaxSum, RandomKey, draw, num_above, top_n};
 use crate::{
     Collective, InputLimits, KernelError, LAST_TOKEN, SCORED_TOP_MAX, SampleRow, SamplerFeatures, SamplerKind,
-    ScoreRow, Scored, StepInputs, StepResult, VocabSlice,
+    ScoreRow, StepInputs, StepResult, VocabSlice,
 };
+use gather::{Gather, Merged};
 
 /// Samples and scores from this rank's slice of the logits.
 #[derive(Debug, Default)]
@@ -31,7 +36,7 @@ pub struct HostSampler {
 
 impl HostSampler {
     /// All that a step may ask for.
-    pub const FEATURES: SamplerFeatures = SamplerFeatures { masks: true, edits: true };
+    pub const FEATURES: SamplerFeatures = SamplerFeatures { masks: true, edits: true, keeps_logits: true };
 
     /// Makes room for slots and steps.
     pub fn plan(&mut self, limits: &InputLimits) {
@@ -334,168 +339,5 @@ impl<'a> View<'a> {
     fn logit(&self, row: &Wanted) -> Option<f32> {
         let index = row.token.checked_sub(self.vocab.first_id)?;
         self.row(row.row).get(index as usize).copied()
-    }
-}
-
-/// One row over all ranks, before its token's rank is known.
-struct Merged {
-    token: u32,
-    logit: f32,
-    log_sum_exp: f64,
-    top: Vec<Candidate>,
-}
-
-impl Merged {
-    fn finish(self, rank: u32) -> Scored {
-        let logprob = |logit: f64| (logit - self.log_sum_exp) as f32;
-        Scored {
-            token: self.token,
-            logprob: logprob(f64::from(self.logit)),
-            rank,
-            top: self.top.iter().map(|best| (best.id, logprob(best.value))).collect(),
-        }
-    }
-}
-
-/// What this rank sends, and what all ranks sent.
-#[derive(Debug, Default)]
-struct Gather {
-    part: Vec<u8>,
-    all: Vec<u8>,
-}
-
-impl Gather {
-    fn run(&mut self, group: &mut dyn Collective) -> Result<(), KernelError> {
-        self.all.resize(self.part.len() * group.world_size(), 0);
-        Ok(group.all_gather(&self.part, &mut self.all)?)
-    }
-
-    /// Entry `index` of each rank, in rank order, where all entries have `len` bytes.
-    fn entries(&self, index: usize, len: usize) -> impl Iterator<Item = &[u8]> + Clone {
-        self.all.chunks_exact(self.part.len().max(1)).map(move |part| &part[index * len..][..len])
-    }
-
-    /// The best of the ranks' candidates for a row.
-    fn best(&self, index: usize) -> Option<Candidate> {
-        Candidate::merge(self.entries(index, Candidate::BYTES).map(candidate))
-    }
-
-    /// The sum of the ranks' counts for a row.
-    fn sum(&self, index: usize) -> u32 {
-        self.entries(index, 4).filter_map(|part| part.first_chunk()).map(|part| u32::from_le_bytes(*part)).sum()
-    }
-
-    /// A row as `score` sends it: its sum, its token's logit, its best tokens.
-    fn merged(&self, index: usize, row: &Wanted, num_top: usize) -> Merged {
-        let entries = self.entries(index, MaxSum::BYTES + 4 + num_top * Candidate::BYTES);
-        let sums = entries.clone().filter_map(|part| part.first_chunk()).map(MaxSum::from_bytes);
-        let logits = entries.clone().filter_map(|part| part[MaxSum::BYTES..].first_chunk());
-        let best = entries.flat_map(|part| part[MaxSum::BYTES + 4..].chunks_exact(Candidate::BYTES));
-        Merged {
-            token: row.token,
-            logit: logits.map(|bytes| f32::from_le_bytes(*bytes)).fold(f32::NEG_INFINITY, f32::max),
-            log_sum_exp: MaxSum::merge(sums).log_sum_exp(),
-            top: merge_top_n(best.filter_map(candidate), (row.num_top as usize).min(num_top)),
-        }
-    }
-}
-
-/// A candidate as it came from the wire.
-fn candidate(bytes: &[u8]) -> Option<Candidate> {
-    bytes.first_chunk().and_then(Candidate::from_bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use super::super::edit::LogitEdits;
-    use super::*;
-    use crate::{CollectiveError, SampleEdits, SampleMask};
-
-    const NONE: f32 = f32::NEG_INFINITY;
-
-    struct Alone;
-
-    impl Collective for Alone {
-        fn rank(&self) -> usize {
-            0
-        }
-        fn world_size(&self) -> usize {
-            1
-        }
-        fn all_reduce_sum(&mut self, _data: &mut [f32]) -> Result<(), CollectiveError> {
-            Ok(())
-        }
-        fn all_gather(&mut self, part: &[u8], out: &mut [u8]) -> Result<(), CollectiveError> {
-            out.copy_from_slice(part);
-            Ok(())
-        }
-    }
-
-    fn row(slot: u32) -> SampleRow {
-        SampleRow { slot, output_index: 0, seed: 0, temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 }
-    }
-
-    fn step() -> StepInputs {
-        StepInputs { logit_rows: vec![0, 1], samples: vec![row(0), row(1)], ..StepInputs::default() }
-    }
-
-    fn edited(edits: LogitEdits, history: Option<TokenHistory>) -> SampleEdits {
-        SampleEdits { row: 1, edits: Arc::new(edits), history: history.map(Arc::new) }
-    }
-
-    /// Two rows over three columns that stand for tokens 31 to 33, with one column of padding.
-    const LOGITS: [f32; 8] = [1.0, 2.0, 3.0, 9.0, 4.0, 5.0, 6.0, 9.0];
-
-    fn vocab() -> VocabSlice {
-        VocabSlice { first_id: 31, columns: 0..3 }
-    }
-
-    fn sampled(sampler: &mut HostSampler, step: &StepInputs) -> Vec<Option<u32>> {
-        sampler.sample(&mut Alone, &LOGITS, &vocab(), SamplerKind::Greedy, step).unwrap();
-        sampler.submit().unwrap();
-        sampler.take().unwrap().tokens
-    }
-
-    fn sampler() -> HostSampler {
-        let mut sampler = HostSampler::default();
-        sampler.plan(&InputLimits { slots_max: 4, steps_max: 1, ..InputLimits::default() });
-        sampler
-    }
-
-    #[test]
-    fn masked_rows_keep_what_they_may_draw() {
-        let (vocab, mut step) = (vocab(), step());
-        let mut view = View::new(&vocab, &LOGITS, 2);
-        step.masks = vec![SampleMask { row: 1, words: [1 << 31, 1 << 1].into() }];
-        sampler().change(&mut view, &step, true);
-        assert_eq!((view.row(0), view.row(1)), (&[1.0, 2.0, 3.0][..], &[4.0, NONE, 6.0][..]));
-        assert_eq!(sampled(&mut sampler(), &step), [Some(33), Some(33)]);
-    }
-
-    #[test]
-    fn histories_grow_in_their_slot_until_another_sequence_takes_it() {
-        let (mut sampler, mut step) = (sampler(), step());
-        let penalty = || LogitEdits { frequency_penalty: 0.75, ..LogitEdits::default() };
-        step.edits = vec![edited(penalty(), Some(TokenHistory::new(&[], &[])))];
-        assert_eq!(sampled(&mut sampler, &step)[1], Some(33));
-        step.edits = vec![edited(penalty(), None)];
-        assert_eq!(sampled(&mut sampler, &step)[1], Some(33), "5.25 is above 5");
-        assert_eq!(sampled(&mut sampler, &step), [Some(33), Some(32)], "4.5 is not");
-        step.edits = vec![edited(penalty(), Some(TokenHistory::new(&[], &[])))];
-        assert_eq!(sampled(&mut sampler, &step)[1], Some(33));
-    }
-
-    #[test]
-    fn rows_that_may_draw_nothing_take_the_best_that_their_mask_leaves() {
-        let (mut sampler, mut step) = (sampler(), step());
-        let nothing = LogitEdits { allowed: Some(vec![0]), ..LogitEdits::default() };
-        step.edits = vec![edited(nothing, Some(TokenHistory::new(&[], &[])))];
-        assert_eq!(sampled(&mut sampler, &step), [Some(33), Some(33)]);
-        step.masks = vec![SampleMask { row: 1, words: [1 << 31].into() }];
-        assert_eq!(sampled(&mut sampler, &step), [Some(33), Some(31)]);
-        step.masks = vec![SampleMask { row: 1, words: [0].into() }];
-        assert_eq!(sampled(&mut sampler, &step), [Some(33), Some(33)]);
     }
 }
