@@ -59,12 +59,12 @@ pub struct HeadOptions {
     pub head_grace: Duration,
     /// Keys that open the API; none: open to all.
     pub api_keys: Vec<String>,
-    /// Pages that may read the API's answers.
-    pub allowed_origins: AllowedOrigins,
     /// Plain text between machines, no tokens, no certificates.
     pub insecure: bool,
     /// How long a node's certificate is valid.
     pub certificate_lifetime: Duration,
+    /// Pages that may read the API's answers.
+    pub allowed_origins: AllowedOrigins,
 }
 
 /// Why a head cannot start.

@@ -77,12 +77,12 @@ pub struct HeadFlags {
     /// How long agents and ranks wait for a head that is gone, with their weights
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = parse_duration)]
     pub head_grace: Duration,
-    /// Web pages that may use the API: origins with commas between them, or * for all [default: none]
-    #[arg(long, value_name = "ORIGINS")]
-    pub allowed_origins: Option<AllowedOrigins>,
     /// How long a node's certificate is valid; its agent renews it in time
     #[arg(long, value_name = "DURATION", default_value = "720h", value_parser = parse_duration, hide = true)]
     pub certificate_lifetime: Duration,
+    /// Web pages that may use the API: origins with commas between them, or * for all [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    pub allowed_origins: Option<AllowedOrigins>,
 }
 
 impl HeadFlags {
@@ -105,9 +105,9 @@ impl HeadFlags {
             advertise_address: self.advertise_address.clone(),
             head_grace: self.head_grace,
             api_keys: Vec::new(),
-            allowed_origins: self.allowed_origins.clone().unwrap_or_default(),
             insecure: surroundings.global.insecure,
             certificate_lifetime: self.certificate_lifetime,
+            allowed_origins: self.allowed_origins.clone().unwrap_or_default(),
         }
     }
 
