@@ -6,9 +6,12 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "a test harness: what goes wrong ends the test")]
 
 mod client;
+mod clock;
 mod cluster;
 mod company;
 mod convert;
+mod disk;
+mod far;
 mod golden;
 mod judge;
 mod lasting;
@@ -16,8 +19,11 @@ mod network;
 mod places;
 
 pub use client::{Completion, Http, Stream, StreamEnd};
+pub use clock::Clock;
 pub use cluster::{Cluster, Finished, Node, Processes, wait_for};
 pub use company::{Company, Random, Work};
+pub use disk::TinyDisk;
+pub use far::FarHost;
 pub use golden::{Golden, GoldenPrompt, golden, goldens, smollm2, smollm2_bf16};
 pub use judge::{Precision, check_agreement, check_model, token_ids};
 pub use lasting::Lasting;

@@ -38,14 +38,20 @@ enum Command {
     Test,
     /// Compiles all device code for every architecture, and fails on register spills that are not declared.
     DeviceCode,
-    /// A cluster under load whose processes are killed and frozen at random; every answer is compared.
+    /// A cluster under load whose processes are killed and frozen and whose network is cut at random; every answer is compared.
     Soak {
-        /// How long.
+        /// How long; 0: no load, only what else is asked for.
         #[arg(long, default_value_t = 60.0)]
         minutes: f64,
         /// Repeats a run: which process is hit when.
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        /// First every cell of the fault matrix: each fault against each process at each moment.
+        #[arg(long)]
+        matrix: bool,
+        /// Where all figures are written [default: .cache/soak.json]
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
     },
     /// Obtains the model and the tokenizers that tests use, with their checksums.
     Fetch,
@@ -85,7 +91,7 @@ fn main() -> anyhow::Result<()> {
         Command::Demo { keep, question } => demo::run(keep, &question),
         Command::Test => test::run(),
         Command::DeviceCode => device_code::run(),
-        Command::Soak { minutes, seed } => test::soak(minutes, seed),
+        Command::Soak { minutes, seed, matrix, json } => test::soak(minutes, seed, matrix, json),
         Command::Fetch => fetch::model().and(fetch::tokenizers()).map(|_| ()),
         Command::GpuTest { pack, profile, what } => gpu::run(pack.as_deref(), &profile, &what),
         Command::Bench { pack: Some(folder), profile, .. } => gpu::run(Some(&folder), &profile, &[]),

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: what CI runs, in the order in which it fails soonest.
 
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
@@ -35,11 +36,16 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds the programs, and runs the soak beside them.
-pub fn soak(minutes: f64, seed: u64) -> anyhow::Result<()> {
+/// Builds the programs, and runs the soak beside them, behind the fault matrix where that is wanted.
+pub fn soak(minutes: f64, seed: u64, matrix: bool, json: Option<PathBuf>) -> anyhow::Result<()> {
     check(cargo().args(["build", "--workspace", "--bins", "--examples"]))?;
     let soak = build_binaries()?.join("examples/soak");
-    check(Command::new(soak).args([minutes.to_string(), seed.to_string()]))
+    let json = json.unwrap_or_else(|| cache().join("soak.json"));
+    if let Some(folder) = json.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let matrix = if matrix { "matrix" } else { "no-matrix" };
+    check(Command::new(soak).args([&minutes.to_string(), &seed.to_string(), matrix]).arg(json))
 }
 
 /// `cargo deny`, installed below `.cache` on first use. Advisories are left out: their database is not a package.

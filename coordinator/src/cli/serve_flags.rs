@@ -222,6 +222,7 @@ impl OwnHeadFlags {
             dashboard_port: self.dashboard_port.unwrap_or(defaults::DASHBOARD_PORT),
             dashboard_host: host(&self.dashboard_host),
             head_grace: defaults::HEAD_GRACE,
+            node_timeout: defaults::NODE_TIMEOUT,
         }
     }
 

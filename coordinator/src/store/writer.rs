@@ -31,7 +31,7 @@ impl StoreWriter {
     ///
     /// # Errors
     /// The system gives no thread.
-    pub fn spawn(store: Store) -> io::Result<Self> {
+    pub fn spawn(mut store: Store) -> io::Result<Self> {
         let (changes, inbox) = mpsc::sync_channel::<Change>(CHANGES_MAX);
         let write = move || {
             for Change { name, record, done } in inbox {

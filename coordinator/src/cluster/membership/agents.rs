@@ -3,7 +3,7 @@
 use std::pin::Pin;
 
 use futures::{Stream, StreamExt};
-use phalanx_proto::{AgentEvent, NodeId, pb};
+use phalanx_proto::{AgentCommand, AgentEvent, NodeId, pb};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -31,18 +31,30 @@ impl pb::agents_server::Agents for AgentService {
         };
         let node = hello.node_id.clone();
         let (commands, outbound) = mpsc::channel(defaults::PEER_QUEUE);
+        // Weak: the stream ends when the cluster lets go of it.
+        let answers = commands.downgrade();
         let session = self.cluster.join(hello, peer, commands).await?;
-        tokio::spawn(listen(self.cluster.clone(), node, session, inbound));
+        tokio::spawn(listen(self.cluster.clone(), node, session, inbound, answers));
         let outbound = ReceiverStream::new(outbound).map(|command| Ok(pb::HeadToAgent::from(command)));
         Ok(Response::new(Box::pin(outbound)))
     }
 }
 
 /// Passes on what an agent says until its stream ends.
-async fn listen(cluster: ClusterHandle, node: NodeId, session: AgentSession, mut inbound: Streaming<pb::AgentMessage>) {
+async fn listen(
+    cluster: ClusterHandle,
+    node: NodeId,
+    session: AgentSession,
+    mut inbound: Streaming<pb::AgentMessage>,
+    answers: mpsc::WeakSender<AgentCommand>,
+) {
     while let Ok(Some(message)) = inbound.message().await {
         match AgentEvent::try_from(message) {
             Ok(event) => {
+                if let (AgentEvent::Heartbeat { sequence, .. }, Some(answers)) = (&event, answers.upgrade()) {
+                    // One that is lost is one that is not measured.
+                    let _ = answers.try_send(AgentCommand::Seen { sequence: *sequence });
+                }
                 if cluster.agent_said(&node, session, event).await.is_err() {
                     return;
                 }
