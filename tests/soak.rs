@@ -34,8 +34,9 @@ fn main() {
     let file = PathBuf::from(next());
     if with_matrix {
         let cells = faults::cells();
-        let (num_run, num_left_out) = faults::run(&cells);
-        println!("fault matrix: {num_run} cells as expected, {num_left_out} left out");
+        let faults::Outcome { num_right, num_left_out, num_wrong } = faults::run(&cells);
+        println!("fault matrix: {num_right} cells as expected, {num_left_out} left out, {num_wrong} wrong");
+        assert_eq!(num_wrong, 0, "every cell goes as expected");
     }
     if minutes > 0.0 {
         soak(minutes, seed, &file);

@@ -21,6 +21,8 @@ const SLOW_ONE_WAY: Duration = Duration::from_millis(100);
 const STEPS_TO_DECODE: u64 = 25;
 /// Room for a store: what redb begins with, and some.
 const STORE_BYTES: u64 = 12 << 20;
+/// Lines of logs that are shown of a cell that went wrong.
+const LAST_LINES: usize = 40;
 /// A day.
 const DAY_S: i64 = 86_400;
 
@@ -134,6 +136,13 @@ impl Scene {
             Expected::Named => self.slow_down(company),
             Expected::Refused => self.fill_disk(cell, &before, company),
         }
+    }
+
+    /// The end of all logs.
+    pub fn last_words(&self) -> String {
+        let logs = self.cluster().node.logs();
+        let lines: Vec<&str> = logs.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")).collect();
+        lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
     }
 
     fn cluster(&self) -> &Cluster {

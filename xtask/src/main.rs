@@ -1,4 +1,4 @@
-//! The commands of this repository: `cargo xtask demo | test | device-code | soak | fetch | gpu-test | bench`.
+//! The commands of this repository: `cargo xtask demo | test | device-code | soak | simulate | fetch | gpu-test | bench`.
 //!
 //! Knows how to build, obtain what tests need, and drive the two binaries as a user does. Holds no product code.
 //!
@@ -53,6 +53,15 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
+    /// Plays clusters that go wrong as their seeds say, in one thread and without a clock; ends at the first that goes wrong.
+    Simulate {
+        /// How many.
+        #[arg(long, default_value_t = 100_000)]
+        seeds: u64,
+        /// The first one.
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+    },
     /// Obtains the model and the tokenizers that tests use, with their checksums.
     Fetch,
     /// Builds what needs a GPU and runs it, or packs it for a machine without Rust.
@@ -92,6 +101,7 @@ fn main() -> anyhow::Result<()> {
         Command::Test => test::run(),
         Command::DeviceCode => device_code::run(),
         Command::Soak { minutes, seed, matrix, json } => test::soak(minutes, seed, matrix, json),
+        Command::Simulate { seeds, first } => test::simulate(seeds, first),
         Command::Fetch => fetch::model().and(fetch::tokenizers()).map(|_| ()),
         Command::GpuTest { pack, profile, what } => gpu::run(pack.as_deref(), &profile, &what),
         Command::Bench { pack: Some(folder), profile, .. } => gpu::run(Some(&folder), &profile, &[]),

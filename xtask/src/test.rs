@@ -48,6 +48,16 @@ pub fn soak(minutes: f64, seed: u64, matrix: bool, json: Option<PathBuf>) -> any
     check(Command::new(soak).args([&minutes.to_string(), &seed.to_string(), matrix]).arg(json))
 }
 
+/// Plays so many seeds of the simulated cluster, in the release profile.
+pub fn simulate(seeds: u64, first: u64) -> anyhow::Result<()> {
+    let test = ["test", "--release", "--package", "phalanx-coordinator", "--lib", "--quiet", "--"];
+    let which = ["stories_end_well", "--nocapture"];
+    let mut command = cargo();
+    command.args(test).args(which);
+    command.env("PHALANX_SIMULATION_SEEDS", seeds.to_string()).env("PHALANX_SIMULATION_FIRST", first.to_string());
+    check(&mut command)
+}
+
 /// `cargo deny`, installed below `.cache` on first use. Advisories are left out: their database is not a package.
 fn deny() -> anyhow::Result<()> {
     let tools = cache().join("tools");

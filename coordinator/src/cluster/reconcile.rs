@@ -9,6 +9,8 @@ mod agents;
 mod deploying;
 mod ending;
 mod keeping;
+#[cfg(test)]
+mod simulation;
 
 pub(super) use keeping::KeptVersion;
 

@@ -160,7 +160,7 @@ impl Shared {
 /// Submits requests to one engine. Cheap to clone.
 #[derive(Clone)]
 pub struct EngineHandle {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
     groups: mpsc::Sender<NextGroup>,
     next_id: Arc<AtomicU64>,

@@ -42,6 +42,12 @@ impl StoreWriter {
         Ok(Self { changes })
     }
 
+    /// A writer whose changes a simulation takes.
+    #[cfg(test)]
+    pub(crate) fn to(changes: SyncSender<Change>) -> Self {
+        Self { changes }
+    }
+
     /// Hands a change over. False: too many wait, or the thread has ended; try again.
     pub fn write(&self, change: Change) -> bool {
         match self.changes.try_send(change) {

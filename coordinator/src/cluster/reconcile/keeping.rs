@@ -45,12 +45,10 @@ impl Reconciler {
         let Some(store) = self.settings.store.clone() else { return };
         for index in 0..self.deployments.len() {
             let (name, deployment) = &self.deployments[index];
-            if deployment.keep_again_at.is_some_and(|at| now < at) {
-                continue;
-            }
             let never_served = deployment.gave_up && !deployment.has_served;
             let wanted = (deployment.stopping_since.is_none() && !never_served).then(|| version(deployment));
-            if deployment.kept == wanted && deployment.keep_again_at.is_none() {
+            // What is new is tried at once, what failed after a pause.
+            if deployment.kept == wanted && deployment.keep_again_at.is_none_or(|at| now < at) {
                 continue;
             }
             let record = match wanted.as_ref().map(|_| DeploymentRecord::of(deployment).to_bytes()).transpose() {
