@@ -90,7 +90,7 @@ impl Scene {
         let clock = (kind == Kind::OtherClock).then(Clock::new);
         let mut node = if kind == Kind::SmallDisk { Node::with_store(STORE_BYTES)? } else { Node::new() };
         if let Some(clock) = &clock {
-            clock.give(&mut node);
+            node = clock.give(node);
         }
         let slots = match kind {
             Kind::AllFar => 1,

@@ -28,10 +28,11 @@ impl Clock {
         Self { folder }
     }
 
-    /// The programs of this node read this clock from now on.
-    pub fn give(&self, node: &mut Node) {
-        node.set_env("LD_PRELOAD", self.folder.path().join("clock.so"));
-        node.set_env("PHALANX_TEST_CLOCK", self.offset());
+    /// A node whose programs read this clock.
+    pub fn give(&self, node: Node) -> Node {
+        let text = |path: PathBuf| path.to_string_lossy().into_owned();
+        let node = node.with_env("LD_PRELOAD", text(self.folder.path().join("clock.so")));
+        node.with_env("PHALANX_TEST_CLOCK", text(self.offset()))
     }
 
     /// Sets the clock so far from the right time.

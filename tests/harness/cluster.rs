@@ -1,6 +1,6 @@
 //! Processes of a cluster: a head, agents, ranks.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -24,7 +24,7 @@ pub struct Node {
     store: Option<TinyDisk>,
     home: TempDir,
     namespace: Option<String>,
-    env: Vec<(String, OsString)>,
+    env: Vec<(&'static str, String)>,
 }
 
 /// What a command of ours did.
@@ -57,6 +57,13 @@ impl Node {
         }
     }
 
+    /// A variable that its programs get.
+    #[must_use]
+    pub fn with_env(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.env.push((name, value.into()));
+        self
+    }
+
     /// A node whose programs run in a network namespace.
     pub fn inside(namespace: &str) -> Self {
         let mut node = Self::new();
@@ -82,11 +89,6 @@ impl Node {
         serde_json::from_str::<Value>(&record).ok()?["pid"].as_u64()?.try_into().ok()
     }
 
-    /// Gives its programs a variable of the environment.
-    pub fn set_env(&mut self, name: &str, value: impl Into<OsString>) {
-        self.env.push((name.to_owned(), value.into()));
-    }
-
     /// Its `PHALANX_HOME`.
     pub fn home(&self) -> &Path {
         self.home.path()
@@ -103,7 +105,7 @@ impl Node {
             None => Command::new(binary(program)),
         };
         command.args(arguments).env("PHALANX_HOME", self.home.path()).stdin(Stdio::null());
-        command.envs(self.env.iter().map(|(name, value)| (name, value)));
+        command.envs(self.env.iter().map(|(name, value)| (*name, value)));
         command
     }
 
@@ -187,7 +189,7 @@ impl Cluster {
         Self::start_on(Node::new(), slots, flags)
     }
 
-    /// The same on a node that was readied for it.
+    /// The same on a node that was made before.
     pub fn start_on(node: Node, slots: u32, flags: &[&str]) -> Self {
         let slots = slots.to_string();
         let mut arguments = vec!["start", "--head", "--num-gpus", &slots, "--json"];
