@@ -49,11 +49,13 @@ pub mod defaults {
     pub const NO_MACHINE_DEADLINE: Duration = Duration::from_secs(30);
 
     /// Time between an agent's heartbeats.
-    pub const HEARTBEAT: Duration = Duration::from_secs(1);
-    /// Silence after which nothing new is placed on a node.
-    pub const SUSPECT_AFTER: Duration = Duration::from_secs(3);
-    /// Silence after which a node's ranks are given up.
-    pub const DEAD_AFTER: Duration = Duration::from_secs(10);
+    pub const HEARTBEAT: Duration = Duration::from_millis(500);
+    /// Silence after which a node's ranks are given up; after half of it nothing new is placed there.
+    pub const NODE_TIMEOUT: Duration = Duration::from_millis(4_500);
+    /// Shortest of these: a busy machine is silent for a moment now and then.
+    pub const NODE_TIMEOUT_MIN: Duration = Duration::from_secs(1);
+    /// The way to a node and back from which it is called slow.
+    pub const SLOW_ROUND_TRIP: Duration = Duration::from_millis(100);
     /// How long agents and ranks outlive the head.
     pub const HEAD_GRACE: Duration = Duration::from_secs(60);
     /// Time for all ranks of a group to be started and to dial the head.

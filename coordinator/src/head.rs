@@ -28,7 +28,7 @@ pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
 
 use crate::api::{self, AllowedOrigins, ApiState, ServedModels};
 use crate::cluster::membership::ClusterServer;
-use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, StatusBoard};
+use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, Patience, StatusBoard};
 use crate::config::{Home, defaults};
 use crate::dashboard;
 use crate::security::access::Gate;
@@ -57,6 +57,8 @@ pub struct HeadOptions {
     pub advertise_address: Option<String>,
     /// How long agents and ranks outlive the head.
     pub head_grace: Duration,
+    /// Silence after which a machine counts as dead.
+    pub node_timeout: Duration,
     /// Keys that open the API; none: open to all.
     pub api_keys: Vec<String>,
     /// Plain text between machines, no tokens, no certificates.
@@ -203,9 +205,9 @@ impl BoundHead {
     pub fn start(self) -> Result<RunningHead, HeadError> {
         let Self { options, lock, cluster, http, dashboard, status, local_address, rendezvous } = self;
         let gate = gate(&options)?;
-        let store = Store::open(&options.home.store_dir())?;
+        let mut store = Store::open(&options.home.store_dir())?;
         let term = store.next_term()?;
-        let restored = restored(&store)?;
+        let restored = restored(&mut store)?;
         let unix = unix_socket(&options.home);
         let socket = unix.as_ref().map(|(path, _)| path.clone());
         let record = HeadRecord {
@@ -222,6 +224,8 @@ impl BoundHead {
         let head_socket =
             socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
         let mut settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
+        settings.patience = Patience::of(options.node_timeout);
+        settings.heartbeat = settings.patience.heartbeat();
         let writer = StoreWriter::spawn(store);
         settings.store = Some(writer.map_err(|source| HeadError::Socket { purpose: "the store", source })?);
         let models = ServedModels::default();
@@ -311,7 +315,7 @@ fn gate(options: &HeadOptions) -> Result<Gate, HeadError> {
 }
 
 /// What an earlier head has left. A record that cannot be read is named and passed over: the others come back.
-fn restored(store: &Store) -> Result<Vec<DeploymentRecord>, StoreError> {
+fn restored(store: &mut Store) -> Result<Vec<DeploymentRecord>, StoreError> {
     let mut restored = Vec::new();
     for (name, bytes) in store.deployments()? {
         match DeploymentRecord::from_bytes(&bytes) {

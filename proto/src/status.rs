@@ -58,8 +58,11 @@ pub struct NodeStatus {
     pub device: String,
     /// The agent's process id.
     pub pid: u32,
-    /// Why it is not alive, else empty.
+    /// Why it is not alive, or what is wrong with it; else empty.
     pub reason: String,
+    /// The way to the head and back, milliseconds; none before it was measured.
+    #[serde(default)]
+    pub round_trip_ms: Option<f64>,
 }
 
 /// One placement group.

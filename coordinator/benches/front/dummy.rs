@@ -37,6 +37,7 @@ pub fn limits(max_num_seqs: u32, max_queue: u32) -> EngineLimits {
         max_num_seqs,
         max_num_batched_tokens: 8_192,
         max_queue,
+        policy: phalanx_coordinator::engine::policy::Policy::default(),
         steps_in_flight_max: 2,
         vocab_size: 512,
         enable_prefix_caching: true,
@@ -103,6 +104,7 @@ fn load() -> LoadModel {
         rank_nodes: vec![NodeId("dummy".into())],
         steps_in_flight_max: 2,
         enforce_eager: true,
+        disable_custom_all_reduce: false,
         collective_interface: String::new(),
         collective_ports: (0, 0),
     }

@@ -104,7 +104,7 @@ async fn load(
 ) -> Result<Vec<Duration>, std::io::Error> {
     let start = Instant::now() + Duration::from_millis(20);
     let interval = Duration::from_secs(1) / RATE;
-    let one = async move |number: u32| {
+    let one = move |number: u32| async move {
         let mut connection = Connection::open(address, path, body).await?;
         let mut times = Vec::new();
         let mut due = start + interval * number;

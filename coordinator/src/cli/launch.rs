@@ -83,6 +83,15 @@ pub struct HeadFlags {
     /// Web pages that may use the API: origins with commas between them, or * for all [default: none]
     #[arg(long, value_name = "ORIGINS")]
     pub allowed_origins: Option<AllowedOrigins>,
+    /// Silence after which a machine counts as dead and its ranks are started elsewhere, at least 1s
+    #[arg(long, value_name = "DURATION", default_value = "4500ms", value_parser = parse_node_timeout)]
+    pub node_timeout: Duration,
+}
+
+fn parse_node_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = parse_duration(text)?;
+    let least = defaults::NODE_TIMEOUT_MIN;
+    if timeout < least { Err(format!("{text} is below {least:?}")) } else { Ok(timeout) }
 }
 
 impl HeadFlags {
@@ -104,6 +113,7 @@ impl HeadFlags {
             dashboard: wish("the dashboard", "--dashboard-port", "--dashboard-host", dashboard.0, dashboard.1),
             advertise_address: self.advertise_address.clone(),
             head_grace: self.head_grace,
+            node_timeout: self.node_timeout,
             api_keys: Vec::new(),
             insecure: surroundings.global.insecure,
             certificate_lifetime: self.certificate_lifetime,
@@ -122,6 +132,7 @@ impl HeadFlags {
             format!("--dashboard-host={}", self.dashboard_host),
             format!("--head-grace={}ms", self.head_grace.as_millis()),
             format!("--certificate-lifetime={}ms", self.certificate_lifetime.as_millis()),
+            format!("--node-timeout={}ms", self.node_timeout.as_millis()),
         ];
         words.extend(self.allowed_origins.as_ref().map(|origins| format!("--allowed-origins={origins}")));
         words.extend(self.advertise_address.as_ref().map(|address| format!("--advertise-address={address}")));

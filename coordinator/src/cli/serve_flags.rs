@@ -237,6 +237,7 @@ impl OwnHeadFlags {
             dashboard_host: host(&self.dashboard_host),
             head_grace: defaults::HEAD_GRACE,
             allowed_origins: self.allowed_origins.clone(),
+            node_timeout: defaults::NODE_TIMEOUT,
         }
     }
 

@@ -111,6 +111,7 @@ impl From<ClusterError> for Status {
             ClusterError::UnknownRank { .. } => Self::permission_denied(text),
             ClusterError::UnknownDeployment { .. } | ClusterError::UnknownNode { .. } => Self::not_found(text),
             ClusterError::StillRunning { .. } => Self::deadline_exceeded(text),
+            ClusterError::NotKept { .. } => Self::resource_exhausted(text),
         }
     }
 }

@@ -133,6 +133,32 @@ async fn sleep_until(at: Option<Instant>) {
     }
 }
 
+/// Heartbeats of one link, and how long the head's answers take.
+#[derive(Debug, Default)]
+struct Pulse {
+    sequence: u64,
+    sent_at: Option<(u64, Instant)>,
+    round_trip: Option<Duration>,
+}
+
+impl Pulse {
+    /// The next heartbeat.
+    fn beat(&mut self, now: Instant) -> AgentEvent {
+        self.sequence += 1;
+        // One answer is waited for at a time: on a slow way it comes after later heartbeats.
+        self.sent_at.get_or_insert((self.sequence, now));
+        AgentEvent::Heartbeat { sequence: self.sequence, round_trip: self.round_trip.take() }
+    }
+
+    /// The head has seen a heartbeat.
+    fn seen(&mut self, sequence: u64, now: Instant) {
+        // A later one than what is waited for: the answer between them was lost.
+        if let Some((waited_for, sent_at)) = self.sent_at.take_if(|(waited_for, _)| *waited_for <= sequence) {
+            self.round_trip = (waited_for == sequence).then(|| now - sent_at);
+        }
+    }
+}
+
 /// Why a link ended.
 enum Served {
     Lost(String),
@@ -220,7 +246,7 @@ impl<R: FnMut(&Report)> Agent<R> {
         self.joined(&mut link, &welcome).await;
         let mut beats = tokio::time::interval(welcome.heartbeat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut sequence = 0;
+        let mut pulse = Pulse::default();
         loop {
             let sent = tokio::select! {
                 command = link.next() => match command {
@@ -229,6 +255,7 @@ impl<R: FnMut(&Report)> Agent<R> {
                         info!(reason, "head ends this agent");
                         return self.leave(link, End::ByHead(reason)).await;
                     }
+                    Ok(AgentCommand::Seen { sequence }) => { pulse.seen(sequence, Instant::now()); Ok(()) }
                     Ok(AgentCommand::Welcome(_)) => Ok(()),
                     Err(reason) => Err(reason),
                 },
@@ -237,10 +264,7 @@ impl<R: FnMut(&Report)> Agent<R> {
                     self.note(&observed);
                     link.send(AgentEvent::Rank(observed)).await
                 }
-                _ = beats.tick() => {
-                    sequence += 1;
-                    link.send(AgentEvent::Heartbeat { sequence }).await
-                }
+                _ = beats.tick() => link.send(pulse.beat(Instant::now())).await,
                 () = self.signals.any() => return self.leave(link, End::Signal).await,
             };
             if let Err(error) = sent {

@@ -3,7 +3,7 @@
 use std::pin::Pin;
 
 use futures::{Stream, StreamExt};
-use phalanx_proto::{AgentEvent, NodeId, pb};
+use phalanx_proto::{AgentCommand, AgentEvent, NodeId, pb};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -36,11 +36,13 @@ impl pb::agents_server::Agents for AgentService {
             warn!(node_id = %node, address, %error, "refused a machine");
         })?;
         let (commands, outbound) = mpsc::channel(defaults::PEER_QUEUE);
+        // Weak: the stream ends when the cluster lets go of it.
+        let answers = commands.downgrade();
         let session = self.cluster.join(hello, address, commands).await?;
         let (cluster, gate) = (self.cluster.clone(), self.gate.clone());
         tokio::spawn(async move {
             tokio::select! {
-                () = listen(&cluster, &node, session, inbound) => {}
+                () = listen(&cluster, &node, session, inbound, answers) => {}
                 () = gate.revoked(&node.0) => {
                     warn!(node_id = %node, "revoked: its stream ends");
                     let said = AgentEvent::Leaving("its certificate was revoked".to_owned());
@@ -60,10 +62,15 @@ async fn listen(
     node: &NodeId,
     session: AgentSession,
     mut inbound: Streaming<pb::AgentMessage>,
+    answers: mpsc::WeakSender<AgentCommand>,
 ) {
     while let Ok(Some(message)) = inbound.message().await {
         match AgentEvent::try_from(message) {
             Ok(event) => {
+                if let (AgentEvent::Heartbeat { sequence, .. }, Some(answers)) = (&event, answers.upgrade()) {
+                    // One that is lost is one that is not measured.
+                    let _ = answers.try_send(AgentCommand::Seen { sequence: *sequence });
+                }
                 if cluster.agent_said(node, session, event).await.is_err() {
                     return;
                 }

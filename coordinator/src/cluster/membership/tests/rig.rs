@@ -267,13 +267,13 @@ impl AgentState {
         loop {
             tokio::select! {
                 Ok(Some(command)) = commands.message() => match AgentCommand::try_from(command).expect("valid") {
-                    AgentCommand::Welcome(_) => {}
+                    AgentCommand::Welcome(_) | AgentCommand::Seen { .. } => {}
                     AgentCommand::Desired(desired) => self.desire(desired.ranks).await,
                     AgentCommand::End(_) => return,
                 },
                 _ = beats.tick() => if !frozen {
                     sequence += 1;
-                    let _ = self.says.send(AgentEvent::Heartbeat { sequence }.into()).await;
+                    let _ = self.says.send(AgentEvent::Heartbeat { sequence, round_trip: None }.into()).await;
                 },
                 order = orders.recv() => match order {
                     Some(Order::Kill(rank)) => self.kill(rank).await,
