@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
+use crate::SentencePieceFiles;
+
 /// Tokens that end a turn of a chat. One that a chat template writes is an end token of its model, whatever the config says.
 pub(crate) const CHAT_END_TOKENS: [&str; 6] =
     ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>"];
@@ -68,6 +70,8 @@ pub enum TokenizerSource {
     },
     /// The metadata of a GGUF file.
     Gguf(GgufVocab),
+    /// A Hugging Face folder that has `tokenizer.model` and no `tokenizer.json`.
+    SentencePiece(SentencePieceFiles),
 }
 
 /// A vocabulary as GGUF metadata has it (`tokenizer.ggml.*`).

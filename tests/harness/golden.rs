@@ -40,9 +40,16 @@ fn read(path: &Path) -> Value {
     serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
+/// Reference values of more than one prompt's, by their path.
+pub fn reference(path: &str) -> Value {
+    read(&places::goldens().join(path))
+}
+
 /// The tiny models of the architectures that are served.
 pub fn goldens() -> Vec<Golden> {
-    ["tiny-llama", "tiny-llama3-rope", "tiny-qwen2", "tiny-qwen2-tied-sharded"].map(golden).into()
+    ["tiny-llama", "tiny-llama3-rope", "tiny-qwen2", "tiny-qwen2-tied-sharded", "tiny-internlm2", "tiny-mistral"]
+        .map(golden)
+        .into()
 }
 
 /// One tiny model.

@@ -20,18 +20,18 @@ use phalanx_proto::{
     TokenLogprobs,
 };
 
+use crate::decoder::Decoder;
 use crate::epoch::EpochRecord;
 use crate::error::WorkerError;
 use crate::inputs::{Batch, PromptChunk, StepWork};
 use crate::kv_cache::KvCache;
-use crate::models::Model;
 use crate::warm_up;
 
 /// Executes plans.
 pub struct Runner<B: Ops> {
     rank: Rank,
     ops: B,
-    model: Box<dyn Model<B>>,
+    model: Decoder<B>,
     kv: KvCache<B>,
     inputs: B::Inputs,
     limits: InputLimits,
@@ -65,7 +65,7 @@ pub struct RunnerParts<B: Ops> {
     /// The backend.
     pub ops: B,
     /// The model's shard.
-    pub model: Box<dyn Model<B>>,
+    pub model: Decoder<B>,
     /// Its cache.
     pub kv: KvCache<B>,
     /// The step's inputs.
@@ -210,6 +210,10 @@ impl<B: Ops> Runner<B> {
         })?;
         if work.inputs.scores.is_empty() {
             return Ok(());
+        }
+        let is_edited = !work.inputs.masks.is_empty() || !work.inputs.edits.is_empty();
+        if is_edited && !ops.sampler_features().keeps_logits {
+            ops.run(inputs, StepPart::Score, &mut |ops| model.project(ops, inputs))?;
         }
         Ok(ops.score(inputs, model.logits(), vocab)?)
     }

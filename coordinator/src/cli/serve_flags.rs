@@ -12,9 +12,11 @@ use clap::builder::PossibleValuesParser;
 use super::CliError;
 use super::connection::AddressFlag;
 use super::launch::{DeviceChoice, DeviceFlags, HeadFlags};
+use crate::api::AllowedOrigins;
 use crate::cluster::strategy::Strategy;
 use crate::cluster::{DeploymentSpec, TensorParallelSize};
 use crate::config::{defaults, parse_duration};
+use crate::engine::policy::Policy;
 use crate::text::tools::ToolFormat;
 
 const DTYPES: [&str; 6] = ["auto", "float16", "half", "bfloat16", "float32", "float"];
@@ -109,6 +111,9 @@ pub struct EngineFlags {
     /// Most requests that wait
     #[arg(long, value_name = "N", default_value_t = defaults::MAX_QUEUE)]
     pub max_queue: u32,
+    /// Who runs next: priority: the lowest `priority` of a request, then who came first; fcfs: who came first
+    #[arg(long, value_name = "POLICY", default_value_t, value_parser = |s: &str| s.parse::<Policy>())]
+    pub scheduling_policy: Policy,
     /// Longest wait of a request in the queue; it is refused then [default: no limit]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub queue_timeout: Option<Duration>,
@@ -124,6 +129,9 @@ pub struct EngineFlags {
     /// Never record graphs
     #[arg(long)]
     pub enforce_eager: bool,
+    /// Sum over devices by NCCL alone, where they reach each other's memory too
+    #[arg(long)]
+    pub disable_custom_all_reduce: bool,
     /// Seed of dummy weights
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -171,6 +179,9 @@ pub struct OwnHeadFlags {
     /// Key that clients must send
     #[arg(long, value_name = "KEY")]
     pub api_key: Vec<String>,
+    /// Web pages that may use the API: origins with commas between them, a JSON list of them, or * for all [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    pub allowed_origins: Option<AllowedOrigins>,
     /// Device slots to offer [default: as many as the ranks need]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub num_gpus: Option<u32>,
@@ -190,6 +201,7 @@ impl OwnHeadFlags {
             dashboard_port: Some(0),
             dashboard_host: None,
             api_key: Vec::new(),
+            allowed_origins: None,
             num_gpus: None,
             device: None,
         }
@@ -204,6 +216,7 @@ impl OwnHeadFlags {
             ("--cluster-host", self.cluster_host.is_some()),
             ("--dashboard-port", self.dashboard_port.is_some()),
             ("--dashboard-host", self.dashboard_host.is_some()),
+            ("--allowed-origins", self.allowed_origins.is_some()),
             ("--num-gpus", self.num_gpus.is_some()),
             ("--device", self.device.is_some()),
         ];
@@ -214,6 +227,7 @@ impl OwnHeadFlags {
     pub fn head(&self) -> HeadFlags {
         let host = |given: &Option<String>| given.clone().unwrap_or_else(|| defaults::HOST.to_owned());
         HeadFlags {
+            certificate_lifetime: phalanx_trust::CERTIFICATE_LIFETIME,
             port: self.cluster_port.unwrap_or(defaults::CLUSTER_PORT),
             cluster_host: host(&self.cluster_host),
             advertise_address: None,
@@ -222,6 +236,8 @@ impl OwnHeadFlags {
             dashboard_port: self.dashboard_port.unwrap_or(defaults::DASHBOARD_PORT),
             dashboard_host: host(&self.dashboard_host),
             head_grace: defaults::HEAD_GRACE,
+            allowed_origins: self.allowed_origins.clone(),
+            node_timeout: defaults::NODE_TIMEOUT,
         }
     }
 
@@ -265,8 +281,6 @@ struct IgnoredFlags {
     #[arg(long, hide = true)]
     disable_log_requests: bool,
     #[arg(long, hide = true)]
-    disable_custom_all_reduce: bool,
-    #[arg(long, hide = true)]
     uvicorn_log_level: Option<String>,
     /// Prompts are always computed in chunks: obeyed by nature, so not among the ignored.
     #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "true")]
@@ -297,7 +311,6 @@ impl IgnoredFlags {
             ("--tokenizer-mode", self.tokenizer_mode.is_some()),
             ("--enable-auto-tool-choice", self.enable_auto_tool_choice),
             ("--disable-log-requests", self.disable_log_requests),
-            ("--disable-custom-all-reduce", self.disable_custom_all_reduce),
             ("--uvicorn-log-level", self.uvicorn_log_level.is_some()),
             ("--enable-chunked-prefill=false", self.enable_chunked_prefill == Some(false)),
         ];
@@ -347,10 +360,12 @@ impl EngineFlags {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_queue: self.max_queue,
+            scheduling_policy: self.scheduling_policy,
             queue_timeout: self.queue_timeout,
             disable_log_stats: self.disable_log_stats,
             enable_prefix_caching: !self.no_enable_prefix_caching || self.enable_prefix_caching,
             enforce_eager: self.enforce_eager,
+            disable_custom_all_reduce: self.disable_custom_all_reduce,
             seed: self.seed,
             env: self.env.iter().cloned().collect::<BTreeMap<_, _>>(),
             collective_interface: self.collective_interface.clone(),

@@ -10,10 +10,12 @@ use std::time::Duration;
 
 use phalanx_formats::Geometry;
 use phalanx_proto::DeploymentName;
+use phalanx_trust::variables;
 use serde::{Deserialize, Serialize};
 
 use super::strategy::Strategy;
 use crate::config::defaults;
+use crate::engine::policy::Policy;
 
 /// How many ranks share one copy of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +74,9 @@ pub struct DeploymentSpec {
     pub max_num_batched_tokens: u32,
     /// Most requests that wait.
     pub max_queue: u32,
+    /// Who runs next.
+    #[serde(default)]
+    pub scheduling_policy: Policy,
     /// Longest wait of a request in the queue.
     #[serde(default)]
     pub queue_timeout: Option<Duration>,
@@ -82,6 +87,9 @@ pub struct DeploymentSpec {
     pub enable_prefix_caching: bool,
     /// Never record graphs.
     pub enforce_eager: bool,
+    /// Devices exchange through NCCL even where they reach each other's memory.
+    #[serde(default)]
+    pub disable_custom_all_reduce: bool,
     /// Seed of dummy weights.
     pub seed: u64,
     /// Environment of the ranks.
@@ -117,10 +125,12 @@ impl DeploymentSpec {
             max_num_seqs: defaults::MAX_NUM_SEQS,
             max_num_batched_tokens: defaults::MAX_NUM_BATCHED_TOKENS,
             max_queue: defaults::MAX_QUEUE,
+            scheduling_policy: Policy::default(),
             queue_timeout: None,
             disable_log_stats: false,
             enable_prefix_caching: true,
             enforce_eager: false,
+            disable_custom_all_reduce: false,
             seed: 0,
             env: BTreeMap::new(),
             collective_interface: String::new(),
@@ -165,7 +175,14 @@ impl DeploymentSpec {
         self.check_limits(geometry)
     }
 
+    /// Refuses variables that decide what a rank loads or runs: a deployment comes from the network.
+    fn check_env(&self) -> Result<(), String> {
+        let refused = self.env.keys().find_map(|name| Some((name, variables::refusal(name)?)));
+        refused.map_or(Ok(()), |(name, why)| Err(format!("--env {name:?} is refused: {why}")))
+    }
+
     fn check_limits(&self, geometry: &Geometry) -> Result<(), String> {
+        self.check_env()?;
         if self.replicas == 0 || self.replicas > defaults::REPLICAS_MAX {
             return Err(format!("--replicas is {}; it may be 1 to {}", self.replicas, defaults::REPLICAS_MAX));
         }
@@ -257,6 +274,8 @@ mod tests {
     #[test]
     fn contradictions_are_named_by_their_flag() {
         check(|_| {}, "");
+        check(|spec| drop(spec.env.insert("HF_ENDPOINT".into(), "http://m".into())), "");
+        check(|spec| drop(spec.env.insert("LD_PRELOAD".into(), "/tmp/x.so".into())), "--env \"LD_PRELOAD\" is refused");
         check(|spec| spec.tensor_parallel_size = TensorParallelSize::Auto, "");
         check(|spec| spec.tensor_parallel_size = TensorParallelSize::Fixed(0), "--tensor-parallel-size is 0");
         check(|spec| spec.tensor_parallel_size = TensorParallelSize::Fixed(5), "4 attention heads");

@@ -72,6 +72,7 @@ mod tests {
             enable_prefix_caching: true,
             step_time_budget: Duration::from_millis(10),
             step_deadline_min: Duration::from_secs(5),
+            policy: crate::engine::policy::Policy::default(),
             recovery: crate::engine::RecoveryLimits::default(),
             features: phalanx_proto::SamplerFeatures::default(),
         };
@@ -82,6 +83,7 @@ mod tests {
             max_tokens: NonZeroU32::new(max_tokens).unwrap(),
             stop_token_ids: vec![],
             constraint: None,
+            priority: 0,
         };
         limits.admit(&request).map(NonZeroU32::get)
     }

@@ -7,7 +7,7 @@ use std::fmt;
 
 use tokio::time::Instant;
 
-use super::{EngineError, EngineHandle, EngineLimits, EngineSnapshot, GenerateRequest, TokenStream};
+use super::{EngineError, EngineHandle, EngineLimits, EngineSnapshot, GenerateRequest, Reservation, TokenStream};
 
 /// At least one engine, all of the same limits. Cheap to clone.
 #[derive(Clone)]
@@ -32,6 +32,18 @@ impl Replicas {
     /// # Errors
     /// As the engine with the least work says, where all refuse.
     pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
+        self.first_of(|engine| engine.submit(request.clone()))
+    }
+
+    /// Takes places for a request that runs as up to `count` sequences at once, all in the engine with the least work.
+    ///
+    /// # Errors
+    /// As that engine says, where all refuse.
+    pub fn reserve(&self, count: u32) -> Result<Reservation, EngineError> {
+        self.first_of(|engine| engine.reserve(count))
+    }
+
+    fn first_of<T>(&self, ask: impl Fn(&EngineHandle) -> Result<T, EngineError>) -> Result<T, EngineError> {
         let work = |engine: &&EngineHandle| {
             let snapshot = engine.snapshot();
             // One that waits for its group is asked last.
@@ -42,8 +54,8 @@ impl Replicas {
         engines.sort_by_key(work);
         let mut refusal = None;
         for engine in engines {
-            match engine.submit(request.clone()) {
-                Ok(stream) => return Ok(stream),
+            match ask(engine) {
+                Ok(taken) => return Ok(taken),
                 Err(error) if is_own_trouble(&error) => refusal = refusal.or(Some(error)),
                 Err(error) => return Err(error),
             }
@@ -143,6 +155,7 @@ mod tests {
             enable_prefix_caching: true,
             step_time_budget: Duration::from_millis(10),
             step_deadline_min: Duration::from_secs(5),
+            policy: crate::engine::policy::Policy::default(),
             recovery: crate::engine::RecoveryLimits::default(),
             features: phalanx_proto::SamplerFeatures::default(),
         }
@@ -156,6 +169,7 @@ mod tests {
             max_tokens: NonZeroU32::MIN,
             stop_token_ids: Vec::new(),
             constraint: None,
+            priority: 0,
         }
     }
 

@@ -4,7 +4,7 @@
 //! [`Scheduler::commit`] in the same order, up to `steps_in_flight_max` later.
 //!
 //! **Invariant:** every sequence that was enqueued ends in exactly one `Finished` or `Failed` event, and each output index is emitted once.
-//! **Invariant:** `running` is in order of start; a sequence that gives way has no row in the plan that is being made.
+//! **Invariant:** `running` is in the policy's order, and the last one gives way first; it has no row in the plan that is being made.
 //! **Invariant:** if a sequence waits and no step is in flight, [`Scheduler::plan`] gives a plan, unless constraints are away.
 
 mod replay;
@@ -18,7 +18,7 @@ use phalanx_proto::{
 
 use super::block_manager::{BlockManager, BlockTable};
 use super::constraint::{ConstraintAnswer, ConstraintWork, NextTokens};
-use super::policy::Policy;
+use super::policy::{Policy, Turn};
 use super::request::{EngineError, EngineLimits, FinishReason, TokenEvent};
 use super::sequence::{Phase, Sequence};
 use super::step_time::StepTime;
@@ -74,7 +74,7 @@ pub struct Scheduler {
     limits: EngineLimits,
     policy: Policy,
     sequences: HashMap<SeqId, Sequence>,
-    waiting: VecDeque<SeqId>,
+    waiting: VecDeque<Turn>,
     running: Vec<SeqId>,
     free_slots: Vec<SeqSlot>,
     /// Slots whose release no plan has told yet.
@@ -137,8 +137,8 @@ impl Scheduler {
     pub fn new(limits: EngineLimits) -> Self {
         let free_slots = (0..limits.num_running_max()).rev().map(SeqSlot).collect();
         Self {
+            policy: limits.policy,
             limits,
-            policy: Policy::default(),
             sequences: HashMap::new(),
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -176,7 +176,7 @@ impl Scheduler {
     /// Takes a new sequence in.
     pub fn enqueue(&mut self, sequence: Sequence) {
         let id = sequence.id;
-        self.policy.enqueue(&mut self.waiting, id);
+        self.policy.enqueue(&mut self.waiting, sequence.turn);
         self.sequences.insert(id, sequence);
         self.fit(id);
     }
@@ -259,7 +259,7 @@ impl Scheduler {
         assert!(slots.iter().copied().eq((0..self.limits.num_running_max()).map(SeqSlot)), "each slot is in one place");
         let num_listed = self.running.len() + self.waiting.len();
         assert_eq!(num_listed, self.sequences.len(), "a sequence waits or runs");
-        for id in &self.waiting {
+        for Turn { id, .. } in &self.waiting {
             let waits = self.sequences.get(id).is_some_and(|sequence| matches!(sequence.phase, Phase::Waiting));
             assert!(waits, "sequence {id} is listed as waiting");
         }
@@ -316,8 +316,8 @@ impl Scheduler {
                 return false;
             }
             // One that has the step for itself gives way to nobody: it would start again and lack the same block.
-            let others: Vec<SeqId> = self.running.iter().copied().filter(|other| draft.alone != Some(*other)).collect();
-            let Some(victim) = self.policy.victim(&others) else { return false };
+            let victim = self.running.iter().rev().copied().find(|other| draft.alone != Some(*other));
+            let Some(victim) = victim else { return false };
             self.preempt(victim, blocks);
             draft.preempted = true;
         }
@@ -363,9 +363,18 @@ impl Scheduler {
                 self.counters.cached_tokens += table.num_cached() as u64 * u64::from(self.limits.block_size);
             }
             start(sequence, slot, table, draft, self.limits.block_size);
-            self.waiting.retain(|other| *other != id);
-            self.running.push(id);
+            self.waiting.retain(|other| other.id != id);
+            self.enter(id);
         }
+    }
+
+    /// Puts a sequence among the running ones, in the policy's order.
+    fn enter(&mut self, id: SeqId) {
+        let turn = |id: &SeqId| self.sequences.get(id).map(|sequence| sequence.turn);
+        let Some(own) = turn(&id) else { return };
+        let outlasts = |other: &SeqId| turn(other).is_some_and(|other| self.policy.outlasts(other, own));
+        let place = self.running.partition_point(outlasts);
+        self.running.insert(place, id);
     }
 
     /// True where a prompt in this plan computes the next block that a waiting sequence needs: a plan later it is shared.
@@ -459,7 +468,7 @@ impl Scheduler {
     fn remove(&mut self, id: SeqId, blocks: &mut BlockManager) -> Option<Sequence> {
         let mut sequence = self.sequences.remove(&id)?;
         if !self.leave(&mut sequence, blocks) {
-            self.waiting.retain(|other| *other != id);
+            self.waiting.retain(|other| other.id != id);
         }
         self.counters.finished += 1;
         Some(sequence)
@@ -469,7 +478,7 @@ impl Scheduler {
         let Some(mut sequence) = self.sequences.remove(&id) else { return };
         let was_running = self.leave(&mut sequence, blocks);
         assert!(was_running, "sequence {id} gives way without running");
-        self.policy.requeue(&mut self.waiting, id);
+        self.policy.enqueue(&mut self.waiting, sequence.turn);
         self.sequences.insert(id, sequence);
         self.counters.preemptions += 1;
     }

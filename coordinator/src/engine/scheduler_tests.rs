@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use super::block_manager::BlockManager;
 use super::constraint::tests::Listed;
 use super::constraint::{Constraint, ConstraintWork, NextTokens};
+use super::policy::Policy;
 use super::request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent};
 use super::scheduler::{Scheduler, SeqEvent};
 use super::sequence::Sequence;
@@ -28,6 +29,7 @@ pub(super) fn limits() -> EngineLimits {
         enable_prefix_caching: true,
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
+        policy: crate::engine::policy::Policy::default(),
         recovery: crate::engine::RecoveryLimits::default(),
         features: phalanx_proto::SamplerFeatures { masks: true, edits: true },
     }
@@ -41,6 +43,7 @@ pub(super) fn request(prompt: Vec<TokenId>, max_tokens: u32) -> GenerateRequest 
         max_tokens: NonZeroU32::new(max_tokens).unwrap(),
         stop_token_ids: vec![],
         constraint: None,
+        priority: 0,
     }
 }
 
@@ -182,6 +185,7 @@ impl Harness {
                 request.stop_token_ids = stop.map(TokenId).into_iter().collect();
                 request.sampling.prompt_logprobs = prompt_logprobs.then_some(0);
                 request.constraint = constrained.map(constraint);
+                request.priority = family as i32 % 3 - 1;
                 self.submit(request);
             }
             Operation::Answer => self.answer(),
@@ -463,6 +467,60 @@ fn a_step_in_flight_that_gives_blocks_back_spares_the_others() {
     }
     assert_eq!(harness.scheduler.counters().preemptions, 1, "its blocks come back, and others wait for them");
     harness.run_out();
+}
+
+/// The order in which requests of these priorities start, one at a time.
+fn order_of_starts(policy: Policy, priorities: &[i32]) -> Vec<u64> {
+    let limits = EngineLimits { max_num_seqs: 1, policy, ..limits() };
+    let mut blocks = BlockManager::new(limits.num_blocks, limits.block_size, true);
+    let mut scheduler = Scheduler::new(limits);
+    for (id, priority) in (1..).zip(priorities) {
+        let request = GenerateRequest { priority: *priority, ..request(prompt(1, 4), 1) };
+        scheduler.enqueue(Sequence::new(SeqId(id), request, NonZeroU32::MIN));
+    }
+    let mut order = Vec::new();
+    while let Some(step) = scheduler.plan(&mut blocks) {
+        order.extend(step.sequences.iter().map(|id| id.0));
+        let row = |slot| phalanx_proto::SampledRow { slot, token: TokenId(1), logprobs: None };
+        let rows = step.plan.rows.iter().map(|planned| row(planned.slot)).collect();
+        scheduler.commit(step, phalanx_proto::StepOutput { elapsed_us: 1, rows, ..Default::default() }, &mut blocks);
+        scheduler.check_invariants(&blocks);
+    }
+    order
+}
+
+#[test]
+fn the_lowest_priority_number_starts_first_where_the_policy_looks_at_it() {
+    assert_eq!(order_of_starts(Policy::Priority, &[0, 5, -3, 0, -3]), [3, 5, 1, 4, 2]);
+    assert_eq!(order_of_starts(Policy::Priority, &[0; 4]), [1, 2, 3, 4]);
+    assert_eq!(order_of_starts(Policy::Fcfs, &[0, 5, -3, 0, -3]), [1, 2, 3, 4, 5]);
+}
+
+#[test]
+fn blocks_that_run_out_cost_the_highest_priority_number_its_place() {
+    for (policy, expected) in [(Policy::Priority, 2), (Policy::Fcfs, 4)] {
+        let limits = EngineLimits { num_blocks: 16, policy, ..limits() };
+        let mut blocks = BlockManager::new(limits.num_blocks, limits.block_size, false);
+        let mut scheduler = Scheduler::new(limits);
+        for (id, priority) in [(1, 0), (2, 7), (3, 0), (4, 6)] {
+            let request = GenerateRequest { priority, ..request(prompt(id, 12), 28) };
+            scheduler.enqueue(Sequence::new(SeqId(id.into()), request, NonZeroU32::new(28).unwrap()));
+        }
+        let mut last = Vec::new();
+        while scheduler.counters().preemptions == 0 {
+            let step = scheduler.plan(&mut blocks).expect("work");
+            last = step.sequences.iter().map(|id| id.0).collect();
+            let rows = step.plan.rows.iter().filter(|row| row.samples);
+            let rows = rows.map(|row| phalanx_proto::SampledRow { slot: row.slot, token: TokenId(1), logprobs: None });
+            let rows = rows.collect();
+            scheduler.commit(
+                step,
+                phalanx_proto::StepOutput { elapsed_us: 1, rows, ..Default::default() },
+                &mut blocks,
+            );
+        }
+        assert_eq!(last, [1, 2, 3, 4].into_iter().filter(|id| *id != expected).collect::<Vec<u64>>());
+    }
 }
 
 #[test]

@@ -16,6 +16,8 @@ use phalanx_proto::{
 
 use super::block_manager::{BlockHash, BlockTable};
 use super::constraint::{Constraint, ConstraintState, ConstraintWork, NextTokens};
+use super::handle::Places;
+use super::policy::Turn;
 use super::request::{FinishReason, GenerateRequest, TokenEvent, Usage};
 
 /// With so many broken epochs behind it a sequence runs alone for a while.
@@ -56,6 +58,8 @@ pub struct Residence {
 pub struct Sequence {
     /// Its name; grows with arrival.
     pub id: SeqId,
+    /// When its turn comes.
+    pub turn: Turn,
     /// How it is sampled.
     pub sampling: SamplingParams,
     /// Where it stands.
@@ -78,6 +82,8 @@ pub struct Sequence {
     alone_until: usize,
     /// True once it has been in the batch; the stream's side reads it.
     started: Arc<AtomicBool>,
+    /// Its place in the engine, given back when it is gone; absent where nobody counts.
+    places: Option<Arc<Places>>,
 }
 
 impl Sequence {
@@ -86,6 +92,7 @@ impl Sequence {
         let num_prompt_tokens = request.prompt.len() as u32;
         Self {
             id,
+            turn: Turn { priority: request.priority, arrival: id, id },
             prompt_logprobs: request.sampling.prompt_logprobs.map(|_| Vec::new()),
             sampling: request.sampling,
             phase: Phase::Waiting,
@@ -100,7 +107,15 @@ impl Sequence {
             num_breaks: 0,
             alone_until: 0,
             started: Arc::default(),
+            places: None,
         }
+    }
+
+    /// Keeps the places of its request, and takes the turn of the sequence that came with it first.
+    pub fn with_places(mut self, places: Arc<Places>, arrival: Option<SeqId>) -> Self {
+        self.places = Some(places);
+        self.turn.arrival = arrival.unwrap_or(self.id);
+        self
     }
 
     /// True once it has been in the batch, for whoever waits for it.

@@ -28,6 +28,20 @@ struct StreamOptions {
     continuous_usage_stats: Option<bool>,
 }
 
+/// A rule for the end of a beam search.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+enum EarlyStopping {
+    Flag(bool),
+    Never(NeverWord),
+}
+
+#[derive(JsonSchema)]
+#[schemars(rename_all = "lowercase")]
+enum NeverWord {
+    Never,
+}
+
 /// Fields of every request that generates.
 #[derive(JsonSchema)]
 struct Sampling {
@@ -82,6 +96,9 @@ struct Sampling {
     spaces_between_special_tokens: Option<bool>,
     /// Add the tokenizer's own special tokens to the prompt.
     add_special_tokens: Option<bool>,
+    /// Lower runs first; 0 where the model is served first come, first served.
+    #[schemars(range(min = -2_147_483_648_i64, max = 2_147_483_647))]
+    priority: Option<i32>,
     /// Send the answer in pieces.
     stream: Option<bool>,
 }
@@ -183,6 +200,12 @@ struct Shared {
     /// Outputs that are made to choose the best of; at least n.
     #[schemars(range(min = 1, max = 16_384))]
     best_of: Option<u32>,
+    /// Search for the likeliest outputs: `best_of` (or `n`) beams, of which the best `n` are given.
+    use_beam_search: Option<bool>,
+    /// Scores of a search are divided by length to this power.
+    length_penalty: Option<f64>,
+    /// When a search ends: `true`, `false` or `"never"`, as in transformers; absent: all steps are made.
+    early_stopping: Option<EarlyStopping>,
     /// Strings that end an output, four at the most.
     stop: Option<OneOrMany>,
     /// Log-probabilities of the prompt, with so many alternatives.

@@ -1,6 +1,7 @@
 //! The routes against an engine whose answers are written beforehand.
 
 mod admission;
+mod beam;
 mod chat;
 mod completions;
 mod errors;
@@ -21,7 +22,7 @@ use phalanx_formats::{GenerationDefaults, ModelFiles};
 use phalanx_proto::{SamplingParams, StatusSnapshot, TokenId, TokenLogprobs};
 use tower::ServiceExt;
 
-use super::{Admission, ApiState, ServedModel, ServedModels, router};
+use super::{Admission, AllowedOrigins, ApiState, ServedModel, ServedModels, router};
 use crate::constraint::GrammarCompiler;
 use crate::engine::scripted::{self, Cancelled, Submitted};
 use crate::engine::{EngineError, EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
@@ -54,6 +55,7 @@ fn limits() -> EngineLimits {
         enable_prefix_caching: true,
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
+        policy: crate::engine::policy::Policy::default(),
         recovery: crate::engine::RecoveryLimits::default(),
         features: phalanx_proto::SamplerFeatures { masks: true, edits: true },
     }
@@ -137,6 +139,7 @@ struct Setup {
     template: Option<&'static str>,
     queue_timeout: Option<Duration>,
     keys: Option<KeyRing>,
+    origins: AllowedOrigins,
     status: StatusSnapshot,
 }
 
@@ -151,6 +154,7 @@ impl Default for Setup {
             template: None,
             queue_timeout: None,
             keys: None,
+            origins: AllowedOrigins::default(),
             status: StatusSnapshot::default(),
         }
     }
@@ -190,6 +194,7 @@ impl Server {
         let status = setup.status;
         let mut state = ApiState::new(models.clone(), Arc::new(move || status.clone()));
         state.keys = Arc::new(setup.keys.unwrap_or_else(|| KeyRing::new(&setup.api_keys, None).unwrap()));
+        state.origins = setup.origins;
         Self { router: router(state), models, cancelled, submitted }
     }
 

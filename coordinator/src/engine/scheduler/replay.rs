@@ -20,7 +20,9 @@ impl Scheduler {
     /// Those whose budget of replays is spent fail with `error`.
     pub fn end_epoch(&mut self, replays_max: u32, error: &EngineError) {
         for id in std::mem::take(&mut self.running) {
-            self.policy.requeue(&mut self.waiting, id);
+            if let Some(sequence) = self.sequences.get(&id) {
+                self.policy.enqueue(&mut self.waiting, sequence.turn);
+            }
         }
         let mut spent = Vec::new();
         for (id, sequence) in &mut self.sequences {
@@ -42,7 +44,7 @@ impl Scheduler {
     /// Another group takes over, with so many KV blocks. What no longer fits ends here.
     pub fn begin_epoch(&mut self, num_blocks: u32) {
         self.limits.num_blocks = num_blocks;
-        let mut ids: Vec<SeqId> = self.waiting.iter().copied().collect();
+        let mut ids: Vec<SeqId> = self.waiting.iter().map(|turn| turn.id).collect();
         ids.sort_unstable();
         for id in ids {
             self.fit(id);
@@ -80,7 +82,7 @@ impl Scheduler {
     fn fail_waiting(&mut self, id: SeqId, error: EngineError) {
         let Some(sequence) = self.sequences.remove(&id) else { return };
         debug_assert!(matches!(sequence.phase, Phase::Waiting), "only waiting sequences fail here");
-        self.waiting.retain(|other| *other != id);
+        self.waiting.retain(|other| other.id != id);
         self.counters.finished += 1;
         self.events.push((id, TokenEvent::Failed(error)));
     }
