@@ -35,6 +35,10 @@ pub mod defaults {
     pub const STEPS_IN_FLIGHT_MAX: u32 = 2;
     /// Most ranks in a group.
     pub const WORLD_SIZE_MAX: u32 = 256;
+    /// Most bundles of a placement group.
+    pub const BUNDLES_MAX: usize = 256;
+    /// Most placement groups that are made by hand.
+    pub const GROUPS_MAX: usize = 256;
     /// Most replicas of a deployment.
     pub const REPLICAS_MAX: u32 = 64;
     /// A step's chunks are sized so that it takes about this long.
@@ -79,6 +83,8 @@ pub mod defaults {
     pub const CALL_CONNECT_DEADLINE: Duration = Duration::from_secs(3);
     /// Time for an answer that needs no work.
     pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
+    /// Longest wait that one call asks for.
+    pub const WAIT_MAX: Duration = Duration::from_secs(86_400);
     /// Time for all processes of a cluster to end.
     pub const STOP_DEADLINE: Duration = Duration::from_secs(60);
     /// Time between pings on an idle gRPC connection.

@@ -27,12 +27,12 @@ pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
 
 use crate::api::{self, ApiState, ServedModels};
 use crate::cluster::membership::ClusterServer;
-use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, StatusBoard};
+use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, GroupRecord, Restored, StatusBoard};
 use crate::config::{Home, defaults};
 use crate::dashboard;
 use crate::security::key_file::{KeyFile, KeyFileError};
 use crate::security::keys::KeyRing;
-use crate::store::{Store, StoreError, StoreWriter};
+use crate::store::{Store, StoreError, StoreWriter, Table};
 
 /// Time between two writings of what keys have used.
 const USAGE_INTERVAL: Duration = Duration::from_secs(10);
@@ -245,15 +245,26 @@ impl RunningHead {
 }
 
 /// What an earlier head has left. A record that cannot be read is named and passed over: the others come back.
-fn restored(store: &Store) -> Result<Vec<DeploymentRecord>, StoreError> {
-    let mut restored = Vec::new();
-    for (name, bytes) in store.deployments()? {
-        match DeploymentRecord::from_bytes(&bytes) {
-            Ok(record) => restored.push(record),
-            Err(error) => error!(group_id = name, %error, "deployment does not come back: its record cannot be read"),
+fn restored(store: &Store) -> Result<Restored, StoreError> {
+    Ok(Restored {
+        deployments: readable(store, Table::Deployments, DeploymentRecord::from_bytes)?,
+        groups: readable(store, Table::PlacementGroups, GroupRecord::from_bytes)?,
+    })
+}
+
+fn readable<T>(
+    store: &Store,
+    table: Table,
+    read: impl Fn(&[u8]) -> Result<T, serde_json::Error>,
+) -> Result<Vec<T>, StoreError> {
+    let mut records = Vec::new();
+    for (name, bytes) in store.records(table)? {
+        match read(&bytes) {
+            Ok(record) => records.push(record),
+            Err(error) => error!(?table, name, %error, "a record does not come back: it cannot be read"),
         }
     }
-    Ok(restored)
+    Ok(records)
 }
 
 /// Writes lines of throughput and queues until the end.

@@ -90,6 +90,8 @@ pub struct AgentHello {
     pub pid: u32,
     /// One name for each slot.
     pub device_names: Vec<String>,
+    /// What it was labelled with, for placement.
+    pub labels: BTreeMap<String, String>,
 }
 
 /// What became of one rank process.
@@ -221,6 +223,7 @@ impl From<AgentHello> for pb::AgentHello {
             memory_bytes: h.memory_bytes,
             pid: h.pid,
             device_names: h.device_names,
+            labels: h.labels.into_iter().collect(),
         }
     }
 }
@@ -250,6 +253,7 @@ impl TryFrom<pb::AgentHello> for AgentHello {
             memory_bytes: h.memory_bytes,
             pid: h.pid,
             device_names: h.device_names,
+            labels: h.labels.into_iter().collect(),
         })
     }
 }
@@ -441,6 +445,7 @@ mod tests {
             memory_bytes: 1,
             pid: 7,
             device_names: vec!["cpu".into(), "cpu".into()],
+            labels: BTreeMap::from([("zone".into(), "a".into())]),
         }
     }
 

@@ -57,6 +57,9 @@ pub struct NodeStatus {
     pub pid: u32,
     /// Why it is not alive, else empty.
     pub reason: String,
+    /// What it was labelled with.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// One placement group.
@@ -70,8 +73,20 @@ pub struct PlacementGroupStatus {
     pub state: String,
     /// The arithmetic of what is not met, else empty.
     pub reason: String,
-    /// One for each rank.
+    /// One for each rank, or as they were asked for.
     pub bundles: Vec<BundleStatus>,
+    /// Its name, where it was made by hand; else empty.
+    #[serde(default)]
+    pub name: String,
+    /// What runs in it.
+    #[serde(default)]
+    pub deployments: Vec<String>,
+    /// Words of whoever made it.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// When it was made, or got its slots, as words.
+    #[serde(default)]
+    pub since: String,
 }
 
 /// One bundle.
@@ -85,6 +100,12 @@ pub struct BundleStatus {
     pub resources: BTreeMap<String, f64>,
     /// `pending` or `created`.
     pub state: String,
+    /// The slots that it holds there.
+    #[serde(default)]
+    pub slots: Vec<u32>,
+    /// Labels that its node must have.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// One deployment.

@@ -6,7 +6,7 @@
 //! **Invariant:** nothing else in this crate reads the environment, and nothing changes a `Config` later. A key or a value
 //! that is not understood stops the start.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -240,6 +240,8 @@ struct File {
     #[serde(default)]
     device: Option<DeviceChoice>,
     advertise_address: Option<String>,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
     log_level: Option<String>,
     log_format: Option<LogFormat>,
 }
@@ -299,6 +301,8 @@ pub struct Flags {
     pub device: Option<DeviceChoice>,
     /// `--advertise-address`.
     pub advertise_address: Option<String>,
+    /// `--label`.
+    pub labels: BTreeMap<String, String>,
     /// `--log-level`.
     pub log_level: Option<String>,
     /// `--log-format`.
@@ -318,6 +322,8 @@ pub struct Config {
     pub device: DeviceChoice,
     /// Where other machines reach this one, where said.
     pub advertise_address: Option<String>,
+    /// What this machine is labelled with, for placement.
+    pub labels: BTreeMap<String, String>,
     /// Log filter.
     pub log_level: String,
     /// Look of log lines.
@@ -356,6 +362,7 @@ impl Config {
             num_gpus: flags.num_gpus.or(file.num_gpus),
             device: flags.device.or(file.device).unwrap_or_default(),
             advertise_address: flags.advertise_address.or(file.advertise_address),
+            labels: file.labels.into_iter().chain(flags.labels).collect(),
             log_level: log_level.unwrap_or_else(|| "info".into()),
             log_format: flags.log_format.or(file.log_format).unwrap_or_default(),
             cuda_visible: environment.cuda_visible,

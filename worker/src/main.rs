@@ -107,6 +107,9 @@ struct JoinArgs {
     /// Address under which other machines reach this one [default: where the head sees it come from]
     #[arg(long, value_name = "IP")]
     advertise_address: Option<String>,
+    /// Label of this machine, for placement groups that ask for it; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
+    labels: Vec<(String, String)>,
     /// Stay in the foreground
     #[arg(long)]
     block: bool,
@@ -176,12 +179,20 @@ fn main() -> ExitCode {
 
 // ---- join ----
 
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text} is not KEY=VALUE")),
+    }
+}
+
 fn join(args: &JoinArgs, flags: Flags) -> anyhow::Result<()> {
     let flags = Flags {
         address: args.address.clone(),
         num_gpus: args.num_gpus,
         device: args.device,
         advertise_address: args.advertise_address.clone(),
+        labels: args.labels.iter().cloned().collect(),
         ..flags
     };
     let config = Config::load(flags, Environment::read())?;
@@ -269,6 +280,7 @@ fn describe(config: &Config, node_id: NodeId, hostname: String, devices: &Device
         memory_bytes: node::memory_bytes(),
         pid: std::process::id(),
         device_names: devices.slots.iter().map(|slot| slot.name.clone()).collect(),
+        labels: config.labels.clone(),
     }
 }
 

@@ -123,6 +123,20 @@ pub struct DeviceFlags {
     /// Which devices to offer
     #[arg(long, value_enum, default_value_t)]
     pub device: DeviceChoice,
+    /// Label of this machine, for placement groups that ask for it; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_pair)]
+    pub labels: Vec<(String, String)>,
+}
+
+/// Reads `KEY=VALUE`.
+///
+/// # Errors
+/// It is none.
+pub fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text} is not KEY=VALUE")),
+    }
 }
 
 /// A runtime for a head or a command.
@@ -235,6 +249,7 @@ pub async fn start_agent(
         flags.device.as_str(),
     ]);
     command.args(flags.num_gpus.map(|num| format!("--num-gpus={num}")));
+    command.args(flags.labels.iter().map(|(key, value)| format!("--label={key}={value}")));
     command.arg(format!("--log-format={}", surroundings.global.log_format.as_str()));
     command.args(surroundings.global.log_level.as_ref().map(|level| format!("--log-level={level}")));
     command.env("PHALANX_HOME", surroundings.environment.home.path()).env_remove("PHALANX_ADDRESS");

@@ -16,6 +16,7 @@ mod generate;
 mod head_process;
 mod key;
 mod launch;
+mod placement_group;
 mod progress;
 mod run_batch;
 mod sampling_flags;
@@ -71,6 +72,8 @@ enum Command {
     Generate(Box<generate::GenerateFlags>),
     RunBatch(Box<run_batch::RunBatchFlags>),
     Chat(Box<chat::ChatFlags>),
+    #[command(visible_alias = "pg")]
+    PlacementGroup(placement_group::PlacementGroupFlags),
     Key(key::KeyFlags),
     Bench(bench::BenchFlags),
     Doctor(doctor::DoctorFlags),
@@ -106,6 +109,7 @@ pub fn main() -> ExitCode {
         Command::Stop(flags) => (flags.json, stop::run(&surroundings, &flags)),
         Command::Generate(flags) => (false, generate::run(&surroundings, &flags)),
         Command::RunBatch(flags) => (false, run_batch::run(&surroundings, &flags)),
+        Command::PlacementGroup(flags) => (flags.json(), placement_group::run(&surroundings, &flags)),
         Command::Key(flags) => (flags.json(), key::run(&surroundings, &flags)),
         Command::Chat(flags) => (false, chat::run(&surroundings, &flags)),
         Command::Bench(flags) => (false, bench::run(&surroundings, &flags)),
@@ -155,6 +159,13 @@ mod tests {
             "generate ./m --prompts p.txt --max-tokens 64 --temperature 0 --tensor-parallel-size 2",
             "generate --base-url http://h:8000 --chat --system x --top-k -1 --sampling-seed 3 -n 2 -o out.jsonl",
             "chat ./m --temperature 0.7 --stop a --stop b --max-tokens 128",
+            "placement-group create --name g --bundle cpu=1,gpu=1 --bundle gpu=2,label.zone=a --strategy STRICT_SPREAD",
+            "placement-group create --name g --bundle gpu=1 --selector zone=a --label owner=me --wait 10m --json",
+            "placement-group wait g --timeout 30s",
+            "pg list --label owner=me",
+            "placement-group show g --json",
+            "placement-group remove g --force",
+            "serve ./m --placement-group g --tensor-parallel-size 2",
             "key create --name a --scopes inference,metrics --rate 60/min --tokens-per-day 1000 --json",
             "key revoke a",
             "key list --json",
@@ -184,7 +195,17 @@ mod tests {
             "chat",
             "bench serve m --request-rate 0",
             "key create",
+            "placement-group create --name g",
+            "placement-group create --name g --bundle tpu=1",
+            "placement-group create --name g --bundle gpu=1 --strategy loose",
             "key create --name a --rate often",
+            "placement-group create --name g --bundle cpu=1,gpu=1 --bundle gpu=2,label.zone=a --strategy STRICT_SPREAD",
+            "placement-group create --name g --bundle gpu=1 --selector zone=a --label owner=me --wait 10m --json",
+            "placement-group wait g --timeout 30s",
+            "pg list --label owner=me",
+            "placement-group show g --json",
+            "placement-group remove g --force",
+            "serve ./m --placement-group g --tensor-parallel-size 2",
             "key create --name a --scopes everything",
             "run-batch -i x",
             "bench allreduce --world 1",

@@ -11,7 +11,7 @@ use clap::builder::PossibleValuesParser;
 
 use super::CliError;
 use super::connection::AddressFlag;
-use super::launch::{DeviceChoice, DeviceFlags, HeadFlags};
+use super::launch::{DeviceChoice, DeviceFlags, HeadFlags, parse_pair};
 use crate::cluster::strategy::Strategy;
 use crate::cluster::{DeploymentSpec, TensorParallelSize};
 use crate::config::{defaults, parse_duration};
@@ -133,11 +133,11 @@ pub struct EngineFlags {
     /// How long to wait for machines or slots that are not there [default: not at all]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub wait: Option<Duration>,
-    /// Placement group to use
+    /// Placement group whose slots to use: coordinator placement-group create makes one
     #[arg(long, value_name = "NAME")]
     pub placement_group: Option<String>,
     /// Environment of the ranks
-    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_env)]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
     pub env: Vec<(String, String)>,
     /// Network interface for collectives between nodes
     #[arg(long, value_name = "NAME", default_value = "")]
@@ -231,7 +231,7 @@ impl OwnHeadFlags {
             TensorParallelSize::Fixed(size) => Some(size.saturating_mul(spec.replicas).max(1)),
             TensorParallelSize::Auto => None,
         };
-        DeviceFlags { num_gpus: self.num_gpus.or(needed), device: self.device.unwrap_or_default() }
+        DeviceFlags { num_gpus: self.num_gpus.or(needed), device: self.device.unwrap_or_default(), labels: Vec::new() }
     }
 }
 
@@ -311,10 +311,6 @@ impl EngineFlags {
     /// # Errors
     /// A flag that cannot be obeyed, or a file that cannot be read.
     pub fn spec(&self, model: &str) -> Result<DeploymentSpec, CliError> {
-        if self.placement_group.is_some() {
-            let message = "--placement-group: groups made by hand cannot be used yet";
-            return Err(CliError::usage(message).with_hint("Use --placement-strategy"));
-        }
         // What is not finite has no place in JSON; whether the share makes sense is the head's to say.
         if !self.gpu_memory_utilization.is_finite() {
             let message = format!(
@@ -336,6 +332,7 @@ impl EngineFlags {
             tensor_parallel_size: self.tensor_parallel_size,
             replicas: self.replicas,
             strategy: self.placement_strategy,
+            placement_group: self.placement_group.clone(),
             wait: self.wait,
             load_format: self.load_format.clone(),
             dtype: dtype(&self.dtype),
@@ -396,13 +393,6 @@ fn parse_size(text: &str) -> Result<TensorParallelSize, String> {
     let bad = || format!("{text} is neither a number of ranks nor auto");
     let size: u32 = text.parse().map_err(|_| bad())?;
     if size == 0 { Err(bad()) } else { Ok(TensorParallelSize::Fixed(size)) }
-}
-
-fn parse_env(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err(format!("{text} is not KEY=VALUE")),
-    }
 }
 
 fn parse_ports(text: &str) -> Result<(u16, u16), String> {

@@ -10,9 +10,11 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::ClusterError;
 use super::deployment::{CheckedSpec, DeployEvent};
+use super::named_group::{GroupReply, GroupSpec};
 use super::nodes::AgentSession;
 use crate::engine::EngineHandle;
 use crate::engine::group::RankLink;
+use crate::store::Table;
 
 /// Names one incarnation of one replica: answers of an older one are ignored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,13 +68,17 @@ pub(super) enum ClusterEvent {
     /// A group has drained.
     GroupStopped { group: GroupKey },
     /// The store has written what it was given, or cannot.
-    Kept { deployment: DeploymentName, result: Result<(), String> },
+    Kept { table: Table, name: String, result: Result<(), String> },
     /// The table of served models was brought up to date.
     Published { deployment: DeploymentName, result: Result<(), String> },
     /// Someone asks for a deployment.
     Deploy { checked: Box<CheckedSpec>, watcher: mpsc::Sender<DeployEvent> },
     /// Someone asks for its end.
     Undeploy { name: DeploymentName, reply: oneshot::Sender<Result<(), ClusterError>> },
+    /// Someone asks for bundles by name.
+    CreateGroup { spec: GroupSpec, reply: GroupReply },
+    /// Someone gives them back; with `force`, what runs in them ends.
+    RemoveGroup { name: String, force: bool, reply: oneshot::Sender<Result<(), ClusterError>> },
     /// Someone asks for a node's end.
     Leave { node: NodeId, reply: oneshot::Sender<Result<(), ClusterError>> },
     /// Someone asks for the end of everything.

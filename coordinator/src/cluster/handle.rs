@@ -3,15 +3,17 @@
 use std::time::{Duration, Instant};
 
 use phalanx_proto::{
-    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, NodeId, RankHello, Term,
+    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, NodeId, PlacementGroupStatus,
+    RankHello, Term,
 };
 use tokio::sync::{mpsc, oneshot};
 
-use super::deployment::{CheckedSpec, DeployEvent};
+use super::deployment::{CheckedSpec, DeployEvent, DeployFailure};
 use super::event::ClusterEvent;
+use super::named_group::GroupSpec;
 use super::nodes::{AgentSession, Patience};
 use super::reconcile::Reconciler;
-use super::record::DeploymentRecord;
+use super::record::Restored;
 use super::{ClusterError, ServingChange, StatusBoard};
 use crate::config::defaults;
 use crate::engine::group::RankLink;
@@ -75,11 +77,11 @@ impl ClusterSettings {
     }
 }
 
-/// Starts the cluster's task on the current runtime, with the deployments that an earlier head has left. It ends after
+/// Starts the cluster's task on the current runtime, with what an earlier head has left. It ends after
 /// [`ClusterHandle::stop`].
 pub fn start(
     settings: ClusterSettings,
-    restored: Vec<DeploymentRecord>,
+    restored: Restored,
     serving: mpsc::Sender<ServingChange>,
 ) -> (ClusterHandle, StatusBoard) {
     let (events, inbox) = mpsc::channel(defaults::CLUSTER_QUEUE);
@@ -152,6 +154,25 @@ impl ClusterHandle {
     /// There is none of this name, or its processes did not end in time.
     pub async fn undeploy(&self, name: DeploymentName) -> Result<(), ClusterError> {
         self.ask(|reply| ClusterEvent::Undeploy { name, reply }).await?
+    }
+
+    /// Asks for bundles by name; returns when they are reserved or wait for it, on disk.
+    ///
+    /// # Errors
+    /// They can never be had on the machines that are there, or the head is stopping.
+    pub async fn create_group(
+        &self,
+        spec: GroupSpec,
+    ) -> Result<Result<PlacementGroupStatus, DeployFailure>, ClusterError> {
+        self.ask(|reply| ClusterEvent::CreateGroup { spec, reply }).await
+    }
+
+    /// Gives bundles back; with `force`, what runs in them ends first.
+    ///
+    /// # Errors
+    /// There is no such group, or something runs in it.
+    pub async fn remove_group(&self, name: String, force: bool) -> Result<(), ClusterError> {
+        self.ask(|reply| ClusterEvent::RemoveGroup { name, force, reply }).await?
     }
 
     /// Sends a node away: its ranks end, then its agent.

@@ -94,7 +94,10 @@ impl From<ClusterError> for Status {
             ClusterError::Join(JoinError::Duplicate { .. }) => Self::already_exists(text),
             ClusterError::Join(JoinError::Stopping) | ClusterError::Unavailable => Self::unavailable(text),
             ClusterError::UnknownRank { .. } => Self::permission_denied(text),
-            ClusterError::UnknownDeployment { .. } | ClusterError::UnknownNode { .. } => Self::not_found(text),
+            ClusterError::UnknownDeployment { .. }
+            | ClusterError::UnknownNode { .. }
+            | ClusterError::UnknownGroup { .. } => Self::not_found(text),
+            ClusterError::GroupInUse { .. } => Self::failed_precondition(text),
             ClusterError::StillRunning { .. } => Self::deadline_exceeded(text),
         }
     }

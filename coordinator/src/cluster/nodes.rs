@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use phalanx_proto::{AgentHello, DeviceKind, NodeId};
 
+use super::placement::IMPLIED_LABELS;
+
 /// Whether a node can be worked with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NodeState {
@@ -57,6 +59,14 @@ pub struct Node {
 }
 
 impl Node {
+    /// The labels that it was given, and those that every node has.
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        let mut labels = self.hello.labels.clone();
+        let implied = [self.hello.node_id.to_string(), self.hello.hostname.clone(), self.hello.device_kind.to_string()];
+        labels.extend(IMPLIED_LABELS.into_iter().map(str::to_owned).zip(implied));
+        labels
+    }
+
     /// The device in words.
     pub fn device(&self) -> String {
         let count = self.hello.num_slots;
@@ -233,6 +243,7 @@ mod tests {
             memory_bytes: 1 << 33,
             pid,
             device_names: vec!["cpu".into(); 2],
+            labels: BTreeMap::new(),
         }
     }
 

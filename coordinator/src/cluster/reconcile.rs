@@ -8,6 +8,7 @@
 mod agents;
 mod deploying;
 mod ending;
+mod grouping;
 mod keeping;
 
 pub(super) use keeping::KeptVersion;
@@ -22,8 +23,9 @@ use tokio::time::MissedTickBehavior;
 use super::deployment::Deployment;
 use super::event::{ClusterEvent, GroupKey};
 use super::handle::ClusterSettings;
+use super::named_group::NamedGroup;
 use super::nodes::{AgentSession, NodeTable};
-use super::record::DeploymentRecord;
+use super::record::Restored;
 use super::replica::Replica;
 use super::{ClusterError, ServingChange, StatusBoard, report};
 
@@ -59,8 +61,12 @@ pub(super) struct Reconciler {
     agents: BTreeMap<NodeId, AgentLink>,
     /// In the order in which they were asked for.
     deployments: Vec<(DeploymentName, Deployment)>,
+    /// Placement groups that were asked for by name, in that order.
+    groups: Vec<NamedGroup>,
     leaving: BTreeMap<NodeId, Leaving>,
     stopping: Option<Stopping>,
+    /// Since when this head looks.
+    started: Instant,
     /// Changes that the store has not answered.
     num_keeping: usize,
     /// The next deployment's place among the others.
@@ -73,7 +79,7 @@ pub(super) struct Reconciler {
 impl Reconciler {
     pub fn new(
         settings: ClusterSettings,
-        restored: Vec<DeploymentRecord>,
+        restored: Restored,
         events: mpsc::Sender<ClusterEvent>,
         serving: mpsc::Sender<ServingChange>,
         board: StatusBoard,
@@ -83,6 +89,8 @@ impl Reconciler {
             settings,
             agents: BTreeMap::new(),
             deployments: Vec::new(),
+            groups: Vec::new(),
+            started: Instant::now(),
             leaving: BTreeMap::new(),
             stopping: None,
             num_keeping: 0,
@@ -125,6 +133,7 @@ impl Reconciler {
         self.advance(now);
         self.publish();
         self.keep();
+        self.finish_groups();
         self.tell_agents(now);
         self.send_away();
         let ended = self.end_all(now);
@@ -146,10 +155,12 @@ impl Reconciler {
             ClusterEvent::GroupStarted { group, result } => self.group_started(&group, result, now),
             ClusterEvent::GroupFailed { group, reason } => self.group_failed(&group, reason, now),
             ClusterEvent::GroupStopped { group } => self.group_stopped(&group, now),
-            ClusterEvent::Kept { deployment, result } => self.kept(&deployment, result),
+            ClusterEvent::Kept { table, name, result } => self.kept(table, name, result),
             ClusterEvent::Published { deployment, result } => self.published(&deployment, result),
             ClusterEvent::Deploy { checked, watcher } => self.deploy(*checked, watcher, now),
             ClusterEvent::Undeploy { name, reply } => self.undeploy(&name, reply, now),
+            ClusterEvent::CreateGroup { spec, reply } => self.create_group(spec, reply, now),
+            ClusterEvent::RemoveGroup { name, force, reply } => self.remove_group(&name, force, reply, now),
             ClusterEvent::Leave { node, reply } => self.leave(node, reply),
             ClusterEvent::Stop { reply } => self.stop(reply, now),
         }
@@ -218,7 +229,7 @@ impl Reconciler {
 
     fn post(&self, now: Instant) {
         let head = self.settings.head.clone();
-        let (snapshot, engines) = report::snapshot(head, &self.nodes, &self.deployments, now);
+        let (snapshot, engines) = report::snapshot(head, &self.nodes, &self.deployments, &self.groups, now);
         self.board.post(snapshot, engines);
     }
 }

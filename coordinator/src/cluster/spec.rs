@@ -50,6 +50,9 @@ pub struct DeploymentSpec {
     pub replicas: u32,
     /// How ranks lie on nodes.
     pub strategy: Strategy,
+    /// Placement group whose slots it uses.
+    #[serde(default)]
+    pub placement_group: Option<String>,
     /// How long to wait for machines that are not there; `None`: not at all.
     pub wait: Option<Duration>,
     /// auto, safetensors, gguf or dummy.
@@ -106,6 +109,7 @@ impl DeploymentSpec {
             tensor_parallel_size: TensorParallelSize::Fixed(1),
             replicas: 1,
             strategy: Strategy::default(),
+            placement_group: None,
             wait: None,
             load_format: "auto".to_owned(),
             dtype: "auto".to_owned(),
@@ -126,6 +130,11 @@ impl DeploymentSpec {
             collective_interface: String::new(),
             collective_ports: (0, 0),
         }
+    }
+
+    /// The placement group whose slots it uses, by name.
+    pub fn placement_group(&self) -> Option<&str> {
+        self.placement_group.as_deref()
     }
 
     /// The environment of each rank: what was asked for, and NCCL's interface.

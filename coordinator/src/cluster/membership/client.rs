@@ -4,12 +4,12 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use phalanx_proto::{StatusSnapshot, pb};
+use phalanx_proto::{PlacementGroupStatus, StatusSnapshot, pb};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
 
-use super::super::{DeployEvent, DeploymentSpec};
-use super::admin::from_wire;
+use super::super::{DeployEvent, DeployFailure, DeploymentSpec, GroupSpec};
+use super::admin::{failure_from_wire, from_wire};
 use crate::config::defaults;
 
 /// Where a head listens.
@@ -103,7 +103,7 @@ impl HeadClient {
         let mut admin = self.admin.clone();
         let call = admin.status(pb::StatusRequest {});
         let reply = self.in_time(defaults::CALL_DEADLINE, call).await?;
-        serde_json::from_str(&reply.snapshot_json).map_err(|error| CallError::Unreadable(error.to_string()))
+        read_json(&reply.snapshot_json)
     }
 
     /// Asks for a deployment; the events end with `Ready` or `Failed`.
@@ -125,6 +125,49 @@ impl HeadClient {
     pub async fn undeploy(&self, name: &str) -> Result<(), CallError> {
         let mut admin = self.admin.clone();
         let call = admin.undeploy(pb::UndeployRequest { name: name.to_owned() });
+        self.in_time(defaults::STOP_DEADLINE, call).await.map(drop)
+    }
+
+    /// Reserves bundles by name.
+    ///
+    /// # Errors
+    /// The head does not answer in time; the inner error: it refuses, with the arithmetic.
+    pub async fn create_group(
+        &self,
+        spec: &GroupSpec,
+    ) -> Result<Result<PlacementGroupStatus, DeployFailure>, CallError> {
+        let spec_json = serde_json::to_string(spec).map_err(|error| CallError::Unreadable(error.to_string()))?;
+        let mut admin = self.admin.clone();
+        let call = admin.create_placement_group(pb::CreatePlacementGroupRequest { spec_json });
+        let reply = self.in_time(defaults::CALL_DEADLINE, call).await?;
+        match reply.refused {
+            Some(refused) => {
+                let failure = failure_from_wire(refused).map_err(|error| CallError::Unreadable(error.to_string()))?;
+                Ok(Err(failure))
+            }
+            None => Ok(Ok(read_json(&reply.group_json)?)),
+        }
+    }
+
+    /// A group as it is when it is created, or when the time has passed.
+    ///
+    /// # Errors
+    /// There is none of this name, or the head does not answer.
+    pub async fn wait_group(&self, name: &str, timeout: Duration) -> Result<PlacementGroupStatus, CallError> {
+        let timeout = timeout.min(defaults::WAIT_MAX);
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        let mut admin = self.admin.clone();
+        let call = admin.wait_placement_group(pb::WaitPlacementGroupRequest { name: name.to_owned(), timeout_ms });
+        read_json(&self.in_time(timeout + defaults::CALL_DEADLINE, call).await?.group_json)
+    }
+
+    /// Gives the bundles of a group back; with `force`, what runs in them ends first.
+    ///
+    /// # Errors
+    /// There is none of this name, something runs in it, or its end takes too long.
+    pub async fn remove_group(&self, name: &str, force: bool) -> Result<(), CallError> {
+        let mut admin = self.admin.clone();
+        let call = admin.remove_placement_group(pb::RemovePlacementGroupRequest { name: name.to_owned(), force });
         self.in_time(defaults::STOP_DEADLINE, call).await.map(drop)
     }
 
@@ -154,6 +197,10 @@ impl HeadClient {
     fn explain(&self, status: &Status) -> CallError {
         explain(&self.address, status)
     }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, CallError> {
+    serde_json::from_str(text).map_err(|error| CallError::Unreadable(error.to_string()))
 }
 
 /// What a head says of a deployment that was asked for.

@@ -1,6 +1,7 @@
 //! Agents and ranks that are made up, over the real sockets and the real cluster task, with engines that are real but for
 //! their devices.
 
+mod groups;
 mod rig;
 
 pub use rig::checked;

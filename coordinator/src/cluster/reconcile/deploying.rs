@@ -13,16 +13,22 @@ use super::super::deployment::{
 };
 use super::super::event::{ClusterEvent, GroupKey};
 use super::super::launch::{self, GroupStart};
-use super::super::nodes::NodeState;
-use super::super::placement::{Hold, NodeCapacity, Placement, Shortage, Wanted, place};
-use super::super::placement_group::Place;
+use super::super::placement::{Placement, Shortage, Wanted, place};
+use super::super::placement_group::{GroupState, Place};
 use super::super::replica::Stage;
 use super::super::spec::TensorParallelSize;
 use super::super::{ServingChange, report};
 use super::Reconciler;
+use super::grouping::free_slot;
 
 /// Restarts wait longer each time, up to this many doublings of the settling time.
 const BACKOFF_DOUBLINGS_MAX: u32 = 4;
+
+/// Who is next to be given slots: a place in its list.
+enum Turn {
+    Group(usize),
+    Deployment(usize),
+}
 
 impl Reconciler {
     /// Takes a wish in, or says at once why it cannot be met.
@@ -50,7 +56,7 @@ impl Reconciler {
                 let hint = format!("coordinator undeploy {name} ends it; --served-model-name gives this one another");
                 return Err(fail(DeployFailureCode::NameTaken, message, hint));
             }
-            if known.group.bundles().iter().any(Option::is_some) {
+            if known.group.is_seated() {
                 let message = format!("the processes of the failed deployment {name} are still ending");
                 return Err(fail(DeployFailureCode::Busy, message, "Try again in a moment".to_owned()));
             }
@@ -58,7 +64,7 @@ impl Reconciler {
         let size = self.world_size(&checked);
         let mut deployment = Deployment::new(checked, size, now);
         deployment.watchers.push(watcher);
-        match place(&self.capacities(), &self.holds(), &deployment.wanted()) {
+        match self.could_place(&deployment) {
             Placement::Infeasible(Shortage { reason, hint, .. }) => {
                 return Err(fail(DeployFailureCode::Infeasible, reason, hint));
             }
@@ -75,70 +81,77 @@ impl Reconciler {
         Ok(())
     }
 
+    /// Whether a deployment that is asked for fits, now or ever.
+    fn could_place(&self, deployment: &Deployment) -> Placement {
+        let wanted = deployment.wanted();
+        let Some(group) = deployment.checked.spec.placement_group() else {
+            return place(&self.capacities(), &self.holds(), &wanted);
+        };
+        match self.free_in_group(group, wanted.tensor_parallel_size * wanted.replicas) {
+            Ok((_, None)) => Placement::Placed(Vec::new()),
+            Ok((_, Some(shortage))) => Placement::Pending(shortage),
+            Err((shortage, is_final)) if is_final && !wanted.waits => Placement::Infeasible(shortage),
+            Err((shortage, _)) => Placement::Pending(shortage),
+        }
+    }
+
     fn world_size(&self, checked: &CheckedSpec) -> u32 {
         match checked.spec.tensor_parallel_size {
             TensorParallelSize::Fixed(size) => size,
             TensorParallelSize::Auto => {
                 let heads = u32::try_from(checked.geometry.num_heads).unwrap_or(u32::MAX);
-                let nodes = self.capacities();
-                let roomiest = nodes.iter().map(|node| node.num_slots - node.num_used).max();
+                let roomiest = match checked.spec.placement_group() {
+                    Some(group) => self.free_in_group(group, 1).ok().map(|(free, _)| free.len() as u32),
+                    None => self.capacities().iter().map(|node| node.num_slots - node.num_used).max(),
+                };
                 roomiest.unwrap_or(1).clamp(1, heads)
             }
         }
     }
 
-    /// Slots that are taken, from the one record of it.
-    fn taken(&self) -> BTreeSet<(NodeId, u32)> {
-        let bundles = self.deployments.iter().flat_map(|(_, deployment)| deployment.group.bundles());
-        bundles.flatten().map(|place| (place.node.clone(), place.slot)).collect()
-    }
-
-    /// Nodes that may take work.
-    fn capacities(&self) -> Vec<NodeCapacity> {
-        let taken = self.taken();
-        let alive = self.nodes.iter().filter(|node| node.state == NodeState::Alive);
-        alive
-            .map(|node| NodeCapacity {
-                id: node.hello.node_id.clone(),
-                device_kind: node.hello.device_kind,
-                num_slots: node.hello.num_slots,
-                num_used: taken.iter().filter(|(id, _)| *id == node.hello.node_id).count() as u32,
-            })
-            .collect()
-    }
-
-    /// Who holds slots of nodes that may take work.
-    fn holds(&self) -> Vec<Hold> {
-        let mut holds = Vec::new();
-        for (name, deployment) in &self.deployments {
-            let num_slots = deployment.group.bundles().iter().flatten().count() as u32;
-            if num_slots > 0 {
-                let since = report::clock(deployment.placed_at);
-                holds.push(Hold { deployment: name.to_string(), num_slots, since });
-            }
-        }
-        holds
-    }
-
-    /// Places what has no slots, oldest wish first.
+    /// Places what has no slots: first bundles that lost theirs, then the oldest wish.
     pub(super) fn place_waiting(&mut self, now: Instant) {
-        for index in 0..self.deployments.len() {
-            let (_, deployment) = &self.deployments[index];
-            let wanted = deployment.wanted();
-            if wanted.replicas == 0 || deployment.gave_up || deployment.stopping_since.is_some() {
-                continue;
-            }
-            match place(&self.capacities(), &self.holds(), &wanted) {
-                Placement::Placed(nodes) => self.take_slots(index, nodes, now),
-                Placement::Pending(shortage) | Placement::Infeasible(shortage) => {
-                    self.keep_waiting(index, &shortage, &wanted, now);
-                }
+        self.unseat_groups(now);
+        let groups = self.groups.iter().enumerate().filter(|(_, named)| named.is_waiting());
+        let mut turns: Vec<(bool, u64, Turn)> = groups
+            .map(|(index, named)| (named.group.state() != GroupState::Rescheduling, named.order, Turn::Group(index)))
+            .collect();
+        let deployments = self.deployments.iter().enumerate().filter(|(_, (_, deployment))| {
+            deployment.wanted().replicas > 0 && !deployment.gave_up && deployment.stopping_since.is_none()
+        });
+        turns.extend(deployments.map(|(index, (_, known))| (true, known.order, Turn::Deployment(index))));
+        turns.sort_by_key(|(later, order, _)| (*later, *order));
+        for (_, _, turn) in turns {
+            match turn {
+                Turn::Group(index) => self.place_group(index, now),
+                Turn::Deployment(index) => self.place_deployment(index, now),
             }
         }
     }
 
-    fn take_slots(&mut self, index: usize, replicas: Vec<Vec<NodeId>>, now: Instant) {
-        let mut taken = self.taken();
+    fn place_deployment(&mut self, index: usize, now: Instant) {
+        let (_, deployment) = &self.deployments[index];
+        let wanted = deployment.wanted();
+        if let Some(group) = deployment.checked.spec.placement_group().map(str::to_owned) {
+            return match self.places_in_group(index, &group) {
+                Ok(places) => self.take_slots(index, places, now),
+                Err((shortage, _)) => self.keep_waiting(index, &shortage, &wanted, now),
+            };
+        }
+        match place(&self.capacities(), &self.holds(), &wanted) {
+            Placement::Placed(nodes) => {
+                let mut taken = self.taken();
+                let mut place = |node: NodeId| Place { slot: free_slot(&mut taken, &node), node };
+                let places = nodes.into_iter().map(|replica| replica.into_iter().map(&mut place).collect()).collect();
+                self.take_slots(index, places, now);
+            }
+            Placement::Pending(shortage) | Placement::Infeasible(shortage) => {
+                self.keep_waiting(index, &shortage, &wanted, now);
+            }
+        }
+    }
+
+    fn take_slots(&mut self, index: usize, replicas: Vec<Vec<Place>>, now: Instant) {
         let (name, deployment) = &mut self.deployments[index];
         let mut replicas = replicas.into_iter();
         let mut words = Vec::new();
@@ -146,14 +159,8 @@ impl Reconciler {
             if !matches!(replica.stage, Stage::Unplaced) {
                 continue;
             }
-            let Some(nodes) = replicas.next() else { break };
-            let mut places = Vec::new();
-            for node in nodes {
-                let slot = (0..).find(|slot| !taken.contains(&(node.clone(), *slot))).unwrap_or_default();
-                taken.insert((node.clone(), slot));
-                words.push(format!("{node} slot {slot}"));
-                places.push(Place { node, slot });
-            }
+            let Some(places) = replicas.next() else { break };
+            words.extend(places.iter().map(|place| format!("{} slot {}", place.node, place.slot)));
             deployment.group.place(number as u32, places.clone());
             replica.launch(places, now);
         }
@@ -279,6 +286,12 @@ impl Reconciler {
     fn decide(&mut self, index: usize, number: usize, now: Instant) {
         let (max, window) = (self.settings.restarts_max, self.settings.restart_window);
         let alive: BTreeSet<NodeId> = self.capacities().into_iter().map(|node| node.id).collect();
+        // In a group, only its own slots are theirs, and it may have lost some.
+        let group = self.deployments[index].1.checked.spec.placement_group();
+        let theirs: Option<Vec<Place>> = group.map(|group| {
+            let named = self.groups.iter().find(|named| named.spec.name == group);
+            named.map(|named| named.group.slots().collect()).unwrap_or_default()
+        });
         let (name, deployment) = &mut self.deployments[index];
         let replica = &mut deployment.replicas[number];
         let reason = replica.reason();
@@ -298,7 +311,9 @@ impl Reconciler {
             replica.restarts.push(now);
             deployment.reason = format!("{reason}; starting again (restart {} of {max})", restarts + 1);
             let places = deployment.group.places(number as u32);
-            if !places.is_empty() && places.iter().all(|place| alive.contains(&place.node)) {
+            let may_stay =
+                |place: &Place| alive.contains(&place.node) && theirs.as_ref().is_none_or(|t| t.contains(place));
+            if !places.is_empty() && places.iter().all(may_stay) {
                 replica.launch(places, now);
             } else {
                 deployment.group.reschedule(number as u32, reason);

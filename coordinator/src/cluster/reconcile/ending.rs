@@ -29,7 +29,7 @@ impl Reconciler {
         self.begin_stop(name, now);
     }
 
-    fn begin_stop(&mut self, name: &DeploymentName, now: Instant) {
+    pub(super) fn begin_stop(&mut self, name: &DeploymentName, now: Instant) {
         let (drain, events) = (self.settings.drain, self.events.clone());
         let Some(deployment) = self.deployment_mut(name) else { return };
         if deployment.stopping_since.replace(now).is_some() {
@@ -83,7 +83,7 @@ impl Reconciler {
             Stage::Ended { since } => replica.is_gone(since, now),
             _ => false,
         });
-        if gone && deployment.group.bundles().iter().any(Option::is_some) {
+        if gone && deployment.group.is_seated() {
             deployment.group.remove();
         }
     }
@@ -198,7 +198,7 @@ impl Reconciler {
 
 fn has_ended(deployment: &Deployment) -> bool {
     let ended = deployment.replicas.iter().all(|replica| matches!(replica.stage, Stage::Ended { .. }));
-    deployment.stopping_since.is_some() && ended && deployment.group.bundles().iter().all(Option::is_none)
+    deployment.stopping_since.is_some() && ended && !deployment.group.is_seated()
 }
 
 fn lingering(deployment: &Deployment) -> String {

@@ -17,8 +17,8 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::cluster::membership::{ClusterServer, HeadAddress, HeadClient};
 use crate::cluster::{
-    self, CheckedSpec, ClusterHandle, ClusterSettings, DeployEvent, DeploymentSpec, ServingChange, StatusBoard,
-    TensorParallelSize,
+    self, CheckedSpec, ClusterHandle, ClusterSettings, DeployEvent, DeploymentSpec, Restored, ServingChange,
+    StatusBoard, TensorParallelSize,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -87,7 +87,7 @@ impl Rig {
         settings.drain = Duration::from_millis(200);
         change(&mut settings);
         let (serving, changes) = mpsc::channel(16);
-        let (cluster, board) = cluster::start(settings, Vec::new(), serving);
+        let (cluster, board) = cluster::start(settings, Restored::default(), serving);
         let served = Arc::new(Mutex::new(Vec::new()));
         tokio::spawn(keep_names(changes, Arc::clone(&served)));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -198,6 +198,7 @@ impl FakeAgent {
             memory_bytes: 1 << 33,
             pid: if version == "same" { 2 } else { 1 },
             device_names: vec!["cpu".into(); num_slots as usize],
+            labels: BTreeMap::from([("zone".to_owned(), node.to_owned())]),
         };
         says.send(AgentEvent::Hello(hello).into()).await.expect("room");
         let url = format!("http://{}", rig.address);
