@@ -83,6 +83,16 @@ pub mod defaults {
     pub const CALL_CONNECT_DEADLINE: Duration = Duration::from_secs(3);
     /// Time for an answer that needs no work.
     pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
+    /// Events that a head remembers.
+    pub const EVENTS_MAX: usize = 1000;
+    /// Size at which the file of events starts anew; the one before is kept.
+    pub const EVENT_BYTES_MAX: u64 = 4 << 20;
+    /// Most bytes of a log in one answer.
+    pub const LOG_PART_BYTES_MAX: u32 = 256 << 10;
+    /// Answers of agents about their logs that may be waited for.
+    pub const LOG_READS_MAX: usize = 64;
+    /// Time for all replicas of a deployment to be started again, one after the other.
+    pub const RESTART_DEADLINE: Duration = Duration::from_secs(3600);
     /// Longest wait that one call asks for.
     pub const WAIT_MAX: Duration = Duration::from_secs(86_400);
     /// Time for all processes of a cluster to end.
@@ -152,6 +162,21 @@ impl Home {
     /// Logs.
     pub fn log_dir(&self) -> PathBuf {
         self.0.join("logs")
+    }
+
+    /// Ports that a head with free choice has picked, for the one after it.
+    pub fn ports(&self) -> PathBuf {
+        self.run_dir().join("ports.json")
+    }
+
+    /// What happened, as the last heads of this home told it.
+    pub fn events(&self) -> PathBuf {
+        self.log_dir().join("events.jsonl")
+    }
+
+    /// The log of a head in the background.
+    pub fn head_log(&self) -> PathBuf {
+        self.log_dir().join("head.log")
     }
 
     /// What survives a restart.

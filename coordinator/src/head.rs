@@ -22,12 +22,15 @@ use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
+use ports::PickedPorts;
 pub use ports::{PortError, PortWish};
 pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
 
 use crate::api::{self, ApiState, ServedModels};
 use crate::cluster::membership::ClusterServer;
-use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, GroupRecord, Restored, StatusBoard};
+use crate::cluster::{
+    self, Chronicle, ClusterHandle, ClusterSettings, DeploymentRecord, GroupRecord, Restored, StatusBoard,
+};
 use crate::config::{Home, defaults};
 use crate::dashboard;
 use crate::security::key_file::{KeyFile, KeyFileError};
@@ -54,6 +57,8 @@ pub struct HeadOptions {
     pub advertise_address: Option<String>,
     /// How long agents and ranks outlive the head.
     pub head_grace: Duration,
+    /// Where its log goes; none: to a terminal.
+    pub log: Option<PathBuf>,
     /// Keys that open the API; none: open to all.
     pub api_keys: Vec<String>,
 }
@@ -87,6 +92,7 @@ pub enum HeadError {
 /// A head whose ports are bound and that does nothing yet.
 pub struct BoundHead {
     options: HeadOptions,
+    picked: PickedPorts,
     lock: HomeLock,
     cluster: TcpListener,
     http: TcpListener,
@@ -104,6 +110,7 @@ pub struct RunningHead {
     servers: Vec<tokio::task::JoinHandle<()>>,
     end: watch::Sender<bool>,
     socket: Option<PathBuf>,
+    picked: PickedPorts,
     _lock: HomeLock,
 }
 
@@ -113,9 +120,13 @@ pub struct RunningHead {
 /// Another head runs in this home, or a port cannot be had.
 pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
     let lock = HomeLock::take(&options.home)?;
-    let cluster = ports::bind(&options.cluster)?;
-    let http = ports::bind(&options.http)?;
-    let dashboard = ports::bind(&options.dashboard)?;
+    let mut picked = PickedPorts::read(options.home.ports());
+    let cluster = picked.bind(&options.cluster)?;
+    let http = picked.bind(&options.http)?;
+    let dashboard = picked.bind(&options.dashboard)?;
+    if let Err(error) = picked.write() {
+        warn!(%error, "ports are not kept: a head that is started again picks others");
+    }
     let at =
         |listener: &TcpListener, purpose| listener.local_addr().map_err(|source| HeadError::Socket { purpose, source });
     let address = at(&cluster, "the cluster")?;
@@ -127,7 +138,7 @@ pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
         uptime_s: 0.0,
         pid: std::process::id(),
     };
-    Ok(BoundHead { options, lock, cluster, http, dashboard, status, local_address: local(address) })
+    Ok(BoundHead { options, picked, lock, cluster, http, dashboard, status, local_address: local(address) })
 }
 
 /// Where other machines find an address that is listened on: what the user said, `HOST` or `HOST:PORT`, else a guess.
@@ -180,7 +191,7 @@ impl BoundHead {
     /// # Errors
     /// The store or a socket cannot be used.
     pub fn start(self) -> Result<RunningHead, HeadError> {
-        let Self { options, lock, cluster, http, dashboard, status, local_address } = self;
+        let Self { options, picked, lock, cluster, http, dashboard, status, local_address } = self;
         let store = Store::open(&options.home.store_dir())?;
         let term = store.next_term()?;
         let restored = restored(&store)?;
@@ -199,13 +210,16 @@ impl BoundHead {
             socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
         let mut settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
         let writer = StoreWriter::spawn(store);
+        settings.chronicle = Chronicle::open(&options.home.events());
+        let chronicle = settings.chronicle.clone();
         settings.store = Some(writer.map_err(|source| HeadError::Socket { purpose: "the store", source })?);
         let models = ServedModels::default();
         let (serving, changes) = mpsc::channel(defaults::PEER_QUEUE);
         let (handle, board) = cluster::start(settings, restored, serving);
         tokio::spawn(serving::keep_table(models.clone(), changes));
         let (end, ended) = watch::channel(false);
-        let mut servers = cluster_servers(&handle, &board, cluster, unix.map(|(_, listener)| listener), &ended)?;
+        let server = ClusterServer::new(handle.clone(), board.clone(), chronicle, options.log.clone());
+        let mut servers = cluster_servers(server, cluster, unix.map(|(_, listener)| listener), &ended)?;
         servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
         let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
         servers.push(tokio::spawn(keep_usage(Arc::clone(&keys), ended.clone())));
@@ -219,7 +233,7 @@ impl BoundHead {
             term = term.0,
             "head listens"
         );
-        Ok(RunningHead { record, cluster: handle, servers, end, socket, _lock: lock })
+        Ok(RunningHead { record, cluster: handle, servers, end, socket, picked, _lock: lock })
     }
 }
 
@@ -227,6 +241,7 @@ impl RunningHead {
     /// Resolves when the cluster has stopped and the servers have ended.
     pub async fn ended(mut self) {
         self.cluster.stopped().await;
+        self.picked.forget();
         let _ = self.end.send(true);
         let closing = async {
             for server in &mut self.servers {
@@ -295,13 +310,11 @@ fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>) -> 
 }
 
 fn cluster_servers(
-    handle: &ClusterHandle,
-    board: &StatusBoard,
+    server: ClusterServer,
     tcp: TcpListener,
     unix: Option<UnixListener>,
     ended: &watch::Receiver<bool>,
 ) -> Result<Vec<tokio::task::JoinHandle<()>>, HeadError> {
-    let server = ClusterServer::new(handle.clone(), board.clone());
     let purpose = "the cluster";
     let tcp = tokio::net::TcpListener::from_std(tcp).map_err(|source| HeadError::Socket { purpose, source })?;
     let mut servers = Vec::new();

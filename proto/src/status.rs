@@ -119,6 +119,9 @@ pub struct DeploymentStatus {
     pub state: String,
     /// Why it is not ready, else empty.
     pub reason: String,
+    /// While it starts: which rank is furthest behind, and in which phase; else empty.
+    #[serde(default)]
+    pub progress: String,
     /// Ranks of one replica.
     pub tensor_parallel_size: u32,
     /// Copies.
@@ -177,4 +180,44 @@ pub struct QueueStatus {
     pub running: u32,
     /// Not yet.
     pub waiting: u32,
+}
+
+/// Something that happened to the cluster, in plain words.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EventRecord {
+    /// Grows with each event of a cluster.
+    pub sequence: u64,
+    /// When, `2026-11-22T10:02:11.123Z`.
+    pub at: String,
+    /// `info`, `warn` or `error`.
+    pub level: String,
+    /// Which kind, a word for scripts.
+    pub kind: String,
+    /// What happened.
+    pub text: String,
+    /// The deployment, where it is about one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deployment: Option<String>,
+    /// Its replica.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replica: Option<u32>,
+    /// The replica's set of processes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<u64>,
+    /// The replica's life of sequences.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<u64>,
+    /// The rank.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank: Option<u32>,
+    /// Steps that had been taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step: Option<u64>,
+    /// The machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// The placement group that was made by hand.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement_group: Option<String>,
 }

@@ -39,6 +39,10 @@ pub mod defaults {
     pub const JOIN_REPORT_DEADLINE: Duration = Duration::from_secs(4);
     /// Time for a rank to end after SIGTERM; then comes SIGKILL.
     pub const RANK_END_DEADLINE: Duration = Duration::from_secs(3);
+    /// Most bytes of a log in one answer.
+    pub const LOG_PART_BYTES_MAX: u32 = 256 << 10;
+    /// Longest wait for the work of this machine to move elsewhere; then the agent is asked to end at once.
+    pub const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
     /// Time for an agent to end after SIGTERM, its ranks included; then comes SIGKILL.
     pub const AGENT_END_DEADLINE: Duration = Duration::from_secs(15);
     /// Time for the last messages of a stream to reach the head.
@@ -139,6 +143,16 @@ pub enum LogFormat {
     Text,
     /// One object a line.
     Json,
+}
+
+impl LogFormat {
+    /// The word of the flag.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
 }
 
 impl FromStr for LogFormat {

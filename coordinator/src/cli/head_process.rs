@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use super::launch::{HeadFlags, end_on_signals, runtime};
 use super::{CliError, Outcome, Surroundings};
-use crate::head::{self, HeadRecord};
+use crate::head::{self, HeadOptions, HeadRecord};
 
 /// Run the head in this process
 #[derive(Debug, Clone, Args)]
@@ -52,7 +52,9 @@ pub(super) fn run(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outc
 }
 
 async fn serve(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outcome {
-    let head = head::bind(flags.head.options(&surroundings.environment.home))?.start()?;
+    let home = &surroundings.environment.home;
+    let options = HeadOptions { log: Some(home.head_log()), ..flags.head.options(home) };
+    let head = head::bind(options)?.start()?;
     end_on_signals(head.cluster.clone())?;
     say(&StartLine::Listening(head.record.clone()))?;
     head.ended().await;

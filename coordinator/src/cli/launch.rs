@@ -94,6 +94,7 @@ impl HeadFlags {
             dashboard: wish("the dashboard", "--dashboard-port", "--dashboard-host", dashboard.0, dashboard.1),
             advertise_address: self.advertise_address.clone(),
             head_grace: self.head_grace,
+            log: None,
             api_keys: Vec::new(),
         }
     }
@@ -178,7 +179,7 @@ pub fn end_on_signals(cluster: ClusterHandle) -> Outcome {
 /// It cannot listen, or not in time.
 pub fn start_head(surroundings: &Surroundings, flags: &HeadFlags) -> Result<(Child, HeadRecord), CliError> {
     let log_dir = surroundings.environment.home.log_dir();
-    let log_path = log_dir.join("head.log");
+    let log_path = surroundings.environment.home.head_log();
     let opened =
         fs::create_dir_all(&log_dir).and_then(|()| OpenOptions::new().create(true).append(true).open(&log_path));
     let log = opened.map_err(|error| {

@@ -13,7 +13,7 @@ use super::CliError;
 use super::connection::AddressFlag;
 use super::launch::{DeviceChoice, DeviceFlags, HeadFlags, parse_pair};
 use crate::cluster::strategy::Strategy;
-use crate::cluster::{DeploymentSpec, TensorParallelSize};
+use crate::cluster::{DeploymentSpec, ReplicaCount, TensorParallelSize};
 use crate::config::{defaults, parse_duration};
 use crate::text::tools::ToolFormat;
 
@@ -64,9 +64,9 @@ pub struct EngineFlags {
     /// Ranks that share the model: a number, or auto for all free slots of one node
     #[arg(long, short = 't', visible_alias = "tp", value_name = "N|auto", default_value = "1", value_parser = parse_size)]
     pub tensor_parallel_size: TensorParallelSize,
-    /// Copies of the model, each with its own ranks
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub replicas: u32,
+    /// Copies of the model, each with its own ranks: a number, or auto for as many as the machines have room for
+    #[arg(long, value_name = "N|auto", default_value = "1", value_parser = parse_replicas)]
+    pub replicas: ReplicaCount,
     /// Names that the model answers to; the first is the deployment's
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub served_model_name: Vec<String>,
@@ -228,6 +228,7 @@ impl OwnHeadFlags {
     /// The slots of the agent that is started: enough for the deployment.
     pub fn devices(&self, spec: &DeploymentSpec) -> DeviceFlags {
         let needed = match spec.tensor_parallel_size {
+            TensorParallelSize::Fixed(_) if spec.replicas_auto => None,
             TensorParallelSize::Fixed(size) => Some(size.saturating_mul(spec.replicas).max(1)),
             TensorParallelSize::Auto => None,
         };
@@ -330,7 +331,8 @@ impl EngineFlags {
             chat_template: template,
             tool_call_parser: self.tool_call_parser.clone(),
             tensor_parallel_size: self.tensor_parallel_size,
-            replicas: self.replicas,
+            replicas: if let ReplicaCount::Fixed(count) = self.replicas { count } else { 1 },
+            replicas_auto: self.replicas == ReplicaCount::Auto,
             strategy: self.placement_strategy,
             placement_group: self.placement_group.clone(),
             wait: self.wait,
@@ -395,6 +397,15 @@ fn parse_size(text: &str) -> Result<TensorParallelSize, String> {
     if size == 0 { Err(bad()) } else { Ok(TensorParallelSize::Fixed(size)) }
 }
 
+fn parse_replicas(text: &str) -> Result<ReplicaCount, String> {
+    match text {
+        "auto" => Ok(ReplicaCount::Auto),
+        _ => {
+            text.parse().map(ReplicaCount::Fixed).map_err(|_| format!("{text} is neither a number of copies nor auto"))
+        }
+    }
+}
+
 fn parse_ports(text: &str) -> Result<(u16, u16), String> {
     let bad = || format!("{text} is not a range of ports such as 20000-20100");
     let (first, last) = text.split_once('-').ok_or_else(bad)?;
@@ -454,10 +465,10 @@ mod tests {
 
     #[test]
     fn what_cannot_be_obeyed_is_refused() {
-        let error = parse("m --placement-group g").engine.spec("m").expect_err("not yet");
-        assert_eq!(error.exit, CliError::USAGE);
         let error = parse("m --chat-template /nonexistent").engine.spec("m").expect_err("no such file");
+        assert_eq!(error.exit, CliError::USAGE);
         assert!(error.message.contains("/nonexistent"));
+        assert_eq!(parse("m --placement-group g").engine.spec("m").expect("a deployment").placement_group(), Some("g"));
     }
 
     #[test]

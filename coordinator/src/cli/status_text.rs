@@ -65,9 +65,15 @@ fn deployments(deployments: &[DeploymentStatus]) -> Vec<Vec<String>> {
         let ranks = if d.replicas > 1 { format!("{} x {size}", d.replicas) } else { size.to_string() };
         let blocks = format!("{}/{}", d.num_blocks_free, d.num_blocks * d.replicas);
         let (running, waiting) = (d.running.to_string(), d.waiting.to_string());
-        vec![d.name.clone(), d.state.clone(), d.model.clone(), ranks, blocks, running, waiting, d.reason.clone()]
+        vec![d.name.clone(), d.state.clone(), d.model.clone(), ranks, blocks, running, waiting, why(d)]
     };
     deployments.iter().map(row).collect()
+}
+
+/// The reason of a deployment, or which rank of it is furthest behind.
+fn why(deployment: &DeploymentStatus) -> String {
+    let said = [deployment.reason.as_str(), deployment.progress.as_str()];
+    said.into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
 fn ranks(ranks: &[RankStatus]) -> Vec<Vec<String>> {

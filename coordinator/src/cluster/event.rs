@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use phalanx_proto::{
-    AgentCommand, AgentEvent, AgentHello, DeploymentName, Epoch, Incarnation, NodeId, Phase, Rank, RankCapacity,
-    RankHello,
+    AgentCommand, AgentEvent, AgentHello, DeploymentName, Epoch, Incarnation, LogPart, LogRequest, NodeId, Phase, Rank,
+    RankCapacity, RankHello,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -79,6 +79,10 @@ pub(super) enum ClusterEvent {
     CreateGroup { spec: GroupSpec, reply: GroupReply },
     /// Someone gives them back; with `force`, what runs in them ends.
     RemoveGroup { name: String, force: bool, reply: oneshot::Sender<Result<(), ClusterError>> },
+    /// Someone asks for new processes of a deployment, replica by replica.
+    Restart { name: DeploymentName, reply: oneshot::Sender<Result<(), ClusterError>> },
+    /// Someone asks for a part of a log on a node.
+    ReadLog { node: NodeId, request: LogRequest, reply: oneshot::Sender<LogPart> },
     /// Someone asks for a node's end.
     Leave { node: NodeId, reply: oneshot::Sender<Result<(), ClusterError>> },
     /// Someone asks for the end of everything.

@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use phalanx_proto::{
-    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, NodeId, PlacementGroupStatus,
-    RankHello, Term,
+    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, LogPart, LogRequest, NodeId,
+    PlacementGroupStatus, RankHello, Term,
 };
 use tokio::sync::{mpsc, oneshot};
 
+use super::chronicle::Chronicle;
 use super::deployment::{CheckedSpec, DeployEvent, DeployFailure};
 use super::event::ClusterEvent;
 use super::named_group::GroupSpec;
@@ -44,6 +45,8 @@ pub struct ClusterSettings {
     pub drain: Duration,
     /// Longest wait of running requests while there is no machine to start their group on.
     pub no_machine_deadline: Duration,
+    /// Where what happens is told.
+    pub chronicle: Chronicle,
     /// Where what must survive is written; none: nowhere.
     pub store: Option<StoreWriter>,
     /// Most restarts of a replica within `restart_window`.
@@ -69,6 +72,7 @@ impl ClusterSettings {
             end_deadline: defaults::END_DEADLINE,
             drain: defaults::DRAIN,
             no_machine_deadline: defaults::NO_MACHINE_DEADLINE,
+            chronicle: Chronicle::default(),
             store: None,
             restarts_max: defaults::RESTARTS_MAX,
             forgiven_after: defaults::RESTARTS_FORGIVEN_AFTER,
@@ -173,6 +177,22 @@ impl ClusterHandle {
     /// There is no such group, or something runs in it.
     pub async fn remove_group(&self, name: String, force: bool) -> Result<(), ClusterError> {
         self.ask(|reply| ClusterEvent::RemoveGroup { name, force, reply }).await?
+    }
+
+    /// Starts a deployment's replicas again, one after the other; returns when all serve.
+    ///
+    /// # Errors
+    /// There is none of this name, or it does not serve.
+    pub async fn restart(&self, name: DeploymentName) -> Result<(), ClusterError> {
+        self.ask(|reply| ClusterEvent::Restart { name, reply }).await?
+    }
+
+    /// A part of a log on a node.
+    ///
+    /// # Errors
+    /// The node is not there, or too many logs are read at once.
+    pub async fn read_log(&self, node: NodeId, request: LogRequest) -> Result<LogPart, ClusterError> {
+        self.ask(|reply| ClusterEvent::ReadLog { node, request, reply }).await
     }
 
     /// Sends a node away: its ranks end, then its agent.

@@ -10,10 +10,12 @@ mod admin;
 mod agents;
 mod client;
 mod ranks;
+mod story;
 #[cfg(test)]
 pub(super) mod tests;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use phalanx_proto::pb;
@@ -22,9 +24,10 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::Status;
 use tonic::transport::server::{Router, TcpIncoming};
 
-pub use client::{CallError, HeadAddress, HeadClient};
+pub use client::{CallError, HeadAddress, HeadClient, LogText};
+use story::Story;
 
-use super::{ClusterError, ClusterHandle, JoinError, StatusBoard};
+use super::{Chronicle, ClusterError, ClusterHandle, JoinError, StatusBoard};
 use crate::config::defaults;
 
 /// Time for a peer's first message.
@@ -35,12 +38,14 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 pub struct ClusterServer {
     cluster: ClusterHandle,
     board: StatusBoard,
+    story: Story,
 }
 
 impl ClusterServer {
-    /// Serves this cluster.
-    pub fn new(cluster: ClusterHandle, board: StatusBoard) -> Self {
-        Self { cluster, board }
+    /// Serves this cluster, whose events are told in `chronicle` and whose head writes `head_log`, where it writes any.
+    pub fn new(cluster: ClusterHandle, board: StatusBoard, chronicle: Chronicle, head_log: Option<PathBuf>) -> Self {
+        let story = Story { chronicle, head_log };
+        Self { cluster, board, story }
     }
 
     /// Serves machines until `end`.
@@ -73,8 +78,11 @@ impl ClusterServer {
         let agents = pb::agents_server::AgentsServer::new(agents::AgentService { cluster: self.cluster.clone() });
         let ranks =
             pb::rank_sessions_server::RankSessionsServer::new(ranks::RankService { cluster: self.cluster.clone() });
-        let admin =
-            pb::admin_server::AdminServer::new(admin::AdminService { cluster: self.cluster, board: self.board });
+        let admin = pb::admin_server::AdminServer::new(admin::AdminService {
+            cluster: self.cluster,
+            board: self.board,
+            story: self.story,
+        });
         tonic::transport::Server::builder()
             .initial_stream_window_size(defaults::STREAM_WINDOW_BYTES)
             .initial_connection_window_size(defaults::CONNECTION_WINDOW_BYTES)
@@ -97,7 +105,7 @@ impl From<ClusterError> for Status {
             ClusterError::UnknownDeployment { .. }
             | ClusterError::UnknownNode { .. }
             | ClusterError::UnknownGroup { .. } => Self::not_found(text),
-            ClusterError::GroupInUse { .. } => Self::failed_precondition(text),
+            ClusterError::GroupInUse { .. } | ClusterError::CannotRestart { .. } => Self::failed_precondition(text),
             ClusterError::StillRunning { .. } => Self::deadline_exceeded(text),
         }
     }

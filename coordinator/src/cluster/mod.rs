@@ -9,6 +9,7 @@
 mod admission;
 mod board;
 pub mod bundle;
+mod chronicle;
 mod deployment;
 mod event;
 mod handle;
@@ -26,13 +27,14 @@ mod spec;
 pub mod strategy;
 
 pub use board::StatusBoard;
+pub use chronicle::Chronicle;
 pub use deployment::{CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode, DeploymentState};
 pub use event::ServingChange;
 pub use handle::{ClusterHandle, ClusterSettings, start};
 pub use named_group::{GroupRecord, GroupSpec};
 pub use nodes::{AgentSession, JoinError, NodeState, Patience};
 pub use record::{DeploymentRecord, Restored};
-pub use spec::{DeploymentSpec, TensorParallelSize};
+pub use spec::{DeploymentSpec, ReplicaCount, TensorParallelSize};
 
 use phalanx_proto::{DeploymentName, NodeId, RankKey};
 
@@ -81,6 +83,14 @@ pub enum ClusterError {
         name: String,
         /// What runs there.
         deployments: Vec<String>,
+    },
+    /// A deployment cannot be started again.
+    #[error("{name} cannot be restarted: {reason}")]
+    CannotRestart {
+        /// The deployment.
+        name: DeploymentName,
+        /// Why.
+        reason: String,
     },
     /// Processes did not end in time.
     #[error("processes of {name} have not ended in time: {which}")]

@@ -168,6 +168,7 @@ impl GroupRecord {
         let Self { spec, order, created_s, seats } = self;
         let mut named = NamedGroup::new(spec, order, now);
         named.created_at = UNIX_EPOCH + Duration::from_secs(created_s);
+        named.seated_at = named.created_at;
         for (index, seat) in seats.iter().enumerate() {
             if let Some(seat) = seat {
                 named.group.seat(index, seat.clone());

@@ -170,6 +170,17 @@ impl PlacementGroup {
         }
     }
 
+    /// Has room for one more replica.
+    pub fn grow(&mut self) {
+        let replica = vec![Bundle { spec: BundleSpec::of_rank(), seat: None }; self.bundles_per_replica];
+        self.bundles.extend(replica);
+    }
+
+    /// Forgets the last replica.
+    pub fn shrink(&mut self) {
+        self.bundles.truncate(self.bundles.len().saturating_sub(self.bundles_per_replica));
+    }
+
     /// Takes a replica's places back, to be placed again.
     pub fn reschedule(&mut self, replica: u32, reason: String) {
         self.clear(replica);

@@ -10,16 +10,19 @@ mod deploying;
 mod ending;
 mod grouping;
 mod keeping;
+mod restarting;
+mod telling;
 
 pub(super) use keeping::KeptVersion;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use phalanx_proto::{AgentCommand, DeploymentName, DesiredRank, DesiredRanks, NodeId, Rank, RankKey};
+use phalanx_proto::{AgentCommand, DeploymentName, DesiredRank, DesiredRanks, LogPart, NodeId, Rank, RankKey};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
+use super::chronicle::{Chronicle, Level, event};
 use super::deployment::Deployment;
 use super::event::{ClusterEvent, GroupKey};
 use super::handle::ClusterSettings;
@@ -74,6 +77,13 @@ pub(super) struct Reconciler {
     events: mpsc::Sender<ClusterEvent>,
     serving: mpsc::Sender<ServingChange>,
     board: StatusBoard,
+    /// Where what happens is told.
+    chronicle: Chronicle,
+    /// Who waits for parts of logs, by the numbers of their requests.
+    log_reads: BTreeMap<u64, (NodeId, oneshot::Sender<LogPart>)>,
+    next_log_read: u64,
+    /// Nodes of which it was told that they are late.
+    suspects: BTreeSet<NodeId>,
 }
 
 impl Reconciler {
@@ -84,7 +94,12 @@ impl Reconciler {
         serving: mpsc::Sender<ServingChange>,
         board: StatusBoard,
     ) -> Self {
+        let chronicle = settings.chronicle.clone();
         let mut reconciler = Self {
+            chronicle,
+            log_reads: BTreeMap::new(),
+            next_log_read: 1,
+            suspects: BTreeSet::new(),
             nodes: NodeTable::new(settings.patience),
             settings,
             agents: BTreeMap::new(),
@@ -100,6 +115,8 @@ impl Reconciler {
             board,
         };
         let now = Instant::now();
+        let text = format!("head {} started (term {})", reconciler.settings.head.address, reconciler.settings.term);
+        reconciler.chronicle.note(event(Level::Info, "head_started", text));
         reconciler.restore(restored, now);
         reconciler.post(now);
         reconciler
@@ -127,15 +144,18 @@ impl Reconciler {
     /// One comparison of desired and observed. True when everything has ended.
     fn turn(&mut self, now: Instant) -> bool {
         for node in self.nodes.tick(now) {
+            self.tell_node_died(&node);
             self.lose_node(&node, now);
         }
+        self.tell_suspects();
         self.place_waiting(now);
         self.advance(now);
+        self.roll(now);
         self.publish();
         self.keep();
         self.finish_groups();
         self.tell_agents(now);
-        self.send_away();
+        self.send_away(now);
         let ended = self.end_all(now);
         self.post(now);
         ended
@@ -156,11 +176,13 @@ impl Reconciler {
             ClusterEvent::GroupFailed { group, reason } => self.group_failed(&group, reason, now),
             ClusterEvent::GroupStopped { group } => self.group_stopped(&group, now),
             ClusterEvent::Kept { table, name, result } => self.kept(table, name, result),
-            ClusterEvent::Published { deployment, result } => self.published(&deployment, result),
+            ClusterEvent::Published { deployment, result } => self.published(&deployment, result, now),
             ClusterEvent::Deploy { checked, watcher } => self.deploy(*checked, watcher, now),
             ClusterEvent::Undeploy { name, reply } => self.undeploy(&name, reply, now),
             ClusterEvent::CreateGroup { spec, reply } => self.create_group(spec, reply, now),
             ClusterEvent::RemoveGroup { name, force, reply } => self.remove_group(&name, force, reply, now),
+            ClusterEvent::Restart { name, reply } => self.restart(&name, reply, now),
+            ClusterEvent::ReadLog { node, request, reply } => self.read_log(&node, request, reply),
             ClusterEvent::Leave { node, reply } => self.leave(node, reply),
             ClusterEvent::Stop { reply } => self.stop(reply, now),
         }

@@ -105,6 +105,9 @@ impl DeploymentRecord {
         deployment.order = order;
         deployment.placed_at = UNIX_EPOCH + Duration::from_secs(placed_s);
         deployment.reason = WAITS.to_owned();
+        while deployment.is_auto() && deployment.replicas.len() < replicas.len() {
+            deployment.grow();
+        }
         for (number, kept) in (0..).zip(replicas) {
             let Some(replica) = deployment.replicas.get_mut(number as usize) else { break };
             (replica.incarnation, replica.epoch) = (Incarnation(kept.incarnation), Epoch(kept.epoch));

@@ -9,7 +9,7 @@ use phalanx_proto::{
 };
 
 use super::board::PostedEngine;
-use super::deployment::Deployment;
+use super::deployment::{Deployment, DeploymentState};
 use super::named_group::NamedGroup;
 use super::nodes::{Node, NodeTable};
 use super::placement_group::{Bundle, PlacementGroup};
@@ -50,13 +50,13 @@ pub(super) fn snapshot(
     let own = own.map(|(name, known)| PlacementGroupStatus {
         deployments: vec![name.to_string()],
         since: clock(known.placed_at),
-        ..group_status(&known.group, nodes)
+        ..group_status(&known.group, nodes, false)
     });
     let snapshot = StatusSnapshot {
         head,
         nodes: nodes.iter().map(|node| node_status(node, used(node))).collect(),
         placement_groups: named.chain(own).collect(),
-        deployments: deployments.iter().map(|(name, known)| deployment(name, known)).collect(),
+        deployments: deployments.iter().map(|(name, known)| deployment(name, known, now)).collect(),
         ranks,
         queue: QueueStatus::default(),
     };
@@ -90,21 +90,20 @@ pub(super) fn named_group_status(
         deployments: inside.map(|(deployment, _)| deployment.to_string()).collect(),
         labels: named.spec.labels.clone(),
         since: clock(named.created_at),
-        ..group_status(&named.group, nodes)
+        ..group_status(&named.group, nodes, true)
     }
 }
 
-fn group_status(group: &PlacementGroup, nodes: &NodeTable) -> PlacementGroupStatus {
+fn group_status(group: &PlacementGroup, nodes: &NodeTable, is_named: bool) -> PlacementGroupStatus {
     let bundle = |(index, bundle): (usize, &Bundle)| {
         let seat = bundle.seat.as_ref();
         let node = seat.and_then(|seat| nodes.node(&seat.node));
-        let is_cpu = node.is_some_and(|node| node.hello.device_kind == DeviceKind::Cpu);
-        // A rank that lies on a machine without a GPU takes a slot of its processors.
-        let (device, own) =
-            if is_cpu && bundle.spec.millicpus == 0 { ("cpu", 0) } else { ("gpu", bundle.spec.millicpus) };
+        let is_cpu = node.is_none_or(|node| node.hello.device_kind == DeviceKind::Cpu);
+        // A rank on a machine without a GPU takes a slot of its processors; what was asked for by hand is shown as it was.
+        let device = if is_cpu && !is_named { "cpu" } else { "gpu" };
         let mut resources = BTreeMap::new();
-        if own > 0 {
-            resources.insert("cpu".to_owned(), f64::from(own) / 1000.0);
+        if bundle.spec.millicpus > 0 {
+            resources.insert("cpu".to_owned(), f64::from(bundle.spec.millicpus) / 1000.0);
         }
         if bundle.spec.slots > 0 {
             resources.insert(device.to_owned(), f64::from(bundle.spec.slots));
@@ -129,18 +128,25 @@ fn group_status(group: &PlacementGroup, nodes: &NodeTable) -> PlacementGroupStat
 }
 
 /// One deployment, without the numbers of its engines.
-pub(super) fn deployment(name: &DeploymentName, deployment: &Deployment) -> DeploymentStatus {
+pub(super) fn deployment(name: &DeploymentName, deployment: &Deployment, now: Instant) -> DeploymentStatus {
     let spec = &deployment.checked.spec;
     let epoch = deployment.replicas.iter().map(|replica| replica.epoch.0).max().unwrap_or_default();
     let incarnation = deployment.replicas.iter().map(|replica| replica.incarnation.0).max().unwrap_or_default();
     let serving = deployment.replicas.iter().filter(|replica| replica.engine.is_some());
+    let nobody_waits = deployment.watchers.iter().all(tokio::sync::mpsc::Sender::is_closed);
+    let is_left = deployment.state == DeploymentState::Pending && !deployment.has_served && nobody_waits;
+    let mut reason = deployment.reason.clone();
+    if is_left {
+        reason.push_str(&format!("; nobody waits for it any more: coordinator undeploy {name} removes it"));
+    }
     DeploymentStatus {
         name: name.to_string(),
         model: spec.model.clone(),
         state: deployment.state.as_str().to_owned(),
-        reason: deployment.reason.clone(),
+        reason,
+        progress: deployment.replicas.iter().find_map(|replica| replica.slowest_words(now)).unwrap_or_default(),
         tensor_parallel_size: deployment.size,
-        replicas: spec.replicas,
+        replicas: u32::try_from(deployment.replicas.len()).unwrap_or(u32::MAX),
         epoch,
         incarnation,
         num_blocks: serving.map(|replica| replica.num_blocks).min().unwrap_or_default(),
@@ -190,13 +196,22 @@ fn rank_state(replica: &Replica, record: &RankRecord) -> (&'static str, String) 
         (Process::Lost(_), _) => ("exited", "its node is gone".to_owned()),
         (_, Stage::Broken { .. }) => ("failed", "its group broke; it is ending".to_owned()),
         (_, Stage::Ended { .. } | Stage::Unplaced) => ("exited", "it is ending".to_owned()),
-        (_, Stage::Serving | Stage::Draining) => ("ready", String::new()),
+        (_, Stage::Serving | Stage::Yielding { .. } | Stage::Draining) => ("ready", String::new()),
         (_, Stage::Connecting { .. } | Stage::Starting { .. }) => {
             let percent = record.fraction.filter(|_| record.phase != Phase::Ready);
             let percent = percent.map(|fraction| format!("{:.0} % ", fraction * 100.0)).unwrap_or_default();
             ("starting", format!("{percent}{}", record.detail).trim().to_owned())
         }
     }
+}
+
+/// A moment, `2026-11-22T10:02:11.123Z`.
+pub(super) fn timestamp(at: SystemTime) -> String {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seconds = since.as_secs();
+    let (year, month, day) = date(seconds / 86_400);
+    let (hours, minutes, rest) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{rest:02}.{:03}Z", since.subsec_millis())
 }
 
 /// A time of day, `10:02:11 UTC`, with its date where that is not today.
@@ -226,12 +241,15 @@ fn date(days: u64) -> (u64, u64, u64) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
     fn times_say_their_date_where_it_is_another() {
         assert_eq!(words(1_795_384_931, 1_795_390_000), "22:02:11 UTC");
         assert_eq!(words(951_826_154, 1_795_390_000), "2000-02-29 12:09:14 UTC");
+        assert_eq!(timestamp(UNIX_EPOCH + Duration::from_millis(1_795_384_931_007)), "2026-11-22T22:02:11.007Z");
         assert_eq!([date(0), date(19_782), date(20_453)], [(1970, 1, 1), (2024, 2, 29), (2025, 12, 31)]);
     }
 }

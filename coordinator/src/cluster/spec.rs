@@ -25,6 +25,15 @@ pub enum TensorParallelSize {
     Fixed(u32),
 }
 
+/// How many copies of the model there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReplicaCount {
+    /// As many as the machines have room for, at least one.
+    Auto,
+    /// This many.
+    Fixed(u32),
+}
+
 /// A deployment as it was asked for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -46,8 +55,11 @@ pub struct DeploymentSpec {
     pub tool_call_parser: Option<String>,
     /// Ranks of one replica.
     pub tensor_parallel_size: TensorParallelSize,
-    /// Copies of the model.
+    /// Copies of the model; those that it begins with where they follow the machines.
     pub replicas: u32,
+    /// Copies come with machines that join, and go with those that leave.
+    #[serde(default)]
+    pub replicas_auto: bool,
     /// How ranks lie on nodes.
     pub strategy: Strategy,
     /// Placement group whose slots it uses.
@@ -108,6 +120,7 @@ impl DeploymentSpec {
             tool_call_parser: None,
             tensor_parallel_size: TensorParallelSize::Fixed(1),
             replicas: 1,
+            replicas_auto: false,
             strategy: Strategy::default(),
             placement_group: None,
             wait: None,

@@ -13,6 +13,7 @@ use super::super::admission;
 use super::super::{
     ClusterError, ClusterHandle, DeployEvent, DeployFailure, DeployFailureCode, DeploymentSpec, GroupSpec, StatusBoard,
 };
+use super::story::Story;
 use crate::config::defaults;
 
 /// Time between two looks at the board while somebody waits.
@@ -22,11 +23,14 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 pub(super) struct AdminService {
     pub cluster: ClusterHandle,
     pub board: StatusBoard,
+    pub story: Story,
 }
 
 #[tonic::async_trait]
 impl pb::admin_server::Admin for AdminService {
     type DeployStream = std::pin::Pin<Box<dyn futures::Stream<Item = Result<pb::DeployEvent, Status>> + Send>>;
+
+    type EventsStream = ReceiverStream<Result<pb::EventsReply, Status>>;
 
     async fn status(&self, _: Request<pb::StatusRequest>) -> Result<Response<pb::StatusReply>, Status> {
         let snapshot_json = to_json(&self.board.snapshot())?;
@@ -55,6 +59,20 @@ impl pb::admin_server::Admin for AdminService {
     async fn stop(&self, _: Request<pb::StopRequest>) -> Result<Response<pb::StopReply>, Status> {
         self.cluster.stop().await?;
         Ok(Response::new(pb::StopReply {}))
+    }
+
+    async fn restart(&self, request: Request<pb::RestartRequest>) -> Result<Response<pb::RestartReply>, Status> {
+        self.cluster.restart(DeploymentName(request.into_inner().name)).await?;
+        Ok(Response::new(pb::RestartReply {}))
+    }
+
+    async fn events(&self, request: Request<pb::EventsRequest>) -> Result<Response<Self::EventsStream>, Status> {
+        Ok(Response::new(ReceiverStream::new(self.story.events(request.into_inner()))))
+    }
+
+    async fn logs(&self, request: Request<pb::LogsRequest>) -> Result<Response<pb::LogsReply>, Status> {
+        let snapshot = self.board.snapshot();
+        self.story.log(&self.cluster, &snapshot, request.into_inner()).await.map(Response::new)
     }
 
     async fn create_placement_group(
@@ -104,7 +122,7 @@ impl pb::admin_server::Admin for AdminService {
     }
 }
 
-fn to_json(value: &impl serde::Serialize) -> Result<String, Status> {
+pub(super) fn to_json(value: &impl serde::Serialize) -> Result<String, Status> {
     serde_json::to_string(value).map_err(|error| {
         error!(%error, "a snapshot cannot be written as JSON");
         Status::internal(error.to_string())

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use phalanx_proto::{PlacementGroupStatus, StatusSnapshot, pb};
+use phalanx_proto::{EventRecord, PlacementGroupStatus, StatusSnapshot, pb};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
 
@@ -128,6 +128,40 @@ impl HeadClient {
         self.in_time(defaults::STOP_DEADLINE, call).await.map(drop)
     }
 
+    /// Starts a deployment again, replica by replica; returns when all serve.
+    ///
+    /// # Errors
+    /// There is none of this name, or it does not serve.
+    pub async fn restart(&self, name: &str) -> Result<(), CallError> {
+        let mut admin = self.admin.clone();
+        let call = admin.restart(pb::RestartRequest { name: name.to_owned() });
+        self.in_time(defaults::RESTART_DEADLINE + defaults::CALL_DEADLINE, call).await.map(drop)
+    }
+
+    /// What happened; with `follow`, what happens.
+    ///
+    /// # Errors
+    /// The head does not answer in time.
+    pub async fn events(&self, deployment: Option<&str>, follow: bool) -> Result<EventStream, CallError> {
+        let deployment = deployment.unwrap_or_default().to_owned();
+        let mut admin = self.admin.clone();
+        let call = admin.events(pb::EventsRequest { deployment, after: 0, follow });
+        let events = self.in_time(defaults::CALL_DEADLINE, call).await?;
+        Ok(EventStream { events, address: self.address.clone() })
+    }
+
+    /// A part of a log: the last lines, or what stands behind an offset.
+    ///
+    /// # Errors
+    /// There is no such log, or its node does not answer.
+    pub async fn log(&self, target: &str, tail_lines: u32, offset: Option<u64>) -> Result<LogText, CallError> {
+        let mut admin = self.admin.clone();
+        let tail_lines = Some(tail_lines);
+        let call = admin.logs(pb::LogsRequest { target: target.to_owned(), tail_lines, offset });
+        let pb::LogsReply { text, next_offset, name } = self.in_time(2 * defaults::CALL_DEADLINE, call).await?;
+        Ok(LogText { text: text.into(), next_offset, name })
+    }
+
     /// Reserves bundles by name.
     ///
     /// # Errors
@@ -219,6 +253,34 @@ impl DeployEvents {
         let ended = || CallError::Lost { address: self.address.clone(), reason: "the stream ended".to_owned() };
         from_wire(event.ok_or_else(ended)?).map_err(|error| CallError::Unreadable(error.to_string()))
     }
+}
+
+/// Events of a head.
+pub struct EventStream {
+    events: Streaming<pb::EventsReply>,
+    address: HeadAddress,
+}
+
+impl EventStream {
+    /// The next event; none at the end.
+    ///
+    /// # Errors
+    /// The head went away, or speaks another version.
+    pub async fn next(&mut self) -> Result<Option<EventRecord>, CallError> {
+        let event = self.events.message().await.map_err(|status| explain(&self.address, &status))?;
+        event.map(|event| read_json(&event.event_json)).transpose()
+    }
+}
+
+/// Part of a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogText {
+    /// What was written.
+    pub text: Vec<u8>,
+    /// Where the next part begins.
+    pub next_offset: u64,
+    /// What it is, in words.
+    pub name: String,
 }
 
 fn explain(address: &HeadAddress, status: &Status) -> CallError {

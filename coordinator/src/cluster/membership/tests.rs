@@ -2,6 +2,7 @@
 //! their devices.
 
 mod groups;
+mod moving;
 mod rig;
 
 pub use rig::checked;

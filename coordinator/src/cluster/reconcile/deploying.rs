@@ -4,15 +4,17 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use phalanx_proto::{DeploymentName, Epoch, NodeId};
+use phalanx_proto::{DeploymentName, Epoch, EventRecord, NodeId};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
+use super::super::chronicle::{Level, event};
 use super::super::deployment::{
-    CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode, Deployment, recent_restarts,
+    CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode, Deployment, DeploymentState, recent_restarts,
 };
 use super::super::event::{ClusterEvent, GroupKey};
 use super::super::launch::{self, GroupStart};
+use super::super::named_group::NamedGroup;
 use super::super::placement::{Placement, Shortage, Wanted, place};
 use super::super::placement_group::{GroupState, Place};
 use super::super::replica::Stage;
@@ -20,6 +22,7 @@ use super::super::spec::TensorParallelSize;
 use super::super::{ServingChange, report};
 use super::Reconciler;
 use super::grouping::free_slot;
+use crate::config::defaults;
 
 /// Restarts wait longer each time, up to this many doublings of the settling time.
 const BACKOFF_DOUBLINGS_MAX: u32 = 4;
@@ -77,6 +80,9 @@ impl Reconciler {
         self.deployments.retain(|(known, _)| *known != name);
         deployment.order = self.next_order;
         self.next_order += 1;
+        let replicas = deployment.replicas.len();
+        let text = format!("{} is to be served: {replicas} x {size} ranks", deployment.checked.spec.model);
+        self.tell_deployment(&name, event(Level::Info, "deployment_accepted", text));
         self.deployments.push((name, deployment));
         Ok(())
     }
@@ -127,6 +133,48 @@ impl Reconciler {
                 Turn::Deployment(index) => self.place_deployment(index, now),
             }
         }
+        self.follow_machines(now);
+    }
+
+    /// Gives deployments whose replicas follow the machines what nobody else waits for, and takes back what they cannot use.
+    fn follow_machines(&mut self, now: Instant) {
+        for (_, deployment) in &mut self.deployments {
+            let is_settled = deployment.has_served && deployment.rolling.is_none() && !deployment.gave_up;
+            let serves = deployment.replicas.iter().any(|replica| replica.engine().is_some());
+            if deployment.is_auto() && is_settled && serves && deployment.stopping_since.is_none() {
+                deployment.stale |= deployment.shrink();
+            }
+        }
+        let waits = |deployment: &Deployment| {
+            !deployment.is_auto()
+                && deployment.wanted().replicas > 0
+                && !deployment.gave_up
+                && deployment.stopping_since.is_none()
+        };
+        if self.groups.iter().any(NamedGroup::is_waiting) || self.deployments.iter().any(|(_, known)| waits(known)) {
+            return;
+        }
+        for index in 0..self.deployments.len() {
+            let (_, deployment) = &self.deployments[index];
+            let has_room = deployment.replicas.len() < defaults::REPLICAS_MAX as usize;
+            let is_whole = deployment.state == DeploymentState::Ready && deployment.wanted().replicas == 0;
+            if deployment.is_auto() && is_whole && has_room && deployment.rolling.is_none() && self.fits_one_more(index)
+            {
+                let (name, deployment) = &mut self.deployments[index];
+                deployment.grow();
+                info!(group_id = %name, num_replicas = deployment.replicas.len(), "one more replica");
+                self.place_deployment(index, now);
+            }
+        }
+    }
+
+    fn fits_one_more(&self, index: usize) -> bool {
+        let (_, deployment) = &self.deployments[index];
+        let wanted = Wanted { replicas: 1, ..deployment.wanted() };
+        match deployment.checked.spec.placement_group() {
+            Some(group) => matches!(self.free_in_group(group, wanted.tensor_parallel_size), Ok((_, None))),
+            None => matches!(place(&self.capacities(), &self.holds(), &wanted), Placement::Placed(_)),
+        }
     }
 
     fn place_deployment(&mut self, index: usize, now: Instant) {
@@ -170,21 +218,30 @@ impl Reconciler {
         }
         info!(group_id = %name, places = words.join(", "), "placed");
         deployment.state = deployment.derive_state();
-        deployment.tell_line(format!("placed on {}", words.join(", ")));
+        let text = format!("placed on {}", words.join(", "));
+        deployment.tell_line(text.clone());
+        let name = name.clone();
         let _ = self.serving.try_send(ServingChange::Starting(Arc::clone(&deployment.checked)));
+        self.tell_deployment(&name, event(Level::Info, "placed", text));
     }
 
     fn keep_waiting(&mut self, index: usize, shortage: &Shortage, wanted: &Wanted, now: Instant) {
         let (name, deployment) = &mut self.deployments[index];
+        if deployment.is_auto() && deployment.replicas.iter().any(|replica| replica.engine().is_some()) {
+            return;
+        }
         let late = !deployment.has_served && deployment.wait_until.is_some_and(|until| now >= until);
         if late {
             let wait = deployment.checked.spec.wait.unwrap_or_default();
             let message = format!("waited {} s for machines: {}", wait.as_secs(), shortage.reason);
             warn!(group_id = %name, reason = shortage.reason, "deployment could not be placed in time");
+            let name = name.clone();
+            let given_up = event(Level::Error, "not_placed", message.clone());
             deployment.group.give_up(shortage.reason.clone());
             let hint =
                 format!("Join more machines, or use less than --tensor-parallel-size {}", wanted.tensor_parallel_size);
             deployment.give_up(DeployFailureCode::Timeout, message, hint);
+            self.tell_deployment(&name, given_up);
             return;
         }
         if deployment.group.reason() == shortage.reason {
@@ -197,6 +254,9 @@ impl Reconciler {
             None => shortage.reason.clone(),
         };
         deployment.tell_line(format!("pending: {}", shortage.reason));
+        let (name, waits) =
+            (name.clone(), event(Level::Warn, "waits", format!("waits for slots: {}", shortage.reason)));
+        self.tell_deployment(&name, waits);
     }
 
     /// Moves every replica as far as it can go.
@@ -254,6 +314,12 @@ impl Reconciler {
                     ));
                 }
             }
+            Stage::Yielding { until, why } => {
+                if replica.has_yielded(until, now) {
+                    replica.moves = true;
+                    self.break_group(&key, why.to_owned(), now);
+                }
+            }
             Stage::Starting { .. } | Stage::Serving | Stage::Draining | Stage::Ended { .. } => {}
         }
     }
@@ -265,7 +331,11 @@ impl Reconciler {
         let Some(deployment) = self.deployment_mut(&key.deployment) else { return };
         let stopping = deployment.stopping_since.is_some();
         let Some(replica) = deployment.replicas.get_mut(key.replica as usize) else { return };
-        warn!(group_id = %key.deployment, incarnation = key.incarnation.0, reason = cause, "group broke");
+        if replica.moves {
+            info!(group_id = %key.deployment, incarnation = key.incarnation.0, reason = cause, "group ends");
+        } else {
+            warn!(group_id = %key.deployment, incarnation = key.incarnation.0, reason = cause, "group broke");
+        }
         if stopping {
             replica.stage = Stage::Ended { since: now };
             replica.fail_requests(&cause);
@@ -280,36 +350,44 @@ impl Reconciler {
         deployment.state = deployment.derive_state();
         let text = format!("broke: {}", deployment.reason);
         deployment.tell_line(text);
+        // What became of the processes is told when it is known; what was asked for is no failure.
+        let is_asked = deployment.replicas.get(key.replica as usize).is_some_and(|replica| replica.moves);
+        let level = if is_asked { Level::Info } else { Level::Warn };
+        let kind = if is_asked { "group_ends" } else { "group_broke" };
+        let text = format!("the group ends: {}; its requests wait", deployment.reason);
+        self.tell_group(key, event(level, kind, text));
     }
 
     /// The processes of a broken group have ended: start again, wait for a machine, or give up.
     fn decide(&mut self, index: usize, number: usize, now: Instant) {
         let (max, window) = (self.settings.restarts_max, self.settings.restart_window);
         let alive: BTreeSet<NodeId> = self.capacities().into_iter().map(|node| node.id).collect();
-        // In a group, only its own slots are theirs, and it may have lost some.
-        let group = self.deployments[index].1.checked.spec.placement_group();
-        let theirs: Option<Vec<Place>> = group.map(|group| {
-            let named = self.groups.iter().find(|named| named.spec.name == group);
-            named.map(|named| named.group.slots().collect()).unwrap_or_default()
-        });
+        let theirs = self.slots_of_its_group(index);
+        let (name, deployment) = &self.deployments[index];
+        let incarnation = deployment.replicas[number].incarnation;
+        let key = GroupKey { deployment: name.clone(), replica: number as u32, incarnation };
+        // The next processes have not failed.
+        let standing = self.standing(&key);
         let (name, deployment) = &mut self.deployments[index];
         let replica = &mut deployment.replicas[number];
         let reason = replica.reason();
         let restarts = recent_restarts(&mut replica.restarts, now, window);
         if !deployment.has_served {
-            deployment.give_up(
-                DeployFailureCode::StartFailed,
-                reason,
-                "The ranks' logs are in the logs folder of their node's PHALANX_HOME".to_owned(),
-            );
-        } else if restarts >= max {
+            let rank = standing.rank.unwrap_or_default();
+            let hint = format!("See what it wrote: coordinator logs {name}/{number}/{rank}");
+            deployment.give_up(DeployFailureCode::StartFailed, reason, hint);
+        } else if restarts >= max && !replica.moves {
             let minutes = window.as_secs() / 60;
             let message = format!("{reason}; gave up after {restarts} restarts in {minutes} minutes");
             let hint = format!("coordinator undeploy {name}, then serve it again");
             deployment.give_up(DeployFailureCode::StartFailed, message, hint);
         } else {
-            replica.restarts.push(now);
-            deployment.reason = format!("{reason}; starting again (restart {} of {max})", restarts + 1);
+            if replica.moves {
+                deployment.reason = format!("{reason}; starting again");
+            } else {
+                replica.restarts.push(now);
+                deployment.reason = format!("{reason}; starting again (restart {} of {max})", restarts + 1);
+            }
             let places = deployment.group.places(number as u32);
             let may_stay =
                 |place: &Place| alive.contains(&place.node) && theirs.as_ref().is_none_or(|t| t.contains(place));
@@ -321,6 +399,17 @@ impl Reconciler {
             }
             info!(group_id = %name, reason = deployment.reason, "group starts again");
         }
+        let gave_up = deployment.gave_up;
+        let (level, kind) = if gave_up { (Level::Error, "gave_up") } else { (Level::Info, "starts_again") };
+        let text = deployment.reason.clone();
+        self.chronicle.note(EventRecord { level: level.as_str().to_owned(), kind: kind.to_owned(), text, ..standing });
+    }
+
+    /// Slots that a deployment in a placement group may use; the group may have lost some. None: any.
+    fn slots_of_its_group(&self, index: usize) -> Option<Vec<Place>> {
+        let group = self.deployments[index].1.checked.spec.placement_group()?;
+        let named = self.groups.iter().find(|named| named.spec.name == group);
+        Some(named.map(|named| named.group.slots().collect()).unwrap_or_default())
     }
 
     /// Tells the rest of the head what serves, once for each change.
@@ -350,7 +439,7 @@ impl Reconciler {
     }
 
     /// Requests find the deployment, or its text side cannot be used.
-    pub(super) fn published(&mut self, name: &DeploymentName, result: Result<(), String>) {
+    pub(super) fn published(&mut self, name: &DeploymentName, result: Result<(), String>, now: Instant) {
         let Some(deployment) = self.deployment_mut(name) else { return };
         if !std::mem::take(&mut deployment.publishing) {
             return;
@@ -362,11 +451,12 @@ impl Reconciler {
         }
         deployment.published = true;
         if deployment.settle_state() {
-            let mut status = report::deployment(name, deployment);
+            let mut status = report::deployment(name, deployment, now);
             let engines = deployment.replicas.iter().filter_map(|replica| replica.engine());
             status.num_blocks_free = engines.map(|engine| engine.snapshot().num_blocks_free).sum();
             deployment.tell(&DeployEvent::Ready(status));
             info!(group_id = %name, "deployment ready");
+            self.tell_deployment(name, event(Level::Info, "deployment_ready", format!("{name} is ready")));
         }
     }
 }

@@ -6,6 +6,7 @@ use phalanx_proto::{AgentCommand, DeploymentName, NodeId};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
+use super::super::chronicle::{Level, event};
 use super::super::deployment::{DeployEvent, DeployFailure, DeployFailureCode, Deployment};
 use super::super::event::GroupKey;
 use super::super::replica::Stage;
@@ -36,10 +37,11 @@ impl Reconciler {
             return;
         }
         info!(group_id = %name, "deployment stops");
+        let stops = event(Level::Info, "deployment_stops", "it is removed: what runs may still end");
         for (number, replica) in deployment.replicas.iter_mut().enumerate() {
             let key = GroupKey { deployment: name.clone(), replica: number as u32, incarnation: replica.incarnation };
             match (&replica.stage, &replica.engine) {
-                (Stage::Serving, Some(engine)) => {
+                (Stage::Serving | Stage::Yielding { .. }, Some(engine)) => {
                     launch::stop_engine(key, engine.clone(), drain, events.clone());
                     replica.stage = Stage::Draining;
                 }
@@ -51,6 +53,7 @@ impl Reconciler {
             }
         }
         let _ = self.serving.try_send(ServingChange::Gone(name.clone()));
+        self.tell_deployment(name, stops);
     }
 
     /// A group has drained: its processes may end.
@@ -64,8 +67,6 @@ impl Reconciler {
         replica.engine = None;
         if stopping {
             replica.stage = Stage::Ended { since: now };
-        } else {
-            self.break_group(key, "its node leaves".to_owned(), now);
         }
     }
 
@@ -131,9 +132,9 @@ impl Reconciler {
     }
 
     /// Drains what runs on leaving nodes, then ends their agents.
-    pub(super) fn send_away(&mut self) {
+    pub(super) fn send_away(&mut self, now: Instant) {
         for node in self.leaving.keys().cloned().collect::<Vec<_>>() {
-            let busy = self.drain_node(&node);
+            let busy = self.drain_node(&node, now);
             let Some(leaving) = self.leaving.get_mut(&node).filter(|leaving| !busy && !leaving.told) else { continue };
             if let Some(link) = self.agents.get(&node) {
                 leaving.told = link.commands.try_send(AgentCommand::End("the node leaves".to_owned())).is_ok();
@@ -142,21 +143,16 @@ impl Reconciler {
     }
 
     /// Moves the groups of a node away; true while there are any.
-    fn drain_node(&mut self, node: &NodeId) -> bool {
-        let (drain, events) = (self.settings.drain, self.events.clone());
+    fn drain_node(&mut self, node: &NodeId, now: Instant) -> bool {
+        let drain = self.settings.drain;
         let mut busy = false;
-        for (name, deployment) in &mut self.deployments {
-            for (number, replica) in deployment.replicas.iter_mut().enumerate() {
+        for (_, deployment) in &mut self.deployments {
+            for replica in &mut deployment.replicas {
                 if !replica.lingering().any(|rank| rank.place.node == *node) {
                     continue;
                 }
                 busy = true;
-                if let Some(engine) = replica.engine().cloned() {
-                    let (deployment, incarnation) = (name.clone(), replica.incarnation);
-                    let key = GroupKey { deployment, replica: number as u32, incarnation };
-                    launch::stop_engine(key, engine, drain, events.clone());
-                    replica.stage = Stage::Draining;
-                }
+                replica.yield_work("its node leaves", now + drain);
             }
         }
         busy

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Instant, SystemTime};
 
-use phalanx_proto::NodeId;
+use phalanx_proto::{EventRecord, NodeId};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
+use super::super::chronicle::{Level, event};
 use super::super::deployment::{DeployFailure, DeployFailureCode};
 use super::super::named_group::{GroupReply, GroupSpec, NamedGroup};
 use super::super::nodes::NodeState;
@@ -83,6 +84,10 @@ impl Reconciler {
         }
         if let Some(named) = self.groups.iter_mut().find(|known| known.spec.name == name) {
             info!(placement_group = name, "placement group is removed");
+            self.chronicle.note(EventRecord {
+                placement_group: Some(name.to_owned()),
+                ..event(Level::Info, "group_removed", "it is removed")
+            });
             named.removing = true;
             named.remove_replies.push(reply);
         }
@@ -108,12 +113,18 @@ impl Reconciler {
             }
             Some(_) => None,
         };
+        let mut lost = Vec::new();
         for named in &mut self.groups {
             let before = named.group.state();
             named.lose_seats(why);
             if named.group.state() != before {
                 warn!(placement_group = named.spec.name, reason = named.group.reason(), "bundles lost their node");
+                let text = format!("bundles have to move: {}", named.group.reason());
+                lost.push((named.spec.name.clone(), text));
             }
+        }
+        for (name, text) in lost {
+            self.tell_placement_group(&name, event(Level::Warn, "group_rescheduling", text));
         }
     }
 
@@ -142,6 +153,10 @@ impl Reconciler {
         }
         named.seated_at = SystemTime::now();
         info!(placement_group = named.spec.name, "placement group created");
+        let nodes: Vec<String> =
+            named.group.bundles().iter().filter_map(|b| Some(b.seat.as_ref()?.node.to_string())).collect();
+        let (name, text) = (named.spec.name.clone(), format!("created on {}", nodes.join(", ")));
+        self.tell_placement_group(&name, event(Level::Info, "group_created", text));
     }
 
     fn let_group_wait(&mut self, index: usize, shortage: &Shortage, is_infeasible: bool, now: Instant) {
@@ -152,7 +167,9 @@ impl Reconciler {
             reason = format!("waited {} s for machines: {reason}", named.spec.wait.unwrap_or_default().as_secs());
         }
         if named.group.reason() != reason {
-            named.group.wait(reason, is_infeasible);
+            named.group.wait(reason.clone(), is_infeasible);
+            let name = named.spec.name.clone();
+            self.tell_placement_group(&name, event(Level::Warn, "waits", format!("waits: {reason}")));
         }
     }
 

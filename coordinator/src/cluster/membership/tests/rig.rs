@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::cluster::membership::{ClusterServer, HeadAddress, HeadClient};
 use crate::cluster::{
-    self, CheckedSpec, ClusterHandle, ClusterSettings, DeployEvent, DeploymentSpec, Restored, ServingChange,
+    self, CheckedSpec, Chronicle, ClusterHandle, ClusterSettings, DeployEvent, DeploymentSpec, Restored, ServingChange,
     StatusBoard, TensorParallelSize,
 };
 
@@ -28,6 +28,7 @@ pub struct Rig {
     pub cluster: ClusterHandle,
     board: StatusBoard,
     address: String,
+    pub chronicle: Chronicle,
     served: Arc<Mutex<Vec<String>>>,
 }
 
@@ -87,14 +88,15 @@ impl Rig {
         settings.drain = Duration::from_millis(200);
         change(&mut settings);
         let (serving, changes) = mpsc::channel(16);
+        let chronicle = settings.chronicle.clone();
         let (cluster, board) = cluster::start(settings, Restored::default(), serving);
         let served = Arc::new(Mutex::new(Vec::new()));
         tokio::spawn(keep_names(changes, Arc::clone(&served)));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address").to_string();
-        let server = ClusterServer::new(cluster.clone(), board.clone());
+        let server = ClusterServer::new(cluster.clone(), board.clone(), chronicle.clone(), None);
         tokio::spawn(server.serve_tcp(listener, std::future::pending()));
-        Self { cluster, board, address, served }
+        Self { cluster, board, address, served, chronicle }
     }
 
     pub async fn client(&self) -> HeadClient {
@@ -269,6 +271,7 @@ impl AgentState {
                 Ok(Some(command)) = commands.message() => match AgentCommand::try_from(command).expect("valid") {
                     AgentCommand::Welcome(_) => {}
                     AgentCommand::Desired(desired) => self.desire(desired.ranks).await,
+                    AgentCommand::ReadLog(_) => {}
                     AgentCommand::End(_) => return,
                 },
                 _ = beats.tick() => if !frozen {
