@@ -9,14 +9,14 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use harness::{
-    Cluster, Golden, Precision, Processes, StreamEnd, check_agreement, check_model, golden, goldens, model_config,
-    smollm2, smollm2_bf16, token_ids, wait_for,
+    Cluster, Golden, Precision, Processes, StreamEnd, check_agreement, check_edited, check_model, edited_answers,
+    edited_requests, golden, goldens, model_config, smollm2, smollm2_bf16, token_ids, wait_for,
 };
 use phalanx_kernels::cuda::{Context, devices};
 use serde_json::{Value, json};
 
 /// Longest wait of a rank for one that has died: the limit of a kernel that waits, and the end of the processes.
-const SURVIVOR_DEADLINE: Duration = Duration::from_secs(45);
+const SURVIVOR_DEADLINE: Duration = Duration::from_secs(20);
 /// Device memory that other things on the machine may take or give back meanwhile.
 const MEMORY_SLACK: u64 = 64 << 20;
 
@@ -149,6 +149,38 @@ fn recorded_steps_give_the_tokens_of_eager_ones() {
     }
 }
 
+/// Penalties, biases, bans, a least length and grammars on devices: the answers of the CPU, recorded and eager, alone and with
+/// others that have none, at every size.
+#[test]
+fn edited_requests_get_the_tokens_of_the_cpu() {
+    let requests = edited_requests();
+    let folder = golden("tiny-llama").folder;
+    let common = ["--dtype", "float32", "--max-num-seqs", "32"];
+    let on_cpu = Cluster::start_with(1, &["--device", "cpu"]);
+    on_cpu.serve(&folder, "m", &common);
+    let expected = edited_answers(&on_cpu.http, &requests, false);
+    drop(on_cpu);
+    let cluster = cluster();
+    let plain = json!({"model": "m", "prompt": "Hi", "max_tokens": 200, "temperature": 0, "ignore_eos": true});
+    for size in sizes() {
+        for flag in [None, Some("--enforce-eager")] {
+            let flags: Vec<&str> = common.into_iter().chain(["--tensor-parallel-size", size]).chain(flag).collect();
+            cluster.serve(&folder, "m", &flags);
+            let label = format!("TP {size} {}", flag.unwrap_or("recorded"));
+            let alone = edited_answers(&cluster.http, &requests, false);
+            check_edited(&label, &requests, &alone, &expected);
+            let text = cluster.http.ask("/v1/completions", &plain)["choices"][0]["text"].clone();
+            let mixed: Vec<Value> = requests.iter().cloned().chain(vec![plain.clone(); 4]).collect();
+            let together = edited_answers(&cluster.http, &mixed, true);
+            check_edited(&format!("{label}, together"), &requests, &together[..requests.len()], &expected);
+            for other in &together[requests.len()..] {
+                assert_eq!(other["text"], text, "{label}: beside edited ones a plain request gets its own text");
+            }
+            remove(&cluster, "m");
+        }
+    }
+}
+
 /// A small generator, so that a failing run can be repeated.
 struct Random(u64);
 
@@ -222,30 +254,40 @@ fn a_killed_rank_leaves_no_process_and_no_memory() {
         let before = used_bytes();
         let cluster = cluster();
         cluster.serve(&golden("tiny-llama").folder, "m", &["--tensor-parallel-size", size, "--dtype", "float32"]);
-        let ranks = cluster.ranks("m");
-        assert_eq!(ranks.len().to_string(), size);
-        let prompt = &golden("tiny-llama").prompts[1];
-        let body = json!({"model": "m", "prompt": prompt.ids, "max_tokens": 900, "temperature": 0, "ignore_eos": true});
-        let mut stream = cluster.http.stream("/v1/completions", &body);
-        stream.step().expect("a first event");
-        let victim = ranks.last().expect("a rank").pid;
-        let killed = Instant::now();
-        Processes::kill(victim);
-        let end = stream.finish();
-        println!("TP {size}: the stream ended {:.1?} after the kill: {end:?}", killed.elapsed());
-        assert!(killed.elapsed() < SURVIVOR_DEADLINE, "it took {:?}", killed.elapsed());
-        assert_ne!(end, StreamEnd::Cut);
-        // Either the group came up again and the answer went on, or the client was told.
-        let survivors: Vec<u32> = ranks.iter().map(|rank| rank.pid).filter(|pid| *pid != victim).collect();
-        check_survivors(&cluster, &survivors, killed);
-        let status = cluster.status();
-        let all: Vec<u32> =
-            status.ranks.iter().map(|rank| rank.pid).chain(status.nodes.iter().map(|node| node.pid)).collect();
-        let stopped = cluster.node.run("coordinator", &["stop"]);
-        assert_eq!(stopped.code, 0, "{stopped:?}");
-        Processes::wait_gone(&all.into_iter().chain(survivors).collect::<Vec<_>>());
+        println!("TP {size}:");
+        kill_a_rank(&cluster);
+        end_all(&cluster);
         wait_freed(&before);
     }
+}
+
+/// Kills the last rank while it decodes, and looks at what becomes of the stream and of the others.
+fn kill_a_rank(cluster: &Cluster) {
+    let ranks = cluster.ranks("m");
+    let prompt = &golden("tiny-llama").prompts[1];
+    let body = json!({"model": "m", "prompt": prompt.ids, "max_tokens": 900, "temperature": 0, "ignore_eos": true});
+    let mut stream = cluster.http.stream("/v1/completions", &body);
+    stream.step().expect("a first event");
+    let victim = ranks.last().expect("a rank").pid;
+    let killed = Instant::now();
+    Processes::kill(victim);
+    let end = stream.finish();
+    println!("the stream ended {:.1?} after the kill: {end:?}", killed.elapsed());
+    assert!(killed.elapsed() < SURVIVOR_DEADLINE, "it took {:?}", killed.elapsed());
+    assert_ne!(end, StreamEnd::Cut);
+    // Either the group came up again and the answer went on, or the client was told.
+    let survivors: Vec<u32> = ranks.iter().map(|rank| rank.pid).filter(|pid| *pid != victim).collect();
+    check_survivors(cluster, &survivors, killed);
+}
+
+/// Ends a cluster; all processes are gone after it.
+fn end_all(cluster: &Cluster) {
+    let status = cluster.status();
+    let ranks = status.ranks.iter().map(|rank| rank.pid);
+    let all: Vec<u32> = ranks.chain(status.nodes.iter().map(|node| node.pid)).collect();
+    let stopped = cluster.node.run("coordinator", &["stop"]);
+    assert_eq!(stopped.code, 0, "{stopped:?}");
+    Processes::wait_gone(&all);
 }
 
 /// The ranks that were not killed have ended, or are part of the group that came up again.

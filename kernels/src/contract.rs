@@ -314,6 +314,8 @@ pub struct SamplerFeatures {
     pub masks: bool,
     /// [`StepInputs::edits`].
     pub edits: bool,
+    /// Whether masks and edits leave the logits as they were. Where not, they are projected again before they are scored.
+    pub keeps_logits: bool,
 }
 
 /// Largest step that a backend must hold.
@@ -333,6 +335,8 @@ pub struct InputLimits {
     pub positions_max: usize,
     /// Steps that may be submitted and not yet taken.
     pub steps_max: usize,
+    /// Tokens of the whole vocabulary; 0 where no row has a mask or edits.
+    pub vocab_size: usize,
     /// What attention is planned for.
     pub attention: AttentionLimits,
 }
@@ -485,7 +489,8 @@ pub trait Ops {
         let _ = (inputs, part);
         work(self)
     }
-    /// Draws a token for each of the step's sampled rows: kept in the row's slot for later steps, and reported. Collective.
+    /// Draws a token for each of the step's sampled rows: kept in the row's slot for later steps, and reported. Collective. Where
+    /// the sampler keeps no logits ([`SamplerFeatures::keeps_logits`]), those of masked and edited rows are others afterwards.
     ///
     /// # Errors
     /// A device fault or a broken group.

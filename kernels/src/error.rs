@@ -75,6 +75,20 @@ pub enum CollectiveError {
         /// How long.
         waited_ms: u64,
     },
+    /// A kernel gave up waiting for another device: its limit passed, or this rank's part in the group ended.
+    #[error("{op}: rank {rank} on {device} {} for rank {peer}", waited(*limit_ms))]
+    DeviceWait {
+        /// The kernel of the collective.
+        op: &'static str,
+        /// Who waited.
+        rank: usize,
+        /// The device that waited.
+        device: String,
+        /// For whom.
+        peer: usize,
+        /// How long; `None` where the group was ended meanwhile.
+        limit_ms: Option<u64>,
+    },
     /// A peer's connection ended.
     #[error("{op}: rank {peer} is gone: {reason}")]
     PeerGone {
@@ -97,4 +111,8 @@ pub enum CollectiveError {
         /// What failed.
         reason: String,
     },
+}
+
+fn waited(limit_ms: Option<u64>) -> String {
+    limit_ms.map_or_else(|| "was told to end while it waited".into(), |limit| format!("waited {limit} ms"))
 }

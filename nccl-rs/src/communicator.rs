@@ -4,6 +4,7 @@
 //!
 //! **Invariant:** after the first failure no function but teardown sees the handle again. Teardown runs on a thread of its own
 //! and is waited for no longer than its deadline; what is not done by then is left behind, never waited for.
+//! **Invariant:** a wait asks the library only for its state, and never the device: calls may be made while their stream records.
 
 mod calls;
 
@@ -24,6 +25,9 @@ const INIT_DEADLINE: Duration = Duration::from_secs(60);
 const CALL_DEADLINE: Duration = Duration::from_secs(30);
 /// How long dropping a communicator may take.
 const DROP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a wait looks again at once. A call through a non-blocking communicator is put into its stream by a thread of the
+/// library's within tens of microseconds; one short sleep would be longer than that.
+const SPIN: Duration = Duration::from_micros(500);
 /// First and longest sleep between two looks at a call that is in progress.
 const SLEEP: (Duration, Duration) = (Duration::from_micros(50), Duration::from_millis(2));
 
@@ -76,6 +80,8 @@ pub struct Communicator {
     call_deadline: Duration,
     in_group: Cell<bool>,
     failure: RefCell<Option<String>>,
+    /// What ends it already, elsewhere.
+    teardown: Option<Teardown>,
 }
 
 /// How a communicator ends.
@@ -120,6 +126,7 @@ impl Communicator {
             call_deadline: membership.call_deadline,
             in_group: Cell::new(false),
             failure: RefCell::new(None),
+            teardown: None,
         };
         communicator.accept(function, code)?;
         if communicator.has_deadlines {
@@ -168,6 +175,22 @@ impl Communicator {
     pub fn abort(mut self, deadline: Duration) -> Result<(), NcclError> {
         self.record("aborted");
         self.end(deadline)
+    }
+
+    /// Begins to leave the group: what runs on the device ends at once, and no further call is taken. Not waited for here, but by
+    /// [`Self::abort`] or by dropping, so that recordings which hold the communicator's work can be destroyed in between: the
+    /// library waits for them.
+    ///
+    /// # Errors
+    /// [`NcclError::Thread`]: nothing was begun.
+    pub fn begin_abort(&mut self) -> Result<(), NcclError> {
+        self.record("aborted");
+        if self.teardown.is_none() && !self.raw.is_null() {
+            let teardown = Teardown::begin(&self.library, self.raw, End::Abort)?;
+            self.raw = std::ptr::null_mut();
+            self.teardown = Some(teardown);
+        }
+        Ok(())
     }
 
     /// The handle, unless the communicator has failed.
@@ -229,6 +252,11 @@ impl Communicator {
             if waited >= deadline {
                 return Err(self.fail(NcclError::Deadline { phase, waited }));
             }
+            if waited < SPIN {
+                // The library's thread may need this very processor.
+                thread::yield_now();
+                continue;
+            }
             thread::sleep(sleep.min(deadline.saturating_sub(waited)));
             sleep = (sleep * 2).min(SLEEP.1);
         }
@@ -237,6 +265,9 @@ impl Communicator {
 
     /// Ends the communicator; the second time nothing is left to do.
     fn end(&mut self, deadline: Duration) -> Result<(), NcclError> {
+        if let Some(teardown) = self.teardown.take() {
+            return teardown.wait(deadline);
+        }
         if self.raw.is_null() {
             return Ok(());
         }
@@ -247,8 +278,8 @@ impl Communicator {
             return flushed;
         }
         let how = if self.failure.borrow().is_some() { End::Abort } else { End::Destroy };
-        let ended = end_on_a_thread(&self.library, raw, how, deadline.saturating_sub(begin.elapsed()));
-        flushed.and(ended)
+        let ended = Teardown::begin(&self.library, raw, how);
+        flushed.and(ended?.wait(deadline.saturating_sub(begin.elapsed())))
     }
 
     /// Waits until all ranks are done, where the library can say so.
@@ -271,35 +302,46 @@ impl Drop for Communicator {
     }
 }
 
-/// Destroys or aborts, on a thread that is left behind if it is not done by the deadline.
-fn end_on_a_thread(library: &Library, raw: RawComm, how: End, deadline: Duration) -> Result<(), NcclError> {
-    let function = match how {
-        End::Destroy => "ncclCommDestroy",
-        End::Abort => "ncclCommAbort",
-    };
-    let (done, ended) = mpsc::sync_channel(1);
-    let (address, on_thread) = (raw.expose_provenance(), library.clone());
-    let begin = Instant::now();
-    let spawned = thread::Builder::new().name("nccl-teardown".to_owned()).spawn(move || {
-        let raw: RawComm = std::ptr::with_exposed_provenance_mut(address);
-        let table = on_thread.table();
-        // SAFETY: the communicator is alive, this is its last call, and both functions may be called on any thread.
-        let code = unsafe {
-            match how {
-                End::Destroy => (table.comm_destroy)(raw),
-                End::Abort => (table.comm_abort)(raw),
-            }
+/// A thread that destroys or aborts; left behind if it is not done by the deadline.
+struct Teardown {
+    library: Library,
+    function: &'static str,
+    ended: mpsc::Receiver<c_int>,
+}
+
+impl Teardown {
+    fn begin(library: &Library, raw: RawComm, how: End) -> Result<Self, NcclError> {
+        let function = match how {
+            End::Destroy => "ncclCommDestroy",
+            End::Abort => "ncclCommAbort",
         };
-        // Nobody listens after the deadline.
-        let _ = done.send(code);
-    });
-    if let Err(source) = spawned {
-        return Err(NcclError::Thread { source });
+        let (done, ended) = mpsc::sync_channel(1);
+        let (address, on_thread) = (raw.expose_provenance(), library.clone());
+        let body = move || {
+            let raw: RawComm = std::ptr::with_exposed_provenance_mut(address);
+            let table = on_thread.table();
+            // SAFETY: the communicator is alive, this is its last call, and both functions may be called on any thread.
+            let code = unsafe {
+                match how {
+                    End::Destroy => (table.comm_destroy)(raw),
+                    End::Abort => (table.comm_abort)(raw),
+                }
+            };
+            // Nobody listens after the deadline.
+            let _ = done.send(code);
+        };
+        let spawned = thread::Builder::new().name("nccl-teardown".to_owned()).spawn(body);
+        spawned.map_err(|source| NcclError::Thread { source })?;
+        Ok(Self { library: library.clone(), function, ended })
     }
-    match ended.recv_timeout(deadline) {
-        Ok(SUCCESS | IN_PROGRESS) => Ok(()),
-        Ok(code) => Err(library.error(function, code, std::ptr::null_mut())),
-        Err(_) => Err(NcclError::Deadline { phase: function, waited: begin.elapsed() }),
+
+    fn wait(self, deadline: Duration) -> Result<(), NcclError> {
+        let Self { library, function, ended } = self;
+        match ended.recv_timeout(deadline) {
+            Ok(SUCCESS | IN_PROGRESS) => Ok(()),
+            Ok(code) => Err(library.error(function, code, std::ptr::null_mut())),
+            Err(_) => Err(NcclError::Deadline { phase: function, waited: deadline }),
+        }
     }
 }
 

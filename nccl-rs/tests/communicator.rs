@@ -230,6 +230,21 @@ fn teardown_that_hangs_is_left_behind_at_the_deadline() {
 }
 
 #[test]
+fn an_abort_that_was_begun_is_waited_for_when_the_communicator_goes() {
+    let (standin, library) = nccl();
+    let mut communicator = alone(&library);
+    standin.set("end_ms", 200);
+    let begin = Instant::now();
+    communicator.begin_abort().expect("a thread");
+    communicator.begin_abort().expect("nothing more to do");
+    assert!(begin.elapsed() < SHORT, "what holds the communicator's work can be dropped meanwhile");
+    assert!(matches!(call(&communicator), Err(NcclError::Failed { .. })));
+    drop(communicator);
+    assert!(begin.elapsed() >= 2 * SHORT);
+    assert_eq!((standin.get("aborts"), standin.get("destroys"), standin.get("finalizes")), (1, 0, 0));
+}
+
+#[test]
 fn an_old_library_works_and_says_that_it_has_no_deadlines() {
     let standin = StandIn::build("libnccl.so.2", &["-DNO_CONFIG", "-DVERSION=21212"]);
     let library = open(&standin);

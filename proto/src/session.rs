@@ -219,6 +219,8 @@ pub struct LoadModel {
     pub steps_in_flight_max: u32,
     /// Never record graphs.
     pub enforce_eager: bool,
+    /// Devices exchange through NCCL even where they reach each other's memory.
+    pub disable_custom_all_reduce: bool,
     /// Interface for collectives between nodes; empty: chosen by the rank.
     pub collective_interface: String,
     /// Ports for it; (0, 0): any.
@@ -374,6 +376,7 @@ impl From<&LoadModel> for pb::LoadModel {
             rank_nodes: l.rank_nodes.iter().map(|node| node.0.clone()).collect(),
             steps_in_flight_max: l.steps_in_flight_max,
             enforce_eager: l.enforce_eager,
+            disable_custom_all_reduce: l.disable_custom_all_reduce,
             collective_interface: l.collective_interface.clone(),
             collective_port_first: l.collective_ports.0.into(),
             collective_port_last: l.collective_ports.1.into(),
@@ -425,6 +428,7 @@ impl TryFrom<pb::LoadModel> for LoadModel {
             rank_nodes: l.rank_nodes.into_iter().map(NodeId).collect(),
             steps_in_flight_max: l.steps_in_flight_max,
             enforce_eager: l.enforce_eager,
+            disable_custom_all_reduce: l.disable_custom_all_reduce,
             collective_interface: l.collective_interface,
             collective_ports: (port(l.collective_port_first)?, port(l.collective_port_last)?),
         })

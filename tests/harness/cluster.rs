@@ -22,6 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Node {
     home: TempDir,
     namespace: Option<String>,
+    env: Vec<(&'static str, String)>,
 }
 
 /// What a command of ours did.
@@ -49,7 +50,15 @@ impl Node {
         Self {
             home: tempfile::Builder::new().prefix("phalanx-").tempdir().expect("a temporary folder"),
             namespace: None,
+            env: Vec::new(),
         }
+    }
+
+    /// A variable that its programs get.
+    #[must_use]
+    pub fn with_env(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.env.push((name, value.into()));
+        self
     }
 
     /// A node whose programs run in a network namespace.
@@ -75,6 +84,7 @@ impl Node {
             None => Command::new(binary(program)),
         };
         command.args(arguments).env("PHALANX_HOME", self.home.path()).stdin(Stdio::null());
+        command.envs(self.env.iter().map(|(name, value)| (*name, value)));
         command
     }
 
@@ -155,7 +165,11 @@ impl Cluster {
 
     /// The same with further flags.
     pub fn start_with(slots: u32, flags: &[&str]) -> Self {
-        let node = Node::new();
+        Self::start_on(Node::new(), slots, flags)
+    }
+
+    /// The same on a node that was made before.
+    pub fn start_on(node: Node, slots: u32, flags: &[&str]) -> Self {
         let slots = slots.to_string();
         let mut arguments = vec!["start", "--head", "--num-gpus", &slots, "--json"];
         for port in ["--port", "--http-port", "--dashboard-port"] {

@@ -197,6 +197,7 @@ mod tests {
             rank_nodes: vec![NodeId("a".into()), NodeId("a".into())],
             steps_in_flight_max: 2,
             enforce_eager: false,
+            disable_custom_all_reduce: false,
             collective_interface: String::new(),
             collective_ports: (0, 0),
         }

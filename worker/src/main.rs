@@ -19,7 +19,7 @@ use phalanx_worker::agent::log_reader;
 use phalanx_worker::agent::process::Launcher;
 use phalanx_worker::agent::record::{self, AgentLock, AgentRecord, Claim};
 use phalanx_worker::agent::{Agent, AgentSetup, End, Report, node, supervisor};
-use phalanx_worker::backend::presence;
+use phalanx_worker::backend::{self, presence};
 use phalanx_worker::config::{Config, ConfigError, DeviceChoice, Environment, Flags, LogFormat, defaults};
 use phalanx_worker::logging::{self, BoundedLog, LogTarget};
 use phalanx_worker::{rank, reduce_bench};
@@ -168,7 +168,7 @@ fn main() -> ExitCode {
         Subcommands::Doctor(args) => (doctor(&args, flags), false),
         Subcommands::ReduceBench(args) => (reduce_bench(&args, flags), false),
         Subcommands::ReduceBenchRank => (reduce_bench_rank(), false),
-        Subcommands::Rank { .. } => (run_rank(flags), false),
+        Subcommands::Rank { .. } => end_rank(run_rank(flags)),
     };
     let Err(error) = result else { return ExitCode::SUCCESS };
     let is_usage = error.chain().any(|cause| cause.is::<ConfigError>());
@@ -487,6 +487,14 @@ fn run_rank(flags: Flags) -> anyhow::Result<()> {
     start_logging(&config, LogTarget::stderr())?;
     rank::run(launch)?;
     Ok(())
+}
+
+/// Says what went wrong and is gone, whatever the device is at.
+fn end_rank(ended: anyhow::Result<()>) -> ! {
+    if let Err(error) = &ended {
+        eprintln!("error: {error:#}");
+    }
+    backend::end_process(u8::from(ended.is_err()))
 }
 
 fn start_logging(config: &Config, target: LogTarget) -> anyhow::Result<()> {

@@ -211,6 +211,10 @@ impl<B: Ops> Runner<B> {
         if work.inputs.scores.is_empty() {
             return Ok(());
         }
+        let is_edited = !work.inputs.masks.is_empty() || !work.inputs.edits.is_empty();
+        if is_edited && !ops.sampler_features().keeps_logits {
+            ops.run(inputs, StepPart::Score, &mut |ops| model.project(ops, inputs))?;
+        }
         Ok(ops.score(inputs, model.logits(), vocab)?)
     }
 

@@ -181,6 +181,7 @@ fn input_limits(load: &LoadModel, geometry: &Geometry, plan: &ShardPlan) -> Inpu
         slots_max: Batch::slots_max(load.max_num_seqs as usize),
         positions_max: load.max_model_len as usize,
         steps_max: load.steps_in_flight_max as usize + 1,
+        vocab_size: geometry.vocab_size,
         attention: AttentionLimits {
             num_kv_heads: plan.local_kv_heads,
             group: plan.group,

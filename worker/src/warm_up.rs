@@ -56,6 +56,7 @@ mod tests {
         slots_max: 32,
         positions_max: 40,
         steps_max: 2,
+        vocab_size: 100,
         attention: AttentionLimits { num_kv_heads: 1, group: 1, head_dim: 16, block_size: 16, window: None },
     };
 

@@ -21,7 +21,7 @@ const NVIDIA: [&str; 3] = ["80", "90a", "100"];
 /// And for these of AMD.
 const AMD: [&str; 2] = ["gfx906", "gfx90a"];
 /// Sources in which every op has its portable way.
-const PORTABLE: [&str; 4] = ["attention_portable", "elementwise", "linear", "sample"];
+const PORTABLE: [&str; 5] = ["attention_portable", "edit", "elementwise", "linear", "sample"];
 /// Compilers that run at the same time.
 const NUM_JOBS: usize = 2;
 

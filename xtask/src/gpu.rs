@@ -1,9 +1,10 @@
 //! `cargo xtask gpu-test`: what needs a device, here or in a folder that is carried to a machine without Rust.
 //!
-//! The folder holds the programs, the test programs, the reference data, the benchmarked configurations and `run.sh`; tests
-//! find all of it through three variables of the environment, which only `run.sh` sets.
+//! The folder holds the programs, the test programs, the reference data, the benchmarked configurations, the scripts of
+//! `tests/reference` and `run.sh`; tests find all of it through three variables of the environment, which only `run.sh` sets.
 //!
-//! **Invariant:** what is packed runs from wherever the folder lies, and nothing outside it is needed but a driver.
+//! **Invariant:** what is packed runs from wherever the folder lies, and nothing outside it is needed but a driver; the scripts want
+//! Python, and the comparison with transformers wants that.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -20,6 +21,8 @@ use crate::process::{cache, cargo, check, output, root};
 const PACK_BYTES_MAX: u64 = 50 << 20;
 /// What runs in a pack.
 const RUN: &str = include_str!("../run.sh");
+/// Scripts of `tests/reference`.
+const SCRIPTS: [&str; 3] = ["cluster.py", "compare.py", "kill.py"];
 /// The model that does not fit into a pack; put beside it, it is found.
 const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
@@ -43,9 +46,9 @@ pub fn run(pack: Option<&Path>, profile: &str, what: &[String]) -> anyhow::Resul
 fn build(profile: &str) -> anyhow::Result<Vec<(String, PathBuf)>> {
     let messages = ["--workspace", "--profile", profile, "--message-format", "json-render-diagnostics"];
     let mut built = executables(&output(cargo().args(["build", "--bins"]).args(messages))?);
-    let tests = ["test", "--no-run", "--test", "cuda", "--test", "gpu"];
+    let tests = ["test", "--no-run", "--test", "cuda", "--test", "gpu", "--test", "gpu_nodes"];
     built.extend(executables(&output(cargo().args(tests).args(messages))?));
-    for name in ["coordinator", "worker", "xtask", "cuda", "gpu"] {
+    for name in ["coordinator", "worker", "xtask", "cuda", "gpu", "gpu_nodes"] {
         if !built.iter().any(|(built, _)| built == name) {
             bail!("the build named no program {name}");
         }
@@ -83,6 +86,11 @@ fn write(folder: &Path, programs: &[(String, PathBuf)]) -> anyhow::Result<()> {
         }
     }
     place_folder(&root().join("tests/configs"), &folder.join("configs"))?;
+    let scripts = folder.join("reference");
+    fs::create_dir_all(&scripts).with_context(|| format!("cannot make {}", scripts.display()))?;
+    for name in SCRIPTS {
+        place(&root().join("tests/reference").join(name), &scripts.join(name))?;
+    }
     let script = folder.join("run.sh");
     fs::write(&script, RUN).with_context(|| format!("cannot write {}", script.display()))?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;

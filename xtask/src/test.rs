@@ -19,7 +19,20 @@ pub fn run() -> anyhow::Result<()> {
     step("lints");
     check(cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
     // Tests that need a GPU are no part of `--all-targets`; that they compile can be seen anywhere.
-    let gpu_tests = ["clippy", "--workspace", "--test", "cuda", "--test", "gpu", "--quiet", "--", "-D", "warnings"];
+    let gpu_tests = [
+        "clippy",
+        "--workspace",
+        "--test",
+        "cuda",
+        "--test",
+        "gpu",
+        "--test",
+        "gpu_nodes",
+        "--quiet",
+        "--",
+        "-D",
+        "warnings",
+    ];
     check(cargo().args(gpu_tests))?;
     step("licences, bans, sources");
     deny()?;

@@ -124,6 +124,9 @@ pub struct EngineFlags {
     /// Never record graphs
     #[arg(long)]
     pub enforce_eager: bool,
+    /// Sum over devices by NCCL alone, where they reach each other's memory too
+    #[arg(long)]
+    pub disable_custom_all_reduce: bool,
     /// Seed of dummy weights
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -266,8 +269,6 @@ struct IgnoredFlags {
     #[arg(long, hide = true)]
     disable_log_requests: bool,
     #[arg(long, hide = true)]
-    disable_custom_all_reduce: bool,
-    #[arg(long, hide = true)]
     uvicorn_log_level: Option<String>,
     /// Prompts are always computed in chunks: obeyed by nature, so not among the ignored.
     #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "true")]
@@ -298,7 +299,6 @@ impl IgnoredFlags {
             ("--tokenizer-mode", self.tokenizer_mode.is_some()),
             ("--enable-auto-tool-choice", self.enable_auto_tool_choice),
             ("--disable-log-requests", self.disable_log_requests),
-            ("--disable-custom-all-reduce", self.disable_custom_all_reduce),
             ("--uvicorn-log-level", self.uvicorn_log_level.is_some()),
             ("--enable-chunked-prefill=false", self.enable_chunked_prefill == Some(false)),
         ];
@@ -350,6 +350,7 @@ impl EngineFlags {
             disable_log_stats: self.disable_log_stats,
             enable_prefix_caching: !self.no_enable_prefix_caching || self.enable_prefix_caching,
             enforce_eager: self.enforce_eager,
+            disable_custom_all_reduce: self.disable_custom_all_reduce,
             seed: self.seed,
             env: self.env.iter().cloned().collect::<BTreeMap<_, _>>(),
             collective_interface: self.collective_interface.clone(),

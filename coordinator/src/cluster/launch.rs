@@ -51,6 +51,7 @@ pub(super) fn load_model(checked: &CheckedSpec, term: Term, epoch: Epoch, rank_n
         rank_nodes,
         steps_in_flight_max: defaults::STEPS_IN_FLIGHT_MAX,
         enforce_eager: spec.enforce_eager,
+        disable_custom_all_reduce: spec.disable_custom_all_reduce,
         collective_interface: spec.collective_interface.clone(),
         collective_ports: spec.collective_ports,
     }

@@ -97,6 +97,9 @@ pub struct DeploymentSpec {
     pub enable_prefix_caching: bool,
     /// Never record graphs.
     pub enforce_eager: bool,
+    /// Devices exchange through NCCL even where they reach each other's memory.
+    #[serde(default)]
+    pub disable_custom_all_reduce: bool,
     /// Seed of dummy weights.
     pub seed: u64,
     /// Environment of the ranks.
@@ -138,6 +141,7 @@ impl DeploymentSpec {
             disable_log_stats: false,
             enable_prefix_caching: true,
             enforce_eager: false,
+            disable_custom_all_reduce: false,
             seed: 0,
             env: BTreeMap::new(),
             collective_interface: String::new(),

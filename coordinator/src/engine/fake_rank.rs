@@ -56,6 +56,7 @@ pub(super) fn load(world_size: u32) -> LoadModel {
         rank_nodes: (0..world_size).map(|rank| NodeId(rank.to_string())).collect(),
         steps_in_flight_max: 2,
         enforce_eager: false,
+        disable_custom_all_reduce: false,
         collective_interface: String::new(),
         collective_ports: (0, 0),
     }

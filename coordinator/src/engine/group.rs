@@ -275,7 +275,8 @@ impl TpGroup {
         self.num_in_flight -= 1;
         let elapsed = self.finished_at - started;
         self.deadlines.observe(num_tokens, elapsed);
-        tracing::trace!(step = step.plan.step.0, num_tokens, elapsed_us = elapsed.as_micros() as u64, "step finished");
+        let (number, num_rows, elapsed_us) = (step.plan.step.0, step.plan.rows.len(), elapsed.as_micros() as u64);
+        tracing::trace!(step = number, num_rows, num_tokens, elapsed_us, rank_us = output.elapsed_us, "step finished");
         Ok((step, output))
     }
 

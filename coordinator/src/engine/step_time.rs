@@ -24,14 +24,27 @@ const STALL_FACTOR: u32 = 10;
 const FIRST_DEADLINE_FACTOR: u32 = 6;
 /// The moving maximum forgets this share with each step.
 const MAXIMUM_DECAY: f64 = 0.99;
+/// How much more the waiting weigh than those that decode: where one in so many waits, a step takes two budgets.
+const WAITING_WEIGHT: u32 = 16;
 /// Classes of steps: powers of two of their number of tokens.
 const NUM_CLASSES: usize = 33;
 
-/// Moving estimates of what a step costs: a part for the decode rows, and a part for each prefill token.
-#[derive(Debug, Clone, Default)]
+/// Moving estimates of what a step costs: a part for the decode rows, by class, and a part for each prefill token.
+#[derive(Debug, Clone)]
 pub struct StepTime {
-    decode_us: Option<f64>,
+    decode_us: [Option<f64>; NUM_CLASSES],
     prefill_token_us: Option<f64>,
+}
+
+impl Default for StepTime {
+    fn default() -> Self {
+        Self { decode_us: [None; NUM_CLASSES], prefill_token_us: None }
+    }
+}
+
+/// The power of two below which `count` is.
+fn class(count: u32) -> usize {
+    (u32::BITS - count.leading_zeros()) as usize
 }
 
 fn blend(mean: &mut Option<f64>, value: f64) {
@@ -47,27 +60,35 @@ impl StepTime {
         let elapsed = (elapsed_us as f64).max(1.0);
         if num_prefill == 0 {
             if num_decode > 0 {
-                blend(&mut self.decode_us, elapsed);
+                blend(&mut self.decode_us[class(num_decode)], elapsed);
             }
             return;
         }
-        if num_prefill >= CHUNK_TOKENS_MIN || self.prefill_token_us.is_none() {
-            // A step with few tokens is mostly the reading of weights, which a decode step shows alone.
-            let fixed = self.decode_us.unwrap_or(0.0).min(elapsed * 0.9);
+        // Where prompts are the smaller part, an error in what decoding takes would be charged to few tokens, and the
+        // chunks that follow would be smaller still.
+        if num_prefill >= num_decode.max(CHUNK_TOKENS_MIN) || self.prefill_token_us.is_none() {
+            let fixed = self.decode_us(num_decode).min(elapsed * 0.9);
             blend(&mut self.prefill_token_us, (elapsed - fixed) / f64::from(num_prefill));
         }
+    }
+
+    /// What `num_decode` rows take without prompts, in us: as measured in their class, or else in the nearest one.
+    fn decode_us(&self, num_decode: u32) -> f64 {
+        let own = class(num_decode).max(1);
+        let below = self.decode_us[..=own].iter().rev().find_map(|mean| *mean);
+        below.or_else(|| self.decode_us[own..].iter().find_map(|mean| *mean)).unwrap_or(0.0)
     }
 
     /// Prefill tokens that fit in a step beside `num_decode` decode rows so that it takes about `budget`.
     ///
     /// Where decode rows alone take most of the budget, a chunk may double the step: prefill must go on. Where `num_behind`
-    /// sequences wait for their first token, the step grows with their share of those that decode, fully from an eighth on:
-    /// a batch that is complete early ends early, and large chunks are cheaper by the token.
+    /// sequences wait for their first token, the step grows with their share of those that decode, fully where one waits for
+    /// two that decode: a batch that is complete early ends early, and large chunks are cheaper by the token.
     pub fn num_prefill_tokens(&self, num_decode: u32, num_behind: u32, budget: Duration) -> u32 {
         let Some(token_us) = self.prefill_token_us else { return FIRST_CHUNK_TOKENS };
-        let crowd = num_behind.saturating_mul(BUDGETS_MAX).checked_div(num_decode);
+        let crowd = num_behind.saturating_mul(WAITING_WEIGHT).checked_div(num_decode);
         let budget = budget * crowd.map_or(BUDGETS_MAX, |more| more.saturating_add(1).min(BUDGETS_MAX));
-        let fixed = self.decode_us.unwrap_or(0.0);
+        let fixed = self.decode_us(num_decode);
         let left = (budget.as_micros() as f64 - fixed).max(fixed);
         ((left / token_us) as u32).max(CHUNK_TOKENS_MIN)
     }
@@ -86,13 +107,9 @@ impl StepDeadlines {
         Self { min, slowest_us: [0.0; NUM_CLASSES] }
     }
 
-    fn class(num_tokens: u32) -> usize {
-        (u32::BITS - num_tokens.leading_zeros()) as usize
-    }
-
     /// How long a step of `num_tokens` may take.
     pub fn deadline(&self, num_tokens: u32) -> Duration {
-        let slowest = self.slowest_us[Self::class(num_tokens)];
+        let slowest = self.slowest_us[class(num_tokens)];
         if slowest == 0.0 {
             return self.min * FIRST_DEADLINE_FACTOR;
         }
@@ -110,7 +127,7 @@ impl StepDeadlines {
 
     /// A step of `num_tokens` took `elapsed`.
     pub fn observe(&mut self, num_tokens: u32, elapsed: Duration) {
-        let slowest = &mut self.slowest_us[Self::class(num_tokens)];
+        let slowest = &mut self.slowest_us[class(num_tokens)];
         *slowest = (*slowest * MAXIMUM_DECAY).max(elapsed.as_micros() as f64).max(1.0);
     }
 }
@@ -132,7 +149,7 @@ mod tests {
         let chunk = time.num_prefill_tokens(4, 0, BUDGET);
         assert!((190..=210).contains(&chunk), "8 ms at 40 us a token, not {chunk}");
         assert!(time.num_prefill_tokens(0, 1, BUDGET) > 1_500);
-        let few = time.num_prefill_tokens(16, 4, BUDGET);
+        let few = time.num_prefill_tokens(16, 2, BUDGET);
         assert!((670..=730).contains(&few), "28 ms at 40 us a token, not {few}");
         assert_eq!(time.num_prefill_tokens(4, 400, BUDGET), time.num_prefill_tokens(0, 0, BUDGET));
     }
@@ -146,6 +163,19 @@ mod tests {
         }
         let chunk = time.num_prefill_tokens(8, 0, BUDGET);
         assert!((55..=65).contains(&chunk), "30 ms at 500 us a token, not {chunk}");
+    }
+
+    #[test]
+    fn a_batch_that_grew_does_not_shrink_its_chunks() {
+        // Alone, two rows took 4 ms; 256 rows take 9.5 ms and are never seen without prompts.
+        let mut time = StepTime::default();
+        time.observe(2, 0, 4_000);
+        time.observe(0, 2_000, 50_000);
+        for _ in 0..200 {
+            let chunk = time.num_prefill_tokens(250, 1, BUDGET);
+            assert!(chunk >= 170, "4 ms at 23 us a token, not {chunk}");
+            time.observe(250, chunk, 9_500 + u64::from(chunk) * 24);
+        }
     }
 
     #[test]

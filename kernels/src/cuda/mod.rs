@@ -17,6 +17,7 @@ mod check;
 mod context;
 mod device;
 mod driver;
+mod edit_plan;
 mod error;
 mod graph;
 mod launch;

@@ -66,19 +66,6 @@ pub struct Rule {
     pub blocks_max: u32,
 }
 
-/// How long a rule took for a size on the slowest rank; what rank 0 makes a table of.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Timing {
-    /// Bytes of one rank's contribution.
-    pub bytes: u64,
-    /// What was tried.
-    pub algorithm: Algorithm,
-    /// With how many blocks at most.
-    pub blocks_max: u32,
-    /// How long it took.
-    pub nanoseconds: f64,
-}
-
 /// The group's table: per op, rules in rising order, the last without a bound.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerPlan {
@@ -88,10 +75,10 @@ pub struct PeerPlan {
 }
 
 impl PeerPlan {
-    /// What is taken where nothing was measured; from figures of two H200 joined by NVLink; those of more ranks are estimates.
+    /// The table of a group of a size; from figures of two H200 joined by NVLink; those of more ranks are estimates.
     ///
     /// A push sends `world_size - 1` copies, so it ends the sooner the more ranks there are.
-    pub fn unmeasured(world_size: u32) -> Self {
+    pub fn usual(world_size: u32) -> Self {
         let (push, pull) = match world_size {
             0..=2 => (1 << 20, 1 << 20),
             3..=4 => (256 << 10, 256 << 10),
@@ -113,7 +100,7 @@ impl PeerPlan {
         }
     }
 
-    /// Takes a table that another rank made.
+    /// Takes a table of other rules, as a measurement of one algorithm does.
     ///
     /// # Errors
     /// A table that is empty, out of order, bounded at its end or names an algorithm of another op.
@@ -140,36 +127,13 @@ impl PeerPlan {
         Ok(plan)
     }
 
-    /// The rules of an op, for the other ranks.
+    /// The rules of an op.
     pub fn rules(&self, op: PeerOp) -> &[Rule] {
         match op {
             PeerOp::ReduceAddNorm => &self.reduce_add_norm,
             PeerOp::AllReduce => &self.all_reduce,
             PeerOp::AllGather => &self.all_gather,
         }
-    }
-
-    /// The rules that the timings of one op speak for: the fastest of each size, up to that size; the last size's for all above.
-    pub fn fit(timings: &[Timing]) -> Vec<Rule> {
-        let mut sizes: Vec<u64> = timings.iter().map(|timing| timing.bytes).collect();
-        sizes.sort_unstable();
-        sizes.dedup();
-        let mut rules: Vec<Rule> = Vec::new();
-        for bytes in sizes {
-            let of_size = timings.iter().filter(|timing| timing.bytes == bytes);
-            let Some(best) = of_size.min_by(|a, b| a.nanoseconds.total_cmp(&b.nanoseconds)) else { continue };
-            let rule = Rule { bytes_max: bytes, algorithm: best.algorithm, blocks_max: best.blocks_max };
-            match rules.last_mut() {
-                Some(last) if (last.algorithm, last.blocks_max) == (rule.algorithm, rule.blocks_max) => {
-                    last.bytes_max = bytes;
-                }
-                _ => rules.push(rule),
-            }
-        }
-        if let Some(last) = rules.last_mut() {
-            last.bytes_max = u64::MAX;
-        }
-        rules
     }
 
     fn rule(&self, op: PeerOp, bytes: u64) -> Rule {
@@ -329,7 +293,7 @@ mod tests {
 
     #[test]
     fn sizes_take_the_algorithm_of_the_table() {
-        let plan = PeerPlan::unmeasured(3);
+        let plan = PeerPlan::usual(3);
         let check = |bytes, kernel, grid| {
             let launch = plan.all_reduce(&H200, bytes);
             assert_eq!((launch.kernel, launch.grid), (kernel, grid), "{bytes} bytes");
@@ -349,7 +313,7 @@ mod tests {
 
     #[test]
     fn what_the_push_kernel_cannot_hold_goes_apart() {
-        let plan = PeerPlan::unmeasured(3);
+        let plan = PeerPlan::usual(3);
         let check = |rows, hidden, element_bytes, expected: Option<(u32, u32)>| {
             let fused = match plan.reduce_add_norm(&H200, &layout(), rows, Row { hidden, element_bytes }) {
                 ReduceAddNorm::Fused(launch) => Some((launch.grid, launch.block)),
@@ -392,25 +356,15 @@ mod tests {
     }
 
     #[test]
-    fn timings_become_rules_and_rules_a_table() {
-        let timing = |bytes, algorithm, blocks_max, nanoseconds| Timing { bytes, algorithm, blocks_max, nanoseconds };
-        let rules = PeerPlan::fit(&[
-            timing(1024, Algorithm::Pull, 16, 4.0),
-            timing(1024, Algorithm::TwoShot, 64, 9.0),
-            timing(4096, Algorithm::TwoShot, 64, 9.5),
-            timing(4096, Algorithm::Pull, 16, 5.0),
-            timing(8192, Algorithm::Pull, 16, f64::NAN),
-            timing(8192, Algorithm::TwoShot, 64, 10.0),
-        ]);
+    fn a_table_says_one_thing_for_each_size() {
         let rule = |bytes_max, algorithm, blocks_max| Rule { bytes_max, algorithm, blocks_max };
-        assert_eq!(rules, [rule(4096, Algorithm::Pull, 16), rule(u64::MAX, Algorithm::TwoShot, 64)]);
-
-        let plan = PeerPlan::unmeasured(2);
+        let rules = [rule(4096, Algorithm::Pull, 16), rule(u64::MAX, Algorithm::TwoShot, 64)];
+        let plan = PeerPlan::usual(2);
         let rest = |all_reduce| {
             let of = |op| plan.rules(op).to_vec();
             PeerPlan::from_rules(of(PeerOp::ReduceAddNorm), all_reduce, of(PeerOp::AllGather))
         };
-        assert!(rest(rules.clone()).is_ok());
+        assert!(rest(rules.to_vec()).is_ok());
         let refused = Err(PeerPlanError::Table { op: PeerOp::AllReduce });
         assert_eq!(rest(Vec::new()), refused);
         assert_eq!(rest(rules[..1].to_vec()), refused);

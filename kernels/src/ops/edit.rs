@@ -60,6 +60,16 @@ impl TokenHistory {
         history
     }
 
+    /// How often each token stands in the output, those of the prompt included.
+    pub(crate) fn counts(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.counts.iter().map(|(token, count)| (*token, *count))
+    }
+
+    /// The output's tokens.
+    pub(crate) fn output(&self) -> &[u32] {
+        &self.output
+    }
+
     /// The output grows by a token.
     pub fn push(&mut self, token: u32) {
         *self.counts.entry(token).or_insert(0) += 1;
@@ -110,10 +120,13 @@ impl LogitEdits {
         self.penalize(history, logits, first_id);
     }
 
+    /// Whether tokens that stand already are penalised.
+    pub(crate) fn penalises(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
+    }
+
     fn penalize(&self, history: &TokenHistory, logits: &mut [f32], first_id: u32) {
-        let is_neutral =
-            self.repetition_penalty == 1.0 && self.frequency_penalty == 0.0 && self.presence_penalty == 0.0;
-        if is_neutral {
+        if !self.penalises() {
             return;
         }
         for (token, count) in &history.counts {

@@ -31,7 +31,7 @@ pub struct HostSampler {
 
 impl HostSampler {
     /// All that a step may ask for.
-    pub const FEATURES: SamplerFeatures = SamplerFeatures { masks: true, edits: true };
+    pub const FEATURES: SamplerFeatures = SamplerFeatures { masks: true, edits: true, keeps_logits: true };
 
     /// Makes room for slots and steps.
     pub fn plan(&mut self, limits: &InputLimits) {

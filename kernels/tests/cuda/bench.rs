@@ -108,6 +108,7 @@ pub fn limits(attention: AttentionLimits) -> InputLimits {
         slots_max: 80,
         positions_max: 2048,
         steps_max: 3,
+        vocab_size: 50_000,
         attention,
     }
 }
@@ -145,6 +146,7 @@ pub fn settings(dtype: Dtype, attention: AttentionLimits) -> CudaSettings {
         head_dim: attention.head_dim,
         group: attention.group,
         enforce_eager: false,
+        only_nccl: false,
         modules: ModuleSettings::default(),
     }
 }

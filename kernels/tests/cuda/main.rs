@@ -8,6 +8,7 @@
 
 mod attention;
 mod bench;
+mod edits;
 mod products;
 mod ranks;
 mod rows;
@@ -53,5 +54,10 @@ in_every_type! {
     scores => crate::sampling::check_scores,
     last_tokens => crate::steps::check_last_tokens,
     recording => crate::steps::check_recording,
+    edited => crate::edits::check_tokens,
+    edited_values => crate::edits::check_values,
+    edited_recording => crate::edits::check_recording,
     two_ranks => crate::ranks::check,
+    two_ranks_nccl => crate::ranks::check_nccl,
+    two_ranks_late => crate::ranks::check_late,
 }

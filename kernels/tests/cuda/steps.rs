@@ -124,9 +124,16 @@ pub fn check_last_tokens(dtype: Dtype) {
 
 /// What came out of the steps of a case.
 #[derive(PartialEq)]
-struct Outputs {
+pub struct Outputs {
     values: Vec<f32>,
     tokens: Vec<u32>,
+}
+
+/// A case, and how often its work was asked for.
+pub struct RunCase {
+    label: String,
+    pub outputs: Outputs,
+    num_runs: usize,
 }
 
 /// Steps whose parts go through [`Ops::run`]: what came out, and how often work was asked for.
@@ -155,15 +162,13 @@ fn through_run(
 }
 
 /// Every case on one backend and model: recordings hold their addresses.
-fn all_through_run(dtype: Dtype, enforce_eager: bool) -> Vec<(String, Outputs, usize)> {
-    let settings = CudaSettings { enforce_eager, ..settings(dtype, SOME_HEADS) };
-    let bench = &mut device_with(&settings, SOME_HEADS).bench;
+pub fn through_runs(bench: &mut Bench<CudaOps>, dtype: Dtype) -> Vec<RunCase> {
     let mut model = Model::new(bench, 600, dtype);
     let mut all = Vec::new();
     for kind in [SamplerKind::Greedy, SamplerKind::NoCut, SamplerKind::Cut] {
         for rows in [1, 5, 16, 33, 500, 600] {
             let (outputs, num_runs) = through_run(bench, &mut model, rows, kind);
-            all.push((format!("{kind:?} {rows} rows"), outputs, num_runs));
+            all.push(RunCase { label: format!("{kind:?} {rows} rows"), outputs, num_runs });
         }
     }
     all
@@ -172,10 +177,15 @@ fn all_through_run(dtype: Dtype, enforce_eager: bool) -> Vec<(String, Outputs, u
 /// A replayed step gives the bits of an eager one; steps of more than 512 rows are not recorded.
 pub fn check_recording(dtype: Dtype) {
     let mut findings = Findings::default();
-    let (recorded, eager) = (all_through_run(dtype, false), all_through_run(dtype, true));
-    for (index, ((label, recorded, num_runs), (_, eager, num_eager))) in recorded.iter().zip(&eager).enumerate() {
-        findings.holds(recorded.values == eager.values, || format!("{label}: values differ from the eager ones"));
-        findings.holds(recorded.tokens == eager.tokens, || format!("{label}: tokens differ from the eager ones"));
+    let run = |enforce_eager| {
+        let settings = CudaSettings { enforce_eager, ..settings(dtype, SOME_HEADS) };
+        through_runs(&mut device_with(&settings, SOME_HEADS).bench, dtype)
+    };
+    let (all_recorded, all_eager) = (run(false), run(true));
+    for (index, (RunCase { label, outputs, num_runs }, eager)) in all_recorded.iter().zip(&all_eager).enumerate() {
+        let (num_eager, eager) = (&eager.num_runs, &eager.outputs);
+        findings.holds(outputs.values == eager.values, || format!("{label}: values differ from the eager ones"));
+        findings.holds(outputs.tokens == eager.tokens, || format!("{label}: tokens differ from the eager ones"));
         // The first kind runs a shape once and records it; the others find it recorded.
         let expected = if label.ends_with("600 rows") { 4 } else { 2 * usize::from(index < 6) };
         findings.holds(*num_runs == expected, || format!("{label}: work was asked for {num_runs} times"));

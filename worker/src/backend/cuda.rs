@@ -49,6 +49,7 @@ pub fn open(
         head_dim: geometry.head_dim,
         group: plan.group,
         enforce_eager: load.enforce_eager,
+        only_nccl: load.disable_custom_all_reduce,
         modules: MODULES.get().cloned().unwrap_or_default(),
     };
     Ok(CudaOps::open(&settings, group)?)

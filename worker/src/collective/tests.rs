@@ -37,6 +37,7 @@ fn load(world_size: usize, transport: Transport) -> LoadModel {
         rank_nodes: (0..world_size).map(node).collect(),
         steps_in_flight_max: 2,
         enforce_eager: true,
+        disable_custom_all_reduce: false,
         collective_interface: "127.0.0.1".into(),
         collective_ports: (0, 0),
     }

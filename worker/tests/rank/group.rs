@@ -44,6 +44,7 @@ pub fn load(model: &Path, world_size: u32) -> LoadModel {
         rank_nodes: vec![NodeId("here".into()); world_size as usize],
         steps_in_flight_max: STEPS_IN_FLIGHT as u32,
         enforce_eager: false,
+        disable_custom_all_reduce: false,
         collective_interface: String::new(),
         collective_ports: (0, 0),
     }

@@ -17,15 +17,17 @@ struct Key {
     rows: usize,
     has_prefill: bool,
     has_merges: bool,
+    is_edited: bool,
 }
 
 impl Key {
     /// `None` where the part is not recorded.
     fn of(part: StepPart, shape: &StepShape) -> Option<Self> {
-        let StepShape { tokens, logit_rows, has_prefill, has_merges, .. } = *shape;
+        let StepShape { tokens, logit_rows, has_prefill, has_merges, is_edited, .. } = *shape;
+        let of_rows = |rows| Self { part, rows, has_prefill: false, has_merges: false, is_edited: false };
         match part {
-            StepPart::Forward if shape.is_recorded() => Some(Self { part, rows: tokens, has_prefill, has_merges }),
-            StepPart::Sample(_) => Some(Self { part, rows: logit_rows, has_prefill: false, has_merges: false }),
+            StepPart::Forward if shape.is_recorded() => Some(Self { has_prefill, has_merges, ..of_rows(tokens) }),
+            StepPart::Sample(_) => Some(Self { is_edited, ..of_rows(logit_rows) }),
             StepPart::Forward | StepPart::Score => None,
         }
     }

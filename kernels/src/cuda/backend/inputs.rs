@@ -36,6 +36,8 @@ pub(super) struct StepShape {
     pub has_prefill: bool,
     /// Whether it has contexts that were split.
     pub has_merges: bool,
+    /// Whether some row has a mask or edits.
+    pub is_edited: bool,
 }
 
 impl StepShape {
@@ -147,6 +149,7 @@ impl CudaInputs {
             samples: step.samples.len(),
             has_prefill: self.work.num_prefill > 0,
             has_merges: self.work.num_merges > 0,
+            is_edited: !step.masks.is_empty() || !step.edits.is_empty(),
         };
         let mut entry = self.ring.entry(deadline)?;
         let (sections, num_units) = {

@@ -19,6 +19,7 @@ pub(super) struct Kernels {
     pub linear_stream: Vec<Kernel>,
     pub attention: AttentionKernels,
     pub sampling: SamplingKernels,
+    pub editing: EditingKernels,
 }
 
 /// Kernels of attention for one head size.
@@ -39,6 +40,14 @@ pub(super) struct SamplingKernels {
     pub commit: Kernel,
     pub score_rows: Kernel,
     pub score_rank: Kernel,
+}
+
+/// Kernels of masks and edits.
+pub(super) struct EditingKernels {
+    pub load: Kernel,
+    pub survey: Kernel,
+    pub apply: Kernel,
+    pub keep: Kernel,
 }
 
 /// Head sizes with kernels of their own.
@@ -81,6 +90,7 @@ impl Kernels {
             linear_stream,
             attention: AttentionKernels::find(modules, dtype, head_dim, group, shared_bytes_max)?,
             sampling: SamplingKernels::find(modules)?,
+            editing: EditingKernels::find(modules)?,
         })
     }
 }
@@ -116,6 +126,18 @@ impl SamplingKernels {
             commit: kernel("sample_commit")?,
             score_rows: kernel("score_rows")?,
             score_rank: kernel("score_rank")?,
+        })
+    }
+}
+
+impl EditingKernels {
+    fn find(modules: &ModuleSet) -> Result<Self, CudaError> {
+        let kernel = |name| modules.kernel("edit", name);
+        Ok(Self {
+            load: kernel("edit_load")?,
+            survey: kernel("edit_survey")?,
+            apply: kernel("edit_apply")?,
+            keep: kernel("edit_keep")?,
         })
     }
 }

@@ -5,11 +5,13 @@
 //!
 //! **Invariant:** grids, blocks and algorithms depend on the padded shape of a step only; eager and recorded steps launch the
 //! same kernels on the same addresses, so their tokens are equal.
-//! **Invariant:** recorded steps are dropped before the memory and the communicator that they use (fields drop in order).
+//! **Invariant:** recorded steps are dropped before the memory and the communicator that they use (fields drop in order), and
+//! before any of them what waits for other ranks is ended: freeing memory waits for the device.
 
 mod attention;
 mod buckets;
 mod buffers;
+mod editing;
 mod graphs;
 mod group;
 mod inputs;
@@ -20,7 +22,7 @@ mod sampling;
 mod upload;
 
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use buffers::{CudaBuffer, CudaKvLayer, CudaMatrix, CudaRope, CudaVector, Dtype};
 pub use group::{ReduceBench, ReduceTiming, ReduceWay};
@@ -31,6 +33,7 @@ use crate::cuda::{
 };
 use crate::{Collective, KernelError};
 use attention::AttentionScratch;
+use editing::Editing;
 use graphs::Graphs;
 use group::{Exchange, Group};
 use kernels::Kernels;
@@ -56,6 +59,8 @@ pub struct CudaSettings {
     pub group: usize,
     /// Never records steps.
     pub enforce_eager: bool,
+    /// Exchanges through NCCL even with devices whose memory it reaches.
+    pub only_nccl: bool,
     /// Where device code is compiled, if it must be.
     pub modules: ModuleSettings,
 }
@@ -64,6 +69,7 @@ pub struct CudaSettings {
 pub struct CudaOps {
     graphs: Graphs,
     sampling: Option<Sampling>,
+    editing: Option<Editing>,
     attention: Option<AttentionScratch>,
     scratch: Scratch,
     uploader: Uploader,
@@ -76,6 +82,8 @@ pub struct CudaOps {
     context: Context,
     dtype: Dtype,
     enforce_eager: bool,
+    /// Since when somebody asks for a step that has not ended.
+    awaited_since: Option<Instant>,
     read_back: Vec<f32>,
 }
 
@@ -95,13 +103,14 @@ impl CudaOps {
         let shared_bytes_max = context.device().shared_bytes_max;
         let kernels = Kernels::find(&modules, settings.dtype, settings.head_dim, settings.group, shared_bytes_max)?;
         let mut collective = collective;
-        let exchange = Exchange { dtype: settings.dtype, hidden: settings.hidden_size };
+        let CudaSettings { dtype, hidden_size: hidden, only_nccl, .. } = *settings;
+        let exchange = Exchange { dtype, hidden, only_nccl };
         let group = Group::form(&context, &stream, &modules, &exchange, &mut *collective)?;
-        let enforce_eager = settings.enforce_eager || !group.is_recordable();
         let blas = if settings.dtype == Dtype::F32 { None } else { Some(BlasLt::new(&context)?) };
         Ok(Self {
             graphs: Graphs::default(),
             sampling: None,
+            editing: None,
             attention: None,
             scratch: Scratch::default(),
             uploader: Uploader::new(&context)?,
@@ -112,7 +121,8 @@ impl CudaOps {
             stream,
             context,
             dtype: settings.dtype,
-            enforce_eager,
+            enforce_eager: settings.enforce_eager,
+            awaited_since: None,
             read_back: Vec::new(),
         })
     }
@@ -127,7 +137,29 @@ impl CudaOps {
         Ok(unsafe { self.stream.launch(kernel, &config, args) }?)
     }
 
+    /// Whether the oldest step has ended; an error where it takes longer than any step may, or where a peer is known to be gone.
+    fn has_ended(&mut self) -> Result<bool, KernelError> {
+        if self.results_arrived()? {
+            self.awaited_since = None;
+            return Ok(true);
+        }
+        self.group.look()?;
+        let waited = self.awaited_since.get_or_insert_with(Instant::now).elapsed();
+        if waited < STEP_DEADLINE {
+            return Ok(false);
+        }
+        let (device, kernel) = (self.context.ordinal(), self.context.last_launch());
+        Err(CudaError::Deadline { device, awaited: "a step", waited, kernel }.into())
+    }
+
     fn blas(&self) -> Result<&BlasLt, KernelError> {
         self.blas.as_ref().ok_or_else(|| CudaError::refused("matmul", "cuBLASLt was not opened").into())
+    }
+}
+
+impl Drop for CudaOps {
+    /// A device that waits for a rank which is gone would otherwise hold up the fields' ends, and the word of what happened.
+    fn drop(&mut self) {
+        self.group.abort();
     }
 }

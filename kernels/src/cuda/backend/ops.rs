@@ -3,6 +3,7 @@
 use super::attention::{AttentionScratch, planner};
 use super::buckets::warm_up_steps;
 use super::buffers::{CudaBuffer, CudaKvLayer, CudaMatrix, CudaRope, CudaVector, Dtype};
+use super::editing::Editing;
 use super::group::Rows;
 use super::inputs::CudaInputs;
 use super::linear::{Product, row_config};
@@ -13,7 +14,7 @@ use crate::cuda::{DeviceMemory, LaunchConfig};
 use crate::ops::fit;
 use crate::{
     AttentionShape, DeviceMemoryInfo, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial, RopeTable,
-    SamplerKind, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep, kernel_args,
+    SamplerFeatures, SamplerKind, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep, kernel_args,
 };
 use phalanx_formats::StoredType;
 
@@ -87,6 +88,7 @@ impl Ops for CudaOps {
         let planner = planner(&self.context, &limits);
         self.attention = Some(AttentionScratch::new(&self.context, &planner)?);
         self.sampling = Some(Sampling::new(&self.context, &limits, self.group.world_size())?);
+        self.editing = Some(Editing::new(&self.context, &limits)?);
         Ok(CudaInputs::new(&self.context, limits, planner)?)
     }
 
@@ -105,16 +107,13 @@ impl Ops for CudaOps {
 
     fn load_inputs(&mut self, step: &StepInputs, inputs: &mut CudaInputs) -> Result<(), KernelError> {
         crate::cpu::inputs::check(step, &inputs.limits)?;
-        if !step.masks.is_empty() || !step.edits.is_empty() {
-            let what = "masks and edits of logits".into();
-            return Err(KernelError::Unsupported { backend: "cuda", op: "sample", what });
-        }
         let stream = std::rc::Rc::clone(&self.stream);
         inputs.load(step, &stream, STEP_DEADLINE, |argument, num_blocks| {
             let config = LaunchConfig::linear(num_blocks, 256);
             // SAFETY: the argument's addresses are those of the arrays and of the blob that is lent.
             unsafe { self.launch(&self.kernels.load_step, config, kernel_args![argument]) }
-        })
+        })?;
+        self.load_edits(step, inputs.shape.logit_rows)
     }
 
     fn run(
@@ -136,6 +135,10 @@ impl Ops for CudaOps {
         self.sample_rows(inputs, logits, vocab, kind)
     }
 
+    fn sampler_features(&self) -> SamplerFeatures {
+        self.planned_features()
+    }
+
     fn score(&mut self, inputs: &CudaInputs, logits: &CudaBuffer, vocab: &VocabSlice) -> Result<(), KernelError> {
         self.score_rows(inputs, logits, vocab)
     }
@@ -145,10 +148,11 @@ impl Ops for CudaOps {
     }
 
     fn is_done(&mut self) -> Result<bool, KernelError> {
-        self.results_arrived()
+        self.has_ended()
     }
 
     fn take(&mut self) -> Result<StepResult, KernelError> {
+        self.awaited_since = None;
         self.take_results()
     }
 

@@ -3,13 +3,15 @@
 //! Owns the memory between the phases and the pinned memory that results come back in. The phases are described in
 //! `cuda/sample.cu`; between two of them the group gathers every rank's small records.
 //!
-//! **Invariant:** the sequence of kernels and gathers depends on the sampler's kind and the padded rows only.
+//! **Invariant:** the sequence of kernels and gathers depends on the sampler's kind, the padded rows, and whether the step has masks or
+//! edits.
 
 use std::collections::VecDeque;
 
 use super::buffers::CudaBuffer;
 use super::inputs::{CudaInputs, NONE};
 use super::{CudaOps, STEP_DEADLINE};
+use crate::cuda::edit_plan::Drawn;
 use crate::cuda::{Context, CudaError, DeviceMemory, LaunchConfig, PinnedMemory, ReadBack, Span};
 use crate::ops::sample::{Candidate, MaxSum, merge_top_n};
 use crate::{InputLimits, KernelError, SCORED_TOP_MAX, SamplerKind, Scored, StepResult, VocabSlice, kernel_args};
@@ -46,6 +48,8 @@ struct Pending {
     read: ReadBack,
     num_samples: usize,
     scores: Scores,
+    /// Rows whose tokens edits look at.
+    drawn: Vec<Drawn>,
 }
 
 /// Scored rows of a step, and where their results lie behind the tokens.
@@ -59,12 +63,12 @@ struct Scores {
 
 /// This rank's slice of the logits, as kernels take it.
 #[derive(Clone, Copy)]
-struct Slice {
-    logits: Span,
-    width: u32,
-    lead: u32,
-    owned: u32,
-    first_id: u32,
+pub(super) struct Slice {
+    pub logits: Span,
+    pub width: u32,
+    pub lead: u32,
+    pub owned: u32,
+    pub first_id: u32,
 }
 
 impl Sampling {
@@ -152,13 +156,17 @@ impl CudaOps {
         kind: SamplerKind,
     ) -> Result<(), KernelError> {
         let (sampling, kernels, rows) = (self.sampling()?, &self.kernels.sampling, inputs.shape.logit_rows);
-        let Slice { logits, width, lead, owned, first_id } = self.slice(logits, vocab, rows)?;
+        let slice = self.slice(logits, vocab, rows)?;
+        let Slice { logits, width, lead, owned, first_id } = slice;
         let (samples, splits) = (inputs.arrays.samples, splits(rows, vocab.columns.len()));
         let (world, stride, num_splits) = (self.group.world_size() as u32, rows as u32, splits as u32);
         let per_part = LaunchConfig::new([num_splits, stride, 1], [256, 1, 1]);
         let best_bytes = rows * splits * BEST_BYTES;
         let best = sampling.best.part(0..best_bytes)?;
         let cuts = (kind == SamplerKind::Cut).then(|| sampling.cuts.span());
+        if inputs.shape.is_edited {
+            self.edit_rows(inputs, slice, num_splits, [best, sampling.gathered.span()])?;
+        }
         if kind != SamplerKind::NoCut {
             let args = kernel_args![logits, width, lead, owned, first_id, samples, best];
             // SAFETY: all memory was planned for the padded rows; this holds for every launch here.
@@ -200,7 +208,8 @@ impl CudaOps {
         ];
         let config = LaunchConfig::linear((rows * 32).div_ceil(256) as u32, 256);
         // SAFETY: as above.
-        unsafe { self.launch(&kernels.commit, config, args) }
+        unsafe { self.launch(&kernels.commit, config, args)? };
+        if inputs.shape.is_edited { self.keep_drawn(inputs, sampling.tokens()?) } else { Ok(()) }
     }
 
     /// Scores the step's scored rows.
@@ -248,7 +257,11 @@ impl CudaOps {
             Scores { end: shape.logit_rows * 4, ..Scores::default() }
         };
         let read = self.stream.read_back(sampling.results.part(0..scores.end)?, pinned)?;
-        sampling.pending.push_back(Pending { read, num_samples: shape.samples, scores });
+        let drawn = match &mut self.editing {
+            Some(editing) => editing.submit(&self.stream)?,
+            None => Vec::new(),
+        };
+        sampling.pending.push_back(Pending { read, num_samples: shape.samples, scores, drawn });
         Ok(())
     }
 
@@ -265,13 +278,17 @@ impl CudaOps {
         let nothing = || KernelError::Shape { op: "take", reason: "no step was submitted".into() };
         let world = self.group.world_size();
         let sampling = self.sampling.as_mut().ok_or_else(nothing)?;
-        let Pending { read, num_samples, scores } = sampling.pending.pop_front().ok_or_else(nothing)?;
+        let Pending { read, num_samples, scores, drawn } = sampling.pending.pop_front().ok_or_else(nothing)?;
         let memory = read.wait(STEP_DEADLINE, "a step")?;
         self.group.check()?;
         let words = memory.slice::<u32>();
-        let tokens = words[..num_samples].iter().map(|token| (*token != NONE).then_some(*token)).collect();
+        let tokens: Vec<Option<u32>> =
+            words[..num_samples].iter().map(|token| (*token != NONE).then_some(*token)).collect();
         let scores = (0..scores.num).map(|row| scores.row(memory.slice(), row, world)).collect();
         sampling.free.push(memory);
+        if let Some(editing) = &mut self.editing {
+            editing.take(&drawn, &tokens);
+        }
         Ok(StepResult { tokens, scores })
     }
 }

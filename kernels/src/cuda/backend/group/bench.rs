@@ -101,7 +101,7 @@ impl ReduceWay {
 
     /// The group's table for this way alone.
     fn plan(self, world_size: u32) -> Result<PeerPlan, KernelError> {
-        let usual = PeerPlan::unmeasured(world_size);
+        let usual = PeerPlan::usual(world_size);
         let rules = |op| usual.rules(op).to_vec();
         let only = |algorithm, blocks_max| vec![Rule { bytes_max: u64::MAX, algorithm, blocks_max }];
         let (mut fused, mut plain) = (rules(PeerOp::ReduceAddNorm), rules(PeerOp::AllReduce));
@@ -155,7 +155,7 @@ impl ReduceBench {
         let dtype = if context.device().has_bfloat16() { Dtype::Bf16 } else { Dtype::F16 };
         let stream = Stream::new(&context, Priority::High)?;
         let modules = ModuleSet::new(&context, modules.clone());
-        let exchange = Exchange { dtype, hidden: HIDDEN };
+        let exchange = Exchange { dtype, hidden: HIDDEN, only_nccl: false };
         let peers = Peers::form(&context, &stream, &modules, &exchange, &mut *collective)?;
         let (nccl, nccl_missing) = match join(&exchange, &mut *collective)? {
             Ok(nccl) => (Some(nccl), None),

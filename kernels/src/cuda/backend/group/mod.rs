@@ -1,7 +1,7 @@
 //! The devices of a group: how terms are summed and records gathered.
 //!
-//! Devices of one node that reach each other's memory exchange by kernels of our own, which steps may record; others through
-//! NCCL, eagerly: a recording that holds NCCL's kernels would keep its communicator from ever ending.
+//! Devices that reach each other's memory exchange by kernels of our own; others, and those that are told to, through NCCL. Steps
+//! record both.
 //!
 //! **Invariant:** which way is taken, and every launch's size, is the same on all ranks: it was agreed when the group formed,
 //! and depends on padded shapes only.
@@ -34,6 +34,8 @@ pub(super) struct Exchange {
     pub dtype: Dtype,
     /// Values in a row of the residual stream.
     pub hidden: usize,
+    /// Through NCCL, whether or not devices reach each other's memory.
+    pub only_nccl: bool,
 }
 
 /// Rows that are summed and normalised.
@@ -66,7 +68,11 @@ impl Group {
         if collective.world_size() == 1 {
             return Ok(Self::One);
         }
-        match Peers::form(context, stream, modules, exchange, collective)? {
+        let peers = match exchange.only_nccl {
+            true => None,
+            false => Peers::form(context, stream, modules, exchange, collective)?,
+        };
+        match peers {
             Some(peers) => Ok(Self::Peers(Box::new(peers))),
             None => Ok(Self::Nccl(Box::new(NcclGroup::form(exchange, collective)?))),
         }
@@ -81,9 +87,21 @@ impl Group {
         }
     }
 
-    /// Whether steps that exchange may be recorded.
-    pub(super) fn is_recordable(&self) -> bool {
-        !matches!(self, Self::Nccl(_))
+    /// What is known while the device still works: a peer that is gone is seen before anything that waits for it ends.
+    pub(super) fn look(&self) -> Result<(), KernelError> {
+        match self {
+            Self::One | Self::Peers(_) => Ok(()),
+            Self::Nccl(nccl) => nccl.check(),
+        }
+    }
+
+    /// Ends what waits for other ranks on this device: this rank takes no part any more.
+    pub(super) fn abort(&mut self) {
+        match self {
+            Self::One => {}
+            Self::Peers(peers) => peers.abort(),
+            Self::Nccl(nccl) => nccl.abort(),
+        }
     }
 
     /// Whether all exchanges so far have ended well. Looked at when the device has ended them.

@@ -1,4 +1,11 @@
 //! Devices that do not reach each other's memory, through NCCL.
+//!
+//! Calls are recorded into graphs as kernels of our own are: the library takes part in a recording by itself, and being asked
+//! whether a call has been put into the stream asks the device nothing.
+//!
+//! **Invariant:** every rank records and replays the same steps in the same order, as recordings that hold these calls are collective.
+//! **Invariant:** NCCL's kernels wait for each other without a limit of their own: whoever waits for the device has one, and
+//! `abort` ends them before anything that they use is dropped.
 
 use std::time::Duration;
 
@@ -47,6 +54,12 @@ impl NcclGroup {
 
     pub(super) fn check(&self) -> Result<(), KernelError> {
         self.communicator.async_error().map_err(setup)
+    }
+
+    /// Ends the library's work on the device; recordings that hold it are dropped after this and before the group.
+    pub(super) fn abort(&mut self) {
+        // Without a thread to do so nothing can be done: the process is about to end, and that ends it.
+        let _ = self.communicator.begin_abort();
     }
 
     pub(super) fn all_reduce(&self, stream: &Stream, terms: Span) -> Result<(), KernelError> {

@@ -3,8 +3,8 @@
 //! Owns this rank's symmetric buffer and the mappings of the others', and the two words through which waiting kernels and the
 //! host speak. The kernels are in `cuda/peer.cu`, their sizes in `peer_plan.rs`.
 //!
-//! **Invariant:** a kernel that waits ends by itself: at the limit it leaves a record, which is looked at before a step's
-//! results are used.
+//! **Invariant:** a kernel that waits ends by itself, at its limit or when this rank's part in the group ends: it leaves a record,
+//! which is looked at before a step's results are used.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -20,14 +20,16 @@ use crate::cuda::{
 };
 use crate::{Collective, CollectiveError, KernelError, kernel_args};
 
-/// Longest wait of a kernel for another rank.
-const WAIT_MAX: Duration = Duration::from_secs(30);
+/// Longest wait of a kernel for another rank: twice the head's shortest deadline of a step, so that the head, which knows who
+/// died, speaks first where it can.
+const WAIT_MAX: Duration = Duration::from_secs(10);
 /// Most bytes of a rank in a gather of small records.
 const GATHER_BYTES_MAX: u32 = 64 << 10;
 /// Bytes of a piece of a one-shot reduction, and of a two-shot one.
 const STAGING_BYTES: u32 = 1 << 20;
 const SCATTER_BYTES: u32 = 8 << 20;
-/// Word and byte offsets in the pinned memory.
+/// The word that ends waits, in words, and the record of a wait that ended so, in bytes of the pinned memory.
+const ABORT_WORD: usize = 0;
 const STATUS_AT: usize = 64;
 const WORDS_BYTES: usize = 128;
 /// Longest name of a machine's boot that is compared.
@@ -42,6 +44,8 @@ pub(in super::super) struct Peers {
     group: [u8; PeerGroup::BYTES],
     dtype: Dtype,
     rank: usize,
+    /// The device, for those who read that it waited.
+    device: String,
     is_dependent: bool,
     words: PinnedMemory,
     _mapped: Vec<PeerMemory>,
@@ -122,20 +126,24 @@ impl Peers {
         }
         let words = PinnedMemory::alloc(context, WORDS_BYTES)?;
         let address = words.span().address();
-        let host =
-            HostWords { abort: address, status: address + STATUS_AT as u64, limit_ns: WAIT_MAX.as_nanos() as u64 };
+        let host = HostWords {
+            abort: address + ABORT_WORD as u64 * 4,
+            status: address + STATUS_AT as u64,
+            limit_ns: WAIT_MAX.as_nanos() as u64,
+        };
         let unfit = |reason: String| KernelError::from(CollectiveError::Setup { reason });
         let group = layout.group(rank as u32, &bases, host).map_err(|error| unfit(error.to_string()))?;
         let device = context.device();
         let has_clusters = device.capability.0 >= 9;
         Ok(Some(Self {
             kernels: PeerKernels::find(modules, exchange.dtype)?,
-            plan: PeerPlan::unmeasured(world_size as u32),
+            plan: PeerPlan::usual(world_size as u32),
             layout,
             residency: Residency { blocks: device.num_multiprocessors, has_clusters },
             group: group.to_bytes(),
             dtype: exchange.dtype,
             rank,
+            device: format!("{} ({})", device.name, device.uuid),
             is_dependent: has_clusters,
             words,
             _mapped: mapped,
@@ -157,13 +165,15 @@ impl Peers {
         let word = |index: usize| u64::from(self.words.words()[index].load(Ordering::Relaxed));
         let status = word(STATUS_AT / 4) | word(STATUS_AT / 4 + 1) << 32;
         let Some(failure) = PeerFailure::from_status(status) else { return Ok(()) };
-        let (op, peer) = (failure.kernel, failure.peer as usize);
-        let waited_ms = WAIT_MAX.as_millis() as u64;
-        Err(match failure.aborted {
-            true => CollectiveError::Aborted { op },
-            false => CollectiveError::Deadline { op, rank: self.rank, peer, waited_ms },
-        }
-        .into())
+        let limit_ms = (!failure.aborted).then_some(WAIT_MAX.as_millis() as u64);
+        let (rank, device) = (self.rank, self.device.clone());
+        Err(CollectiveError::DeviceWait { op: failure.kernel, rank, device, peer: failure.peer as usize, limit_ms }
+            .into())
+    }
+
+    /// Ends the waits of this rank's kernels, now and later: the group is over.
+    pub(super) fn abort(&self) {
+        self.words.words()[ABORT_WORD].store(1, Ordering::Relaxed);
     }
 
     pub(super) fn all_reduce(&self, stream: &Stream, terms: Span) -> Result<(), KernelError> {
