@@ -68,6 +68,8 @@ pub mod defaults {
     pub const END_DEADLINE: Duration = Duration::from_secs(15);
     /// Time for running requests to end when their deployment stops.
     pub const DRAIN: Duration = Duration::from_secs(10);
+    /// The same for a replica whose node leaves while no other has room for it. Less than agents wait for their drain.
+    pub const DRAIN_IN_PLACE: Duration = Duration::from_secs(100);
     /// Most restarts of a replica within [`RESTART_WINDOW`].
     pub const RESTARTS_MAX: usize = 5;
     /// Restarts before a group that has served so long count no more.

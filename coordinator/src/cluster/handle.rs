@@ -43,6 +43,8 @@ pub struct ClusterSettings {
     pub end_deadline: Duration,
     /// Time for running requests when their deployment stops.
     pub drain: Duration,
+    /// Time for running requests of a replica whose node leaves, where no other node has room for it.
+    pub drain_in_place: Duration,
     /// Longest wait of running requests while there is no machine to start their group on.
     pub no_machine_deadline: Duration,
     /// Where what happens is told.
@@ -71,6 +73,7 @@ impl ClusterSettings {
             settle: defaults::SETTLE,
             end_deadline: defaults::END_DEADLINE,
             drain: defaults::DRAIN,
+            drain_in_place: defaults::DRAIN_IN_PLACE,
             no_machine_deadline: defaults::NO_MACHINE_DEADLINE,
             chronicle: Chronicle::default(),
             store: None,

@@ -168,7 +168,8 @@ impl Reconciler {
         }
     }
 
-    fn fits_one_more(&self, index: usize) -> bool {
+    /// Whether one more replica of a deployment would find its slots now.
+    pub(super) fn fits_one_more(&self, index: usize) -> bool {
         let (_, deployment) = &self.deployments[index];
         let wanted = Wanted { replicas: 1, ..deployment.wanted() };
         match deployment.checked.spec.placement_group() {

@@ -144,15 +144,18 @@ impl Reconciler {
 
     /// Moves the groups of a node away; true while there are any.
     fn drain_node(&mut self, node: &NodeId, now: Instant) -> bool {
-        let drain = self.settings.drain;
+        let have_room: Vec<bool> = (0..self.deployments.len()).map(|index| self.fits_one_more(index)).collect();
+        let (drain, drain_in_place) = (self.settings.drain, self.settings.drain_in_place);
         let mut busy = false;
-        for (_, deployment) in &mut self.deployments {
+        for ((_, deployment), has_room) in self.deployments.iter_mut().zip(have_room) {
+            // Where nothing else has room for what would be left, it may take longer to end here.
+            let patience = if has_room { drain } else { drain_in_place };
             for replica in &mut deployment.replicas {
                 if !replica.lingering().any(|rank| rank.place.node == *node) {
                     continue;
                 }
                 busy = true;
-                replica.yield_work("its node leaves", now + drain);
+                replica.yield_work("its node leaves", now + patience);
             }
         }
         busy

@@ -86,6 +86,7 @@ impl Rig {
         settings.settle = Duration::from_millis(100);
         settings.end_deadline = Duration::from_secs(5);
         settings.drain = Duration::from_millis(200);
+        settings.drain_in_place = Duration::from_millis(400);
         change(&mut settings);
         let (serving, changes) = mpsc::channel(16);
         let chronicle = settings.chronicle.clone();
