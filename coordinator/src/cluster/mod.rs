@@ -100,11 +100,11 @@ pub enum ClusterError {
         /// Ranks, pids and nodes.
         which: String,
     },
-    /// The store cannot write that a deployment has ended.
+    /// The store cannot write that a deployment or a placement group has ended.
     #[error("the end of {name} cannot be written down, so it has not ended: {reason}")]
     NotKept {
-        /// The deployment.
-        name: DeploymentName,
+        /// Whose.
+        name: String,
         /// What the store said.
         reason: String,
     },

@@ -76,6 +76,8 @@ pub(super) struct NamedGroup {
     pub wait_until: Option<Instant>,
     /// What the store holds, or is about to hold; none: nothing.
     pub kept: Option<Vec<Option<Seat>>>,
+    /// The store could not write the last change, and is asked again then.
+    pub keep_again_at: Option<Instant>,
     /// It is being removed.
     pub removing: bool,
     pub create_reply: Option<GroupReply>,
@@ -91,6 +93,7 @@ impl NamedGroup {
             seated_at: SystemTime::now(),
             wait_until: spec.wait.map(|wait| now + wait),
             kept: None,
+            keep_again_at: None,
             removing: false,
             create_reply: None,
             remove_replies: Vec::new(),
@@ -122,6 +125,11 @@ impl NamedGroup {
     /// What the store should hold now: where its bundles lie.
     pub fn version(&self) -> Option<Vec<Option<Seat>>> {
         (!self.removing).then(|| self.group.bundles().iter().map(|bundle| bundle.seat.clone()).collect())
+    }
+
+    /// Whether its removal is on disk: it does not come back.
+    pub fn is_forgotten(&self) -> bool {
+        self.removing && self.kept.is_none() && self.keep_again_at.is_none()
     }
 
     /// Whether it stands whole.

@@ -246,7 +246,7 @@ impl Reconciler {
             .iter()
             .filter_map(|(_, known)| known.checked.spec.placement_group().map(str::to_owned))
             .collect();
-        for named in self.groups.iter_mut().filter(|named| named.removing && named.kept.is_none()) {
+        for named in self.groups.iter_mut().filter(|named| named.is_forgotten()) {
             if in_use.contains(&named.spec.name) {
                 continue;
             }
@@ -255,7 +255,7 @@ impl Reconciler {
                 let _ = reply.send(Ok(()));
             }
         }
-        self.groups.retain(|named| !(named.removing && named.kept.is_none()) || in_use.contains(&named.spec.name));
+        self.groups.retain(|named| !named.is_forgotten() || in_use.contains(&named.spec.name));
     }
 
     // ---- what is taken ----

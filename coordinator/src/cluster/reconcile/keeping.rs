@@ -51,7 +51,7 @@ impl Reconciler {
 
     /// Hands to the store what it does not know yet.
     pub(super) fn keep(&mut self, now: Instant) {
-        self.keep_groups();
+        self.keep_groups(now);
         for index in 0..self.deployments.len() {
             let (name, deployment) = &self.deployments[index];
             let never_served = deployment.gave_up && !deployment.has_served;
@@ -69,17 +69,18 @@ impl Reconciler {
         }
     }
 
-    fn keep_groups(&mut self) {
+    fn keep_groups(&mut self, now: Instant) {
         for index in 0..self.groups.len() {
             let named = &self.groups[index];
             let wanted = named.version();
-            if named.kept == wanted {
+            if named.kept == wanted && named.keep_again_at.is_none_or(|at| now < at) {
                 continue;
             }
             let record = wanted.as_ref().map(|_| GroupRecord::of(named).to_bytes()).transpose();
             let name = named.spec.name.clone();
             if self.write_down(Table::PlacementGroups, name, record) {
-                self.groups[index].kept = wanted;
+                let named = &mut self.groups[index];
+                (named.kept, named.keep_again_at) = (wanted, None);
             }
         }
     }
@@ -114,7 +115,7 @@ impl Reconciler {
         self.num_keeping -= 1;
         match table {
             Table::Deployments => self.deployment_kept(&DeploymentName(name), result, now),
-            Table::PlacementGroups => self.group_kept(&name, result),
+            Table::PlacementGroups => self.group_kept(&name, result, now),
         }
     }
 
@@ -127,7 +128,7 @@ impl Reconciler {
                 warn!(group_id = %name, reason, "deployment is not on disk as it is");
                 deployment.keep_again_at = Some(now + KEEP_AGAIN);
                 for reply in std::mem::take(&mut deployment.undeploy_replies) {
-                    let (name, reason) = (name.clone(), reason.clone());
+                    let (name, reason) = (name.to_string(), reason.clone());
                     let _ = reply.send(Err(ClusterError::NotKept { name, reason }));
                 }
             }
@@ -140,7 +141,7 @@ impl Reconciler {
     }
 
     /// A group that nobody was told of, and that cannot be kept, never was.
-    fn group_kept(&mut self, name: &str, result: Result<(), String>) {
+    fn group_kept(&mut self, name: &str, result: Result<(), String>, now: Instant) {
         let Some(index) = self.groups.iter().position(|named| named.spec.name == name) else { return };
         let Err(reason) = result else { return };
         warn!(placement_group = name, reason, "placement group is not on disk as it is");
@@ -148,6 +149,12 @@ impl Reconciler {
             let (message, hint) = unwritable(&reason);
             let _ = reply.send(Err(DeployFailure { code: DeployFailureCode::StartFailed, message, hint }));
             self.groups.remove(index);
+            return;
+        }
+        let named = &mut self.groups[index];
+        named.keep_again_at = Some(now + KEEP_AGAIN);
+        for reply in std::mem::take(&mut named.remove_replies) {
+            let _ = reply.send(Err(ClusterError::NotKept { name: name.to_owned(), reason: reason.clone() }));
         }
     }
 }
