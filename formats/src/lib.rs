@@ -6,6 +6,7 @@
 //! **Invariant:** a header that was accepted describes ranges inside its file; whatever lies is refused before it is used.
 
 mod dtype;
+mod embedding;
 mod error;
 mod geometry;
 mod gguf;
@@ -21,6 +22,7 @@ pub mod test_support;
 mod texts;
 
 pub use dtype::StoredType;
+pub use embedding::{EmbeddingPooling, EmbeddingSettings, EmbeddingWidths};
 pub use error::ModelError;
 pub use geometry::{Architecture, Geometry, RopeScaling};
 pub use memory::{kv_block_bytes, weight_bytes};

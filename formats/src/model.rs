@@ -9,7 +9,10 @@ use crate::huggingface::{self, Folder};
 use crate::mapping::Mapping;
 use crate::tensors::EMBEDDING;
 use crate::texts::ModelTexts;
-use crate::{GenerationDefaults, Geometry, ModelError, ShardPlan, Sharding, StoredType, TokenizerSource, weight_bytes};
+use crate::{
+    EmbeddingSettings, GenerationDefaults, Geometry, ModelError, ShardPlan, Sharding, StoredType, TokenizerSource,
+    weight_bytes,
+};
 
 /// What kind of files a model is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -203,6 +206,11 @@ impl ModelFiles {
     /// Sampling parameters that the model's authors recommend.
     pub fn generation_defaults(&self) -> GenerationDefaults {
         self.texts.defaults
+    }
+
+    /// How hidden states become embeddings.
+    pub fn embedding_settings(&self) -> EmbeddingSettings {
+        self.texts.embedding.clone()
     }
 
     /// Where the tokenizer is; `None` where the model has none and serves token ids only.

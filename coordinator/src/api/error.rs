@@ -116,6 +116,17 @@ pub enum ApiError {
         /// The served name.
         model: String,
     },
+    /// The model's embeddings are made in a way that is not built.
+    #[error("the model `{model}` makes embeddings by {what}, which is not supported by this server")]
+    NoEmbeddings {
+        /// The served name.
+        model: String,
+        /// The way.
+        what: String,
+    },
+    /// An answer that cannot be written.
+    #[error("the answer cannot be written as JSON")]
+    Unwritable(#[source] serde_json::Error),
     /// The prompt leaves no room for an answer.
     #[error(
         "This model's maximum context length is {max_model_len} tokens, but the prompt has {prompt_tokens}. Shorten the prompt."
@@ -145,8 +156,8 @@ pub enum ApiError {
         source: GrammarError,
     },
     /// A blocking thread ended early.
-    #[error("the tokenizer's thread ended early")]
-    TokenizerThread(#[source] tokio::task::JoinError),
+    #[error("a thread of this request ended early")]
+    BlockingThread(#[source] tokio::task::JoinError),
     /// The engine refused the request or gave it up.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -271,7 +282,7 @@ impl ApiError {
             | Self::QueueTimeout { .. }
             | Self::Unhealthy { .. }
             | Self::EngineGone => StatusCode::SERVICE_UNAVAILABLE,
-            Self::TokenizerThread(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::BlockingThread(_) | Self::Unwritable(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Grammar { source: GrammarError::Busy, .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine(error) => engine_status(error),
             _ => StatusCode::BAD_REQUEST,
@@ -305,7 +316,7 @@ impl ApiError {
             | Self::NoTokenizer { param, .. }
             | Self::ContextLength { param, .. }
             | Self::Text { param, .. } => Some(param),
-            Self::UnknownModel { .. } | Self::NotReady { .. } => Some("model"),
+            Self::UnknownModel { .. } | Self::NotReady { .. } | Self::NoEmbeddings { .. } => Some("model"),
             Self::NoChatTemplate { .. } => Some("messages"),
             Self::Engine(EngineError::EmptyPrompt | EngineError::UnknownToken { .. }) => Some("prompt"),
             _ => None,

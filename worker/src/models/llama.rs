@@ -73,4 +73,8 @@ impl<B: Ops> Model<B> for Llama<B> {
     fn logits(&self) -> &B::Buffer {
         &self.act.logits
     }
+
+    fn hidden(&self) -> &B::Buffer {
+        &self.act.normed
+    }
 }

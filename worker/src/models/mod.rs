@@ -32,6 +32,9 @@ pub trait Model<B: Ops> {
 
     /// What `project` wrote last: logits of this rank's tokens, `[logit rows, vocab.padded]`.
     fn logits(&self) -> &B::Buffer;
+
+    /// What `forward` wrote last: normalised hidden states, whole on every rank, `[tokens, hidden]`.
+    fn hidden(&self) -> &B::Buffer;
 }
 
 /// Reads this rank's shard of a model.

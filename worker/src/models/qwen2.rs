@@ -73,4 +73,8 @@ impl<B: Ops> Model<B> for Qwen2<B> {
     fn logits(&self) -> &B::Buffer {
         &self.act.logits
     }
+
+    fn hidden(&self) -> &B::Buffer {
+        &self.act.normed
+    }
 }
