@@ -47,7 +47,13 @@ fn numbers(embedding: &Value) -> Vec<f64> {
         let bytes = base64::engine::general_purpose::STANDARD.decode(text).expect("base64");
         return bytes.as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value).into()).collect();
     }
-    embedding.as_array().expect("numbers").iter().filter_map(Value::as_f64).map(|value| f64::from(value as f32)).collect()
+    embedding
+        .as_array()
+        .expect("numbers")
+        .iter()
+        .filter_map(Value::as_f64)
+        .map(|value| f64::from(value as f32))
+        .collect()
 }
 
 fn vectors(cluster: &Cluster, body: &Value) -> Vec<Vec<f64>> {

@@ -49,11 +49,13 @@ pub mod defaults {
     pub const NO_MACHINE_DEADLINE: Duration = Duration::from_secs(30);
 
     /// Time between an agent's heartbeats.
-    pub const HEARTBEAT: Duration = Duration::from_secs(1);
-    /// Silence after which nothing new is placed on a node.
-    pub const SUSPECT_AFTER: Duration = Duration::from_secs(3);
-    /// Silence after which a node's ranks are given up.
-    pub const DEAD_AFTER: Duration = Duration::from_secs(10);
+    pub const HEARTBEAT: Duration = Duration::from_millis(500);
+    /// Silence after which a node's ranks are given up; after half of it nothing new is placed there.
+    pub const NODE_TIMEOUT: Duration = Duration::from_millis(4_500);
+    /// Shortest of these: a busy machine is silent for a moment now and then.
+    pub const NODE_TIMEOUT_MIN: Duration = Duration::from_secs(1);
+    /// The way to a node and back from which it is called slow.
+    pub const SLOW_ROUND_TRIP: Duration = Duration::from_millis(100);
     /// How long agents and ranks outlive the head.
     pub const HEAD_GRACE: Duration = Duration::from_secs(60);
     /// Time for all ranks of a group to be started and to dial the head.
@@ -107,10 +109,12 @@ pub struct Environment {
     pub home: Home,
     /// The default log filter, where set.
     pub log: Option<String>,
+    /// What proves to a head elsewhere that it may be asked.
+    pub token: Option<String>,
 }
 
 impl Environment {
-    /// Reads `PHALANX_HOME` and `PHALANX_LOG`.
+    /// Reads `PHALANX_HOME`, `PHALANX_LOG` and `PHALANX_TOKEN`.
     #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the environment")]
     pub fn read() -> Self {
         let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -119,6 +123,7 @@ impl Environment {
         Self {
             home: Home::new(home.unwrap_or_else(|| std::env::temp_dir().join("phalanx"))),
             log: std::env::var("PHALANX_LOG").ok().filter(|value| !value.is_empty()),
+            token: std::env::var("PHALANX_TOKEN").ok().filter(|value| !value.is_empty()),
         }
     }
 }
@@ -151,6 +156,11 @@ impl Home {
     /// What survives a restart.
     pub fn store_dir(&self) -> PathBuf {
         self.0.join("store")
+    }
+
+    /// Keys and certificates between machines.
+    pub fn trust_dir(&self) -> PathBuf {
+        self.0.join("trust")
     }
 
     /// The cluster's Unix socket on this machine.

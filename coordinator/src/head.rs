@@ -13,11 +13,12 @@ mod serving;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use phalanx_proto::{HeadSocket, HeadStatus, VERSION};
+use phalanx_trust::{TrustError, rendezvous};
 use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
@@ -25,13 +26,15 @@ use tracing::{error, info, warn};
 pub use ports::{PortError, PortWish};
 pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
 
-use crate::api::{self, ApiState, ServedModels};
+use crate::api::{self, AllowedOrigins, ApiState, ServedModels};
 use crate::cluster::membership::ClusterServer;
-use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, StatusBoard};
+use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, Patience, StatusBoard};
 use crate::config::{Home, defaults};
 use crate::dashboard;
+use crate::security::access::Gate;
 use crate::security::key_file::{KeyFile, KeyFileError};
 use crate::security::keys::KeyRing;
+use crate::security::tokens::{TokenBook, TokenBookError};
 use crate::store::{Store, StoreError, StoreWriter};
 
 /// Time between two writings of what keys have used.
@@ -54,8 +57,16 @@ pub struct HeadOptions {
     pub advertise_address: Option<String>,
     /// How long agents and ranks outlive the head.
     pub head_grace: Duration,
+    /// Silence after which a machine counts as dead.
+    pub node_timeout: Duration,
     /// Keys that open the API; none: open to all.
     pub api_keys: Vec<String>,
+    /// Plain text between machines, no tokens, no certificates.
+    pub insecure: bool,
+    /// How long a node's certificate is valid.
+    pub certificate_lifetime: Duration,
+    /// Pages that may read the API's answers.
+    pub allowed_origins: AllowedOrigins,
 }
 
 /// Why a head cannot start.
@@ -73,6 +84,12 @@ pub enum HeadError {
     /// The API keys cannot be read: nobody is let in on a guess.
     #[error(transparent)]
     Keys(#[from] KeyFileError),
+    /// Tokens cannot be had.
+    #[error(transparent)]
+    Tokens(#[from] TokenBookError),
+    /// The head's own certificate cannot be made.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// A socket that is bound cannot be served.
     #[error("cannot serve {purpose}: {source}")]
     Socket {
@@ -93,6 +110,7 @@ pub struct BoundHead {
     dashboard: TcpListener,
     status: HeadStatus,
     local_address: String,
+    rendezvous: Option<Rendezvous>,
 }
 
 /// A head at work.
@@ -104,6 +122,7 @@ pub struct RunningHead {
     servers: Vec<tokio::task::JoinHandle<()>>,
     end: watch::Sender<bool>,
     socket: Option<PathBuf>,
+    _rendezvous: Option<Rendezvous>,
     _lock: HomeLock,
 }
 
@@ -126,8 +145,12 @@ pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
         version: VERSION.to_owned(),
         uptime_s: 0.0,
         pid: std::process::id(),
+        insecure: options.insecure,
     };
-    Ok(BoundHead { options, lock, cluster, http, dashboard, status, local_address: local(address) })
+    let rendezvous = (!options.insecure && address.ip().is_loopback())
+        .then(|| Rendezvous::announce(address.port(), options.home.path()))
+        .flatten();
+    Ok(BoundHead { options, lock, cluster, http, dashboard, status, local_address: local(address), rendezvous })
 }
 
 /// Where other machines find an address that is listened on: what the user said, `HOST` or `HOST:PORT`, else a guess.
@@ -180,10 +203,11 @@ impl BoundHead {
     /// # Errors
     /// The store or a socket cannot be used.
     pub fn start(self) -> Result<RunningHead, HeadError> {
-        let Self { options, lock, cluster, http, dashboard, status, local_address } = self;
-        let store = Store::open(&options.home.store_dir())?;
+        let Self { options, lock, cluster, http, dashboard, status, local_address, rendezvous } = self;
+        let gate = gate(&options)?;
+        let mut store = Store::open(&options.home.store_dir())?;
         let term = store.next_term()?;
-        let restored = restored(&store)?;
+        let restored = restored(&mut store)?;
         let unix = unix_socket(&options.home);
         let socket = unix.as_ref().map(|(path, _)| path.clone());
         let record = HeadRecord {
@@ -194,10 +218,14 @@ impl BoundHead {
             dashboard: status.dashboard.clone(),
             socket: socket.clone(),
             log_dir: options.home.log_dir(),
+            trust_dir: options.home.trust_dir(),
+            insecure: options.insecure,
         };
         let head_socket =
             socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
         let mut settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
+        settings.patience = Patience::of(options.node_timeout);
+        settings.heartbeat = settings.patience.heartbeat();
         let writer = StoreWriter::spawn(store);
         settings.store = Some(writer.map_err(|source| HeadError::Socket { purpose: "the store", source })?);
         let models = ServedModels::default();
@@ -205,11 +233,17 @@ impl BoundHead {
         let (handle, board) = cluster::start(settings, restored, serving);
         tokio::spawn(serving::keep_table(models.clone(), changes));
         let (end, ended) = watch::channel(false);
-        let mut servers = cluster_servers(&handle, &board, cluster, unix.map(|(_, listener)| listener), &ended)?;
+        let server = ClusterServer::new(handle.clone(), board.clone(), gate);
+        let mut servers = cluster_servers(server, cluster, unix.map(|(_, listener)| listener), &ended)?;
         servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
         let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
         servers.push(tokio::spawn(keep_usage(Arc::clone(&keys), ended.clone())));
-        servers.push(http_server("HTTP", http, api_router(models, &board, keys), ended.clone())?);
+        servers.push(http_server(
+            "HTTP",
+            http,
+            api_router(models, &board, keys, options.allowed_origins),
+            ended.clone(),
+        )?);
         servers.push(http_server("the dashboard", dashboard, dashboard::router(board), ended)?);
         lock.write(&record)?;
         info!(
@@ -219,7 +253,7 @@ impl BoundHead {
             term = term.0,
             "head listens"
         );
-        Ok(RunningHead { record, cluster: handle, servers, end, socket, _lock: lock })
+        Ok(RunningHead { record, cluster: handle, servers, end, socket, _rendezvous: rendezvous, _lock: lock })
     }
 }
 
@@ -244,8 +278,44 @@ impl RunningHead {
     }
 }
 
+/// The file by which other homes of this user find a head on loopback; it goes with the value.
+struct Rendezvous {
+    port: u16,
+    home: PathBuf,
+}
+
+impl Rendezvous {
+    /// `None` where it cannot be written: other homes then give a token.
+    fn announce(port: u16, home: &Path) -> Option<Self> {
+        match rendezvous::announce(port, home) {
+            Ok(()) => Some(Self { port, home: home.to_owned() }),
+            Err(error) => {
+                info!(%error, "other homes of this user do not find this head by themselves");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Rendezvous {
+    fn drop(&mut self) {
+        rendezvous::forget(self.port, &self.home);
+    }
+}
+
+/// Who is let in.
+fn gate(options: &HeadOptions) -> Result<Gate, HeadError> {
+    if options.insecure {
+        warn!("--insecure: plain text between machines; whoever reaches the cluster port joins and commands");
+        return Ok(Gate::Open);
+    }
+    let home = &options.home;
+    let book = TokenBook::open(&home.trust_dir(), &home.store_dir(), options.certificate_lifetime)?;
+    Ok(Gate::guarded(book)?)
+}
+
 /// What an earlier head has left. A record that cannot be read is named and passed over: the others come back.
-fn restored(store: &Store) -> Result<Vec<DeploymentRecord>, StoreError> {
+fn restored(store: &mut Store) -> Result<Vec<DeploymentRecord>, StoreError> {
     let mut restored = Vec::new();
     for (name, bytes) in store.deployments()? {
         match DeploymentRecord::from_bytes(&bytes) {
@@ -276,21 +346,20 @@ async fn keep_usage(keys: Arc<KeyRing>, mut ended: watch::Receiver<bool>) {
     }
 }
 
-fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>) -> axum::Router {
+fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>, origins: AllowedOrigins) -> axum::Router {
     let board = board.clone();
     let mut state = ApiState::new(models, Arc::new(move || board.snapshot()));
     state.keys = keys;
+    state.origins = origins;
     api::router(state)
 }
 
 fn cluster_servers(
-    handle: &ClusterHandle,
-    board: &StatusBoard,
+    server: ClusterServer,
     tcp: TcpListener,
     unix: Option<UnixListener>,
     ended: &watch::Receiver<bool>,
 ) -> Result<Vec<tokio::task::JoinHandle<()>>, HeadError> {
-    let server = ClusterServer::new(handle.clone(), board.clone());
     let purpose = "the cluster";
     let tcp = tokio::net::TcpListener::from_std(tcp).map_err(|source| HeadError::Socket { purpose, source })?;
     let mut servers = Vec::new();

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
+use crate::SentencePieceFiles;
 use crate::embedding::EmbeddingSettings;
 
 /// Tokens that end a turn of a chat. One that a chat template writes is an end token of its model, whatever the config says.
@@ -72,6 +73,8 @@ pub enum TokenizerSource {
     },
     /// The metadata of a GGUF file.
     Gguf(GgufVocab),
+    /// A Hugging Face folder that has `tokenizer.model` and no `tokenizer.json`.
+    SentencePiece(SentencePieceFiles),
 }
 
 /// A vocabulary as GGUF metadata has it (`tokenizer.ggml.*`).

@@ -130,6 +130,8 @@ pub enum AgentEvent {
     Heartbeat {
         /// Which.
         sequence: u64,
+        /// How long the answer to an earlier one took, where one came since the last heartbeat.
+        round_trip: Option<Duration>,
     },
     /// A rank process began or ended.
     Rank(RankObserved),
@@ -194,6 +196,11 @@ pub enum AgentCommand {
     Desired(DesiredRanks),
     /// End all ranks, then the agent.
     End(String),
+    /// A heartbeat has arrived; said at once, so that the agent knows how long the way is.
+    Seen {
+        /// Which.
+        sequence: u64,
+    },
 }
 
 fn missing(message: &'static str) -> WireError {
@@ -307,7 +314,10 @@ impl From<AgentEvent> for pb::AgentMessage {
         use pb::agent_message::Message as M;
         let message = match event {
             AgentEvent::Hello(hello) => M::Hello(hello.into()),
-            AgentEvent::Heartbeat { sequence } => M::Heartbeat(pb::AgentHeartbeat { sequence }),
+            AgentEvent::Heartbeat { sequence, round_trip } => {
+                let round_trip_us = round_trip.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+                M::Heartbeat(pb::AgentHeartbeat { sequence, round_trip_us })
+            }
             AgentEvent::Rank(observed) => M::Rank(observed.into()),
             AgentEvent::Leaving(reason) => M::Leaving(pb::AgentLeaving { reason }),
         };
@@ -322,7 +332,9 @@ impl TryFrom<pb::AgentMessage> for AgentEvent {
         use pb::agent_message::Message as M;
         Ok(match message.message.ok_or_else(|| missing("AgentMessage"))? {
             M::Hello(hello) => Self::Hello(hello.try_into()?),
-            M::Heartbeat(beat) => Self::Heartbeat { sequence: beat.sequence },
+            M::Heartbeat(beat) => {
+                Self::Heartbeat { sequence: beat.sequence, round_trip: beat.round_trip_us.map(Duration::from_micros) }
+            }
             M::Rank(observed) => Self::Rank(observed.try_into()?),
             M::Leaving(leaving) => Self::Leaving(leaving.reason),
         })
@@ -394,6 +406,7 @@ impl From<AgentCommand> for pb::HeadToAgent {
                 ranks: d.ranks.into_iter().map(Into::into).collect(),
             }),
             AgentCommand::End(reason) => M::End(pb::AgentEnd { reason }),
+            AgentCommand::Seen { sequence } => M::Seen(pb::HeartbeatSeen { sequence }),
         };
         Self { message: Some(message) }
     }
@@ -417,6 +430,7 @@ impl TryFrom<pb::HeadToAgent> for AgentCommand {
                 ranks: d.ranks.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             }),
             M::End(end) => Self::End(end.reason),
+            M::Seen(seen) => Self::Seen { sequence: seen.sequence },
         })
     }
 }
@@ -449,7 +463,8 @@ mod tests {
         let exited = RankProcess::Exited { code: None, signal: Some(9), by_agent: true, last_lines: "x".into() };
         let events = [
             AgentEvent::Hello(hello()),
-            AgentEvent::Heartbeat { sequence: 3 },
+            AgentEvent::Heartbeat { sequence: 3, round_trip: None },
+            AgentEvent::Heartbeat { sequence: 4, round_trip: Some(Duration::from_micros(250)) },
             AgentEvent::Rank(RankObserved { key: key(), pid: 5, state: RankProcess::Spawned }),
             AgentEvent::Rank(RankObserved { key: key(), pid: 5, state: exited }),
             AgentEvent::Leaving("asked".into()),
@@ -479,6 +494,7 @@ mod tests {
             AgentCommand::Welcome(welcome),
             AgentCommand::Desired(DesiredRanks { revision: 8, ranks: vec![rank] }),
             AgentCommand::End("stop".into()),
+            AgentCommand::Seen { sequence: 4 },
         ];
         for command in commands {
             assert_eq!(AgentCommand::try_from(pb::HeadToAgent::from(command.clone())), Ok(command));

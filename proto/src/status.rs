@@ -36,6 +36,9 @@ pub struct HeadStatus {
     pub uptime_s: f64,
     /// Process id.
     pub pid: u32,
+    /// Plain text between machines, and everybody may join and command (`--insecure`).
+    #[serde(default)]
+    pub insecure: bool,
 }
 
 /// One machine.
@@ -55,8 +58,11 @@ pub struct NodeStatus {
     pub device: String,
     /// The agent's process id.
     pub pid: u32,
-    /// Why it is not alive, else empty.
+    /// Why it is not alive, or what is wrong with it; else empty.
     pub reason: String,
+    /// The way to the head and back, milliseconds; none before it was measured.
+    #[serde(default)]
+    pub round_trip_ms: Option<f64>,
 }
 
 /// One placement group.

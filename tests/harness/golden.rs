@@ -47,7 +47,9 @@ pub fn reference(path: &str) -> Value {
 
 /// The tiny models of the architectures that are served.
 pub fn goldens() -> Vec<Golden> {
-    ["tiny-llama", "tiny-llama3-rope", "tiny-qwen2", "tiny-qwen2-tied-sharded"].map(golden).into()
+    ["tiny-llama", "tiny-llama3-rope", "tiny-qwen2", "tiny-qwen2-tied-sharded", "tiny-internlm2", "tiny-mistral"]
+        .map(golden)
+        .into()
 }
 
 /// One tiny model.

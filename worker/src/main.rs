@@ -1,5 +1,6 @@
 //! The `worker` binary: `join` (node agent), `leave`, and `rank` (one device, one shard; started by the agent).
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -9,10 +10,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, setsid};
 use phalanx_kernels::cuda;
 use phalanx_proto::{AgentHello, NodeId, VERSION};
 use phalanx_worker::agent::background::{self, Started};
+use phalanx_worker::agent::credentials::{Credentials, TrustWish};
 use phalanx_worker::agent::devices::{Devices, Machine};
 use phalanx_worker::agent::doctor::{self, Doctor};
 use phalanx_worker::agent::process::Launcher;
@@ -61,7 +64,7 @@ struct CommonArgs {
 #[derive(Subcommand)]
 enum Subcommands {
     /// Adds this machine's devices to a cluster; waits for a head that is not there yet
-    #[command(after_help = "Example:\n  worker join --address 10.0.0.5:8001 --num-gpus 2")]
+    #[command(after_help = "Example:\n  worker join --address 10.0.0.5:8001 --num-gpus 2 --token phxt-...")]
     Join(JoinArgs),
     /// Takes this machine out of its cluster: its ranks end, then its agent
     #[command(after_help = "Example:\n  worker leave")]
@@ -107,6 +110,15 @@ struct JoinArgs {
     /// Address under which other machines reach this one [default: where the head sees it come from]
     #[arg(long, value_name = "IP")]
     advertise_address: Option<String>,
+    /// Token that the head has made for this cluster [default: PHALANX_TOKEN, else what lies in this home]
+    #[arg(long, value_name = "TOKEN")]
+    token: Option<String>,
+    /// File that holds the token, or soon will [default: PHALANX_TOKEN_FILE]
+    #[arg(long, value_name = "FILE", conflicts_with = "token")]
+    token_file: Option<PathBuf>,
+    /// Plain text and no token: for a head that was started with --insecure
+    #[arg(long)]
+    insecure: bool,
     /// Stay in the foreground
     #[arg(long)]
     block: bool,
@@ -182,10 +194,18 @@ fn join(args: &JoinArgs, flags: Flags) -> anyhow::Result<()> {
         num_gpus: args.num_gpus,
         device: args.device,
         advertise_address: args.advertise_address.clone(),
+        token: args.token.clone(),
+        token_file: args.token_file.clone(),
+        insecure: args.insecure,
         ..flags
     };
     let config = Config::load(flags, Environment::read())?;
     config.head()?;
+    // What it writes is for its owner.
+    umask(Mode::S_IRWXG | Mode::S_IRWXO);
+    if config.trust == TrustWish::Insecure {
+        say(args, "INSECURE: plain text to the head; whoever is on the way reads and changes what goes by");
+    }
     if args.block || args.detached { run_agent(args, &config) } else { join_in_background(args, &config) }
 }
 
@@ -212,6 +232,8 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
         args: vec!["rank".into()],
         node_id: node_id.clone(),
         head: head.as_str().into(),
+        trust_dir: (config.trust != TrustWish::Insecure).then(|| config.home.trust_dir()),
+        secrets: config.secrets.clone(),
         log_dir: config.home.log_dir(),
         device: devices.kind,
         num_threads: (node::num_cpus() / devices.slots.len() as u32).max(1),
@@ -221,7 +243,9 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
         cuda_home: config.cuda_home.clone(),
     };
     let supervisor = supervisor::spawn(launcher)?;
-    let setup = AgentSetup { head, hello, with_head: args.with_head, supervisor };
+    let credentials =
+        Credentials { home: config.home.clone(), head, node_id: node_id.clone(), wish: config.trust.clone() };
+    let setup = AgentSetup { credentials, hello, with_head: args.with_head, supervisor };
     let mut reporter = Reporter { args, config, node_id, num_waits: 0, has_printed: false };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let end = runtime.block_on(async { Agent::new(setup, |report: &Report| reporter.take(report))?.run().await })?;
@@ -316,7 +340,9 @@ fn join_in_background(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
     }
     let node_id = node::id(&config.home, &node::hostname()).context("the node's id")?;
     let mut command = Command::new(std::env::current_exe().context("this program's path")?);
-    command.args(std::env::args_os().skip(1)).arg("--detached");
+    command.args(without_token(std::env::args_os().skip(1))).arg("--detached");
+    // Arguments are seen by every user of the machine, the environment by this one.
+    command.envs(args.token.iter().map(|token| ("PHALANX_TOKEN", token)));
     let (pid, started) = background::start(command, &config.home, defaults::JOIN_REPORT_DEADLINE)?;
     match started {
         Started::Joined => {}
@@ -329,6 +355,23 @@ fn join_in_background(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
     }
     print_joined(args, config, pid, &node_id);
     Ok(())
+}
+
+/// The same arguments without `--token TOKEN`.
+fn without_token(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut kept = Vec::new();
+    let mut skips_value = false;
+    for arg in args {
+        let text = arg.to_string_lossy();
+        if std::mem::take(&mut skips_value) || text.starts_with("--token=") {
+            continue;
+        }
+        skips_value = text == "--token";
+        if !skips_value {
+            kept.push(arg);
+        }
+    }
+    kept
 }
 
 fn print_joined(args: &JoinArgs, config: &Config, pid: u32, node_id: &NodeId) {

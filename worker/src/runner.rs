@@ -20,11 +20,11 @@ use phalanx_proto::{
     TokenLogprobs,
 };
 
+use crate::decoder::Decoder;
 use crate::epoch::EpochRecord;
 use crate::error::WorkerError;
 use crate::inputs::{Batch, PromptChunk, StepWork};
 use crate::kv_cache::KvCache;
-use crate::models::Model;
 use crate::pooling::Pools;
 use crate::warm_up;
 
@@ -32,7 +32,7 @@ use crate::warm_up;
 pub struct Runner<B: Ops> {
     rank: Rank,
     ops: B,
-    model: Box<dyn Model<B>>,
+    model: Decoder<B>,
     kv: KvCache<B>,
     inputs: B::Inputs,
     limits: InputLimits,
@@ -68,7 +68,7 @@ pub struct RunnerParts<B: Ops> {
     /// The backend.
     pub ops: B,
     /// The model's shard.
-    pub model: Box<dyn Model<B>>,
+    pub model: Decoder<B>,
     /// Its cache.
     pub kv: KvCache<B>,
     /// The step's inputs.

@@ -11,6 +11,7 @@ use phalanx_proto::{TokenId, TokenLogprobs};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::body::Body;
 use super::caller::Caller;
 use super::choice::{self, Delta, End, EndReason, Output};
 use super::error::ApiError;
@@ -88,13 +89,14 @@ impl CompletionRequest {
 
 async fn create(State(state): State<ApiState>, request: Request) -> Result<Response, ApiError> {
     let caller = Caller::of(&request);
-    let body = body::read(request, state.limits.body).await?;
-    let mut completion = CompletionRequest::parse(body.fields)?;
+    let Body { fields, num_bytes, room } = body::read(request, state.limits.body).await?;
+    let mut completion = CompletionRequest::parse(fields)?;
     let id = format!("cmpl-{}", completion.options.request_id.as_ref().unwrap_or(&caller.request_id));
     let accepted = Accepted::new(&state, completion.model.as_deref(), id, caller)?;
     let add_special = completion.options.add_special_tokens.unwrap_or(true);
     let asked = std::mem::take(&mut completion.prompts);
-    let prompts = asked.tokenize(&accepted, "prompt", add_special, body.num_bytes).await?;
+    let prompts = asked.tokenize(&accepted, "prompt", add_special, num_bytes).await?;
+    drop(room);
     let constraint = structured::compile(completion.options.structure.as_ref(), &accepted, None).await?;
     let usage = Usage::of_prompts(&prompts);
     let ignored = std::mem::take(&mut completion.ignored);

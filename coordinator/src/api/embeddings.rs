@@ -15,6 +15,7 @@ use phalanx_proto::{Pooling, SamplingParams, TokenId};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::body::{self, Body};
 use super::caller::Caller;
 use super::error::ApiError;
 use super::fields::{Fields, text_of};
@@ -24,8 +25,9 @@ use super::prompts::Prompts;
 use super::served_models::ServedModel;
 use super::submission::{Accepted, check_priority};
 use super::truncation::Truncation;
-use super::{ApiState, body, options, reply};
+use super::{ApiState, options, reply};
 use crate::engine::{GenerateRequest, TokenEvent, TokenStream};
+use crate::heavy::HeavyError;
 
 /// Answers of more numbers than this are written on a blocking thread.
 const INLINE_NUMBERS_MAX: usize = 4 * 1024;
@@ -147,13 +149,14 @@ fn check_dimensions(dimensions: u32, widths: &EmbeddingWidths) -> Result<(), Api
 
 async fn create(State(state): State<ApiState>, request: Request) -> Result<Response, ApiError> {
     let caller = Caller::of(&request);
-    let body = body::read(request, state.limits.body).await?;
-    let mut request = EmbeddingRequest::parse(body.fields)?;
+    let Body { fields, num_bytes, room } = body::read(request, state.limits.body).await?;
+    let mut request = EmbeddingRequest::parse(fields)?;
     let id = format!("embd-{}", request.request_id.as_ref().unwrap_or(&caller.request_id));
     let accepted = Accepted::new(&state, request.model.as_deref(), id, caller)?;
     let shape = request.shape(&accepted.model)?;
     let inputs = std::mem::take(&mut request.inputs);
-    let mut inputs = inputs.tokenize(&accepted, "input", request.add_special, body.num_bytes).await?;
+    let mut inputs = inputs.tokenize(&accepted, "input", request.add_special, num_bytes).await?;
+    drop(room);
     request.check(&accepted.model, &mut inputs)?;
     let num_tokens = inputs.iter().map(|input| input.len() as u64).sum();
     let mut vectors = Vec::with_capacity(inputs.len());
@@ -244,8 +247,8 @@ impl Shape {
             return Ok(Json(self.list(&of, vectors, num_tokens)).into_response());
         }
         let write = move || serde_json::to_vec(&self.list(&of, vectors, num_tokens));
-        let bytes = tokio::task::spawn_blocking(write).await.map_err(ApiError::BlockingThread)?;
-        let bytes = bytes.map_err(ApiError::Unwritable)?;
+        let written = tokio::task::spawn_blocking(write).await;
+        let bytes = written.ok().and_then(Result::ok).ok_or(HeavyError::Broke)?;
         Ok(([(header::CONTENT_TYPE, "application/json")], bytes).into_response())
     }
 

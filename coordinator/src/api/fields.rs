@@ -101,7 +101,8 @@ impl Fields {
         let Some(number) = value.as_f64() else { return Err(self.wrong(name, "a number", &value)) };
         let low = if bounds.above_min { number > bounds.min } else { number >= bounds.min };
         if low && number <= bounds.max {
-            return Ok(Some(number as f32));
+            // There is one zero.
+            return Ok(Some(number as f32 + 0.0));
         }
         Err(self.out_of_range(name, &value, bounds.words.into()))
     }
@@ -223,6 +224,9 @@ mod tests {
                 "x must be a boolean; it is a number",
             ],
         );
+        let signed = Bounds { min: -1.0, above_min: false, max: 1.0, words: "between -1 and 1" };
+        let zero = fields(r#"{"x":-0.0}"#).number("x", signed).unwrap().unwrap();
+        assert!(zero.is_sign_positive());
         check(
             r#"{"x":"1"}"#,
             [

@@ -21,10 +21,8 @@ use super::patience::Patience;
 use super::served_models::ServedModel;
 use crate::engine::policy::Policy;
 use crate::engine::{Constraint, GenerateRequest};
+use crate::heavy;
 use crate::text::{TextError, TextModel};
-
-/// Bodies up to this length are tokenized where they are; longer ones on a blocking thread.
-const INLINE_BYTES_MAX: usize = 8 * 1024;
 
 /// A request with its name and its model.
 pub struct Accepted {
@@ -101,7 +99,7 @@ fn absent(state: &ApiState, asked: Option<&str>) -> ApiError {
     }
 }
 
-/// Runs text work: in place for short bodies, on a blocking thread for long ones.
+/// Runs text work: in place for short bodies, on a thread that gives way for long ones.
 ///
 /// # Errors
 /// The work's own, named by `param`.
@@ -111,13 +109,8 @@ pub async fn with_text<T: Send + 'static>(
     param: &'static str,
     work: impl FnOnce(&TextModel) -> Result<T, TextError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let result = if num_bytes <= INLINE_BYTES_MAX {
-        work(text)
-    } else {
-        let text = Arc::clone(text);
-        tokio::task::spawn_blocking(move || work(&text)).await.map_err(ApiError::BlockingThread)?
-    };
-    result.map_err(|source| ApiError::Text { param, source })
+    let text = Arc::clone(text);
+    heavy::run(num_bytes, move || work(&text)).await?.map_err(|source| ApiError::Text { param, source })
 }
 
 /// A priority is asked for where nothing looks at it.

@@ -5,6 +5,7 @@
 use std::io::Write;
 
 use clap::Args;
+use nix::sys::stat::{Mode, umask};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -39,6 +40,8 @@ pub enum StartLine {
 }
 
 pub(super) fn run(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outcome {
+    // What it writes is for its owner.
+    umask(Mode::S_IRWXG | Mode::S_IRWXO);
     // A session of its own: it stays when the terminal goes. It is no group leader, so this cannot fail but by a tracer's doing.
     if let Err(error) = nix::unistd::setsid() {
         warn!(%error, "head stays in the session of whoever started it");
@@ -52,7 +55,7 @@ pub(super) fn run(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outc
 }
 
 async fn serve(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outcome {
-    let head = head::bind(flags.head.options(&surroundings.environment.home))?.start()?;
+    let head = head::bind(flags.head.options(surroundings))?.start()?;
     end_on_signals(head.cluster.clone())?;
     say(&StartLine::Listening(head.record.clone()))?;
     head.ended().await;

@@ -12,6 +12,7 @@ mod completions;
 mod connection;
 mod doctor;
 mod failure;
+pub mod frames;
 mod generate;
 mod head_process;
 mod key;
@@ -26,6 +27,7 @@ mod status;
 mod status_text;
 mod stop;
 mod target;
+mod token;
 mod undeploy;
 
 use std::process::ExitCode;
@@ -58,6 +60,12 @@ pub struct GlobalFlags {
     /// How log lines look
     #[arg(long, global = true, value_enum, default_value_t)]
     pub log_format: LogFormat,
+    /// Token with the scope admin, for a head elsewhere [env: PHALANX_TOKEN] [default: the one in this PHALANX_HOME]
+    #[arg(long, global = true, value_name = "TOKEN")]
+    pub token: Option<String>,
+    /// Plain text between machines, no tokens: whoever reaches the cluster port joins and commands
+    #[arg(long, global = true)]
+    pub insecure: bool,
 }
 
 /// What to do.
@@ -72,6 +80,7 @@ enum Command {
     RunBatch(Box<run_batch::RunBatchFlags>),
     Chat(Box<chat::ChatFlags>),
     Key(key::KeyFlags),
+    Token(token::TokenFlags),
     Bench(bench::BenchFlags),
     Doctor(doctor::DoctorFlags),
     Completions(completions::CompletionsFlags),
@@ -107,6 +116,7 @@ pub fn main() -> ExitCode {
         Command::Generate(flags) => (false, generate::run(&surroundings, &flags)),
         Command::RunBatch(flags) => (false, run_batch::run(&surroundings, &flags)),
         Command::Key(flags) => (flags.json(), key::run(&surroundings, &flags)),
+        Command::Token(flags) => (flags.json(), token::run(&surroundings, &flags)),
         Command::Chat(flags) => (false, chat::run(&surroundings, &flags)),
         Command::Bench(flags) => (false, bench::run(&surroundings, &flags)),
         Command::Doctor(flags) => (flags.json, doctor::run(&surroundings, &flags)),
@@ -158,6 +168,13 @@ mod tests {
             "key create --name a --scopes inference,metrics --rate 60/min --tokens-per-day 1000 --json",
             "key revoke a",
             "key list --json",
+            "token create --ttl 1h --scope join,admin --note rack-7 --json",
+            "token create --ttl never",
+            "token list",
+            "token revoke 1f2e3d4c --address h:8001 --token t",
+            "token revoke --node a-1",
+            "start --head --insecure --join-token-file /join/token",
+            "status --address h --token phxt",
             "run-batch -i in.jsonl -o out.jsonl",
             "run-batch --input-file in.jsonl --output-file out.jsonl --model ./m --tensor-parallel-size 2",
             "serve ./m --max-queue 8 --queue-timeout 30s --api-key a --api-key b",
@@ -184,6 +201,9 @@ mod tests {
             "chat",
             "bench serve m --request-rate 0",
             "key create",
+            "token revoke",
+            "token create --scope everything",
+            "token create --ttl soon",
             "key create --name a --rate often",
             "key create --name a --scopes everything",
             "run-batch -i x",

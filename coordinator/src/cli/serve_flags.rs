@@ -12,6 +12,7 @@ use clap::builder::PossibleValuesParser;
 use super::CliError;
 use super::connection::AddressFlag;
 use super::launch::{DeviceChoice, DeviceFlags, HeadFlags};
+use crate::api::AllowedOrigins;
 use crate::cluster::strategy::Strategy;
 use crate::cluster::{DeploymentSpec, TensorParallelSize};
 use crate::config::{defaults, parse_duration};
@@ -178,6 +179,9 @@ pub struct OwnHeadFlags {
     /// Key that clients must send
     #[arg(long, value_name = "KEY")]
     pub api_key: Vec<String>,
+    /// Web pages that may use the API: origins with commas between them, a JSON list of them, or * for all [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    pub allowed_origins: Option<AllowedOrigins>,
     /// Device slots to offer [default: as many as the ranks need]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub num_gpus: Option<u32>,
@@ -197,6 +201,7 @@ impl OwnHeadFlags {
             dashboard_port: Some(0),
             dashboard_host: None,
             api_key: Vec::new(),
+            allowed_origins: None,
             num_gpus: None,
             device: None,
         }
@@ -211,6 +216,7 @@ impl OwnHeadFlags {
             ("--cluster-host", self.cluster_host.is_some()),
             ("--dashboard-port", self.dashboard_port.is_some()),
             ("--dashboard-host", self.dashboard_host.is_some()),
+            ("--allowed-origins", self.allowed_origins.is_some()),
             ("--num-gpus", self.num_gpus.is_some()),
             ("--device", self.device.is_some()),
         ];
@@ -221,6 +227,7 @@ impl OwnHeadFlags {
     pub fn head(&self) -> HeadFlags {
         let host = |given: &Option<String>| given.clone().unwrap_or_else(|| defaults::HOST.to_owned());
         HeadFlags {
+            certificate_lifetime: phalanx_trust::CERTIFICATE_LIFETIME,
             port: self.cluster_port.unwrap_or(defaults::CLUSTER_PORT),
             cluster_host: host(&self.cluster_host),
             advertise_address: None,
@@ -229,6 +236,8 @@ impl OwnHeadFlags {
             dashboard_port: self.dashboard_port.unwrap_or(defaults::DASHBOARD_PORT),
             dashboard_host: host(&self.dashboard_host),
             head_grace: defaults::HEAD_GRACE,
+            allowed_origins: self.allowed_origins.clone(),
+            node_timeout: defaults::NODE_TIMEOUT,
         }
     }
 

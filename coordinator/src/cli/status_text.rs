@@ -4,6 +4,8 @@ use std::fmt::Write;
 
 use phalanx_proto::{DeploymentStatus, NodeStatus, PlacementGroupStatus, RankStatus, StatusSnapshot};
 
+const NODE_HEADS: [&str; 8] = ["NODE", "STATE", "SLOTS", "DEVICE", "ADDRESS", "PID", "ROUND TRIP", "WHY"];
+
 /// The whole cluster.
 pub(super) fn text(snapshot: &StatusSnapshot) -> String {
     let head = &snapshot.head;
@@ -18,12 +20,19 @@ pub(super) fn text(snapshot: &StatusSnapshot) -> String {
         head.http,
         head.dashboard
     );
+    if head.insecure {
+        let _ = writeln!(
+            out,
+            "INSECURE: started with --insecure; whoever reaches {} joins and commands, and reads what goes by",
+            head.address
+        );
+    }
     let used: u32 = snapshot.nodes.iter().filter(|node| node.state == "alive").map(|node| node.slots_used).sum();
     let slots: u32 = snapshot.nodes.iter().filter(|node| node.state == "alive").map(|node| node.slots).sum();
     let queue = &snapshot.queue;
     let _ =
         writeln!(out, "{used} of {slots} slots used, {} requests running, {} waiting", queue.running, queue.waiting);
-    section(&mut out, "NODES", &["NODE", "STATE", "SLOTS", "DEVICE", "ADDRESS", "PID", "WHY"], nodes(&snapshot.nodes));
+    section(&mut out, "NODES", &NODE_HEADS, nodes(&snapshot.nodes));
     let heads = ["DEPLOYMENT", "STATE", "MODEL", "RANKS", "KV BLOCKS FREE", "RUNNING", "WAITING", "WHY"];
     section(&mut out, "DEPLOYMENTS", &heads, deployments(&snapshot.deployments));
     let heads = ["RANK", "STATE", "PHASE", "FOR", "NODE", "PID", "DEVICE", "WEIGHTS", "KV CACHE", "DETAIL"];
@@ -43,6 +52,7 @@ fn nodes(nodes: &[NodeStatus]) -> Vec<Vec<String>> {
             n.device.clone(),
             n.address.clone(),
             n.pid.to_string(),
+            n.round_trip_ms.map(|time| format!("{time:.1} ms")).unwrap_or_default(),
             n.reason.clone(),
         ]
     };

@@ -157,6 +157,8 @@ pub(super) struct Deployment {
     pub order: u64,
     /// The sign of what the store holds, or is about to hold; none: no record.
     pub kept: Option<KeptVersion>,
+    /// When the store is asked again, where it could not write what it was given.
+    pub keep_again_at: Option<Instant>,
     /// The store held a record of it once.
     pub was_kept: bool,
     /// Requests find it.
@@ -185,6 +187,7 @@ impl Deployment {
             gave_up: false,
             order: 0,
             kept: None,
+            keep_again_at: None,
             was_kept: false,
             published: false,
             stale: false,

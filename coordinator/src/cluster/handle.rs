@@ -60,7 +60,7 @@ impl ClusterSettings {
             head,
             socket,
             heartbeat: defaults::HEARTBEAT,
-            patience: Patience { suspect_after: defaults::SUSPECT_AFTER, dead_after: defaults::DEAD_AFTER },
+            patience: Patience::of(defaults::NODE_TIMEOUT),
             head_grace,
             connect_deadline: defaults::CONNECT_DEADLINE,
             settle: defaults::SETTLE,

@@ -72,6 +72,14 @@ pub enum ClusterError {
         /// Ranks, pids and nodes.
         which: String,
     },
+    /// The store cannot write that a deployment has ended.
+    #[error("the end of {name} cannot be written down, so it has not ended: {reason}")]
+    NotKept {
+        /// The deployment.
+        name: DeploymentName,
+        /// What the store said.
+        reason: String,
+    },
     /// The head ends, or its queue is full.
     #[error("the head is stopping or overloaded")]
     Unavailable,

@@ -9,6 +9,8 @@ mod agents;
 mod deploying;
 mod ending;
 mod keeping;
+#[cfg(test)]
+mod simulation;
 
 pub(super) use keeping::KeptVersion;
 
@@ -124,7 +126,7 @@ impl Reconciler {
         self.place_waiting(now);
         self.advance(now);
         self.publish();
-        self.keep();
+        self.keep(now);
         self.tell_agents(now);
         self.send_away();
         let ended = self.end_all(now);
@@ -146,7 +148,7 @@ impl Reconciler {
             ClusterEvent::GroupStarted { group, result } => self.group_started(&group, result, now),
             ClusterEvent::GroupFailed { group, reason } => self.group_failed(&group, reason, now),
             ClusterEvent::GroupStopped { group } => self.group_stopped(&group, now),
-            ClusterEvent::Kept { deployment, result } => self.kept(&deployment, result),
+            ClusterEvent::Kept { deployment, result } => self.kept(&deployment, result, now),
             ClusterEvent::Published { deployment, result } => self.published(&deployment, result),
             ClusterEvent::Deploy { checked, watcher } => self.deploy(*checked, watcher, now),
             ClusterEvent::Undeploy { name, reply } => self.undeploy(&name, reply, now),

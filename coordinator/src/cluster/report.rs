@@ -61,7 +61,8 @@ fn node_status(node: &Node, slots_used: u32) -> NodeStatus {
         slots_used,
         device: node.device(),
         pid: node.hello.pid,
-        reason: node.reason.clone(),
+        reason: node.trouble(),
+        round_trip_ms: node.round_trip().map(|time| time.as_secs_f64() * 1000.0),
     }
 }
 

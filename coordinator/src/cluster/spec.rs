@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use phalanx_formats::Geometry;
 use phalanx_proto::DeploymentName;
+use phalanx_trust::variables;
 use serde::{Deserialize, Serialize};
 
 use super::strategy::Strategy;
@@ -174,7 +175,14 @@ impl DeploymentSpec {
         self.check_limits(geometry)
     }
 
+    /// Refuses variables that decide what a rank loads or runs: a deployment comes from the network.
+    fn check_env(&self) -> Result<(), String> {
+        let refused = self.env.keys().find_map(|name| Some((name, variables::refusal(name)?)));
+        refused.map_or(Ok(()), |(name, why)| Err(format!("--env {name:?} is refused: {why}")))
+    }
+
     fn check_limits(&self, geometry: &Geometry) -> Result<(), String> {
+        self.check_env()?;
         if self.replicas == 0 || self.replicas > defaults::REPLICAS_MAX {
             return Err(format!("--replicas is {}; it may be 1 to {}", self.replicas, defaults::REPLICAS_MAX));
         }
@@ -266,6 +274,8 @@ mod tests {
     #[test]
     fn contradictions_are_named_by_their_flag() {
         check(|_| {}, "");
+        check(|spec| drop(spec.env.insert("HF_ENDPOINT".into(), "http://m".into())), "");
+        check(|spec| drop(spec.env.insert("LD_PRELOAD".into(), "/tmp/x.so".into())), "--env \"LD_PRELOAD\" is refused");
         check(|spec| spec.tensor_parallel_size = TensorParallelSize::Auto, "");
         check(|spec| spec.tensor_parallel_size = TensorParallelSize::Fixed(0), "--tensor-parallel-size is 0");
         check(|spec| spec.tensor_parallel_size = TensorParallelSize::Fixed(5), "4 attention heads");

@@ -204,7 +204,7 @@ impl Reservation {
 /// Submits requests to one engine. Cheap to clone.
 #[derive(Clone)]
 pub struct EngineHandle {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
     groups: mpsc::Sender<NextGroup>,
     next_id: Arc<AtomicU64>,

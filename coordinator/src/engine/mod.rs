@@ -28,6 +28,8 @@ mod scheduler_tests;
 pub(crate) mod scripted;
 pub mod sequence;
 #[cfg(test)]
+pub(crate) mod simulated_engine;
+#[cfg(test)]
 mod simulation;
 mod start;
 mod step_time;

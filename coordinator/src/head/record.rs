@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
+use phalanx_trust::files::private_dir;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Home;
@@ -60,6 +61,10 @@ pub struct HeadRecord {
     pub socket: Option<PathBuf>,
     /// Where its logs are.
     pub log_dir: PathBuf,
+    /// Its keys and certificates.
+    pub trust_dir: PathBuf,
+    /// Plain text between machines.
+    pub insecure: bool,
 }
 
 /// Proof that no other head runs in a home; let go when dropped, or when the process ends in whatever way.
@@ -102,7 +107,7 @@ impl HomeLock {
     /// Another head runs there, or the folder cannot be written.
     pub fn take(home: &Home) -> Result<Self, HomeError> {
         let dir = home.run_dir();
-        fs::create_dir_all(&dir).map_err(|source| HomeError::Io { path: dir.clone(), source })?;
+        private_dir(&dir).map_err(|source| HomeError::Io { path: dir.clone(), source })?;
         let path = dir.join("head.lock");
         let opened = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let mut file = opened.map_err(|source| HomeError::Io { path: path.clone(), source })?;
@@ -164,6 +169,8 @@ mod tests {
             dashboard: "127.0.0.1:8265".into(),
             socket: None,
             log_dir: home.log_dir(),
+            trust_dir: home.trust_dir(),
+            insecure: false,
         };
         lock.write(&record).expect("writes");
         assert_eq!(running_head(&home), Some(record.clone()));

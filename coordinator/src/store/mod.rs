@@ -51,7 +51,8 @@ pub enum StoreError {
 /// The open store.
 #[derive(Debug)]
 pub struct Store {
-    database: Database,
+    /// None behind a change that failed: a database that could not write takes nothing more until it is opened again.
+    database: Option<Database>,
     path: PathBuf,
 }
 
@@ -64,14 +65,14 @@ impl Store {
         fs::create_dir_all(dir).map_err(|source| StoreError::Folder { path: dir.to_owned(), source })?;
         let path = dir.join(FILE);
         let database = Database::create(&path).map_err(|error| failed(&path, error))?;
-        Ok(Self { database, path })
+        Ok(Self { database: Some(database), path })
     }
 
     /// Takes the next term: it is on disk when this returns.
     ///
     /// # Errors
     /// The database cannot be written.
-    pub fn next_term(&self) -> Result<Term, StoreError> {
+    pub fn next_term(&mut self) -> Result<Term, StoreError> {
         self.transact(|transaction| {
             let mut numbers = transaction.open_table(NUMBERS)?;
             let next = numbers.get(TERM)?.map_or(0, |term| term.value()) + 1;
@@ -84,9 +85,10 @@ impl Store {
     ///
     /// # Errors
     /// The database cannot be read.
-    pub fn deployments(&self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
-        let read = || -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
-            let transaction = self.database.begin_read()?;
+    pub fn deployments(&mut self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        let path = self.path.clone();
+        let mut read = || -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+            let transaction = self.database()?.begin_read()?;
             let table = match transaction.open_table(DEPLOYMENTS) {
                 Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
                 table => table?,
@@ -98,14 +100,14 @@ impl Store {
             }
             Ok(records)
         };
-        read().map_err(|error| failed(&self.path, error))
+        read().map_err(|error| failed(&path, error))
     }
 
     /// Writes a record, or removes it where there is none; on disk when this returns.
     ///
     /// # Errors
     /// The database cannot be written.
-    pub fn keep(&self, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
+    pub fn keep(&mut self, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
         self.transact(|transaction| {
             let mut table = transaction.open_table(DEPLOYMENTS)?;
             match record {
@@ -117,16 +119,28 @@ impl Store {
     }
 
     fn transact<T>(
-        &self,
+        &mut self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<T, redb::Error>,
     ) -> Result<T, StoreError> {
         let write = || {
-            let transaction = self.database.begin_write()?;
+            let transaction = self.database()?.begin_write()?;
             let value = change(&transaction)?;
             transaction.commit()?;
             Ok(value)
         };
-        write().map_err(|error: redb::Error| failed(&self.path, error))
+        write().map_err(|error: redb::Error| {
+            self.database = None;
+            failed(&self.path, error)
+        })
+    }
+
+    /// The database, opened again where a change had failed: what was committed before is there.
+    fn database(&mut self) -> Result<&Database, redb::Error> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => Database::create(&self.path)?,
+        };
+        Ok(self.database.insert(database))
     }
 }
 
@@ -142,7 +156,7 @@ mod tests {
     fn terms_grow_and_records_come_back() {
         let dir = tempfile::tempdir().expect("a folder");
         let folder = dir.path().join("store");
-        let store = Store::open(&folder).expect("opens");
+        let mut store = Store::open(&folder).expect("opens");
         assert_eq!(store.deployments().expect("reads"), []);
         assert_eq!(store.next_term().expect("writes"), Term(1));
         store.keep("m", Some(b"one")).expect("writes");
@@ -151,7 +165,7 @@ mod tests {
         store.keep("n", None).expect("writes");
         assert!(Store::open(&folder).is_err(), "one process has it");
         drop(store);
-        let store = Store::open(&folder).expect("opens again");
+        let mut store = Store::open(&folder).expect("opens again");
         assert_eq!(store.next_term().expect("writes"), Term(2));
         assert_eq!(store.deployments().expect("reads"), [("m".to_owned(), b"three".to_vec())]);
     }

@@ -31,7 +31,7 @@ impl StoreWriter {
     ///
     /// # Errors
     /// The system gives no thread.
-    pub fn spawn(store: Store) -> io::Result<Self> {
+    pub fn spawn(mut store: Store) -> io::Result<Self> {
         let (changes, inbox) = mpsc::sync_channel::<Change>(CHANGES_MAX);
         let write = move || {
             for Change { name, record, done } in inbox {
@@ -40,6 +40,12 @@ impl StoreWriter {
         };
         std::thread::Builder::new().name("store".into()).spawn(write)?;
         Ok(Self { changes })
+    }
+
+    /// A writer whose changes a simulation takes.
+    #[cfg(test)]
+    pub(crate) fn to(changes: SyncSender<Change>) -> Self {
+        Self { changes }
     }
 
     /// Hands a change over. False: too many wait, or the thread has ended; try again.

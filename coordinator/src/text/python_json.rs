@@ -4,6 +4,9 @@ use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 use serde_json::ser::Formatter;
 
+/// Widest indentation that a template may ask for.
+const INDENT_MAX: usize = 64;
+
 /// `str(value)`: `None`, `True` and `False` where Rust has `none`, `true` and `false`.
 pub(super) fn to_text(value: &Value) -> String {
     match value.kind() {
@@ -19,6 +22,9 @@ pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let _ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
+    if indent.is_some_and(|width| width > INDENT_MAX) {
+        return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson indents by at most {INDENT_MAX}")));
+    }
     let failed = |source| Error::new(ErrorKind::BadSerialization, "tojson failed").with_source(source);
     let mut out = Vec::new();
     match indent {

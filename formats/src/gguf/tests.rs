@@ -61,7 +61,7 @@ fn check_rows(model: &ModelFiles) {
 #[test]
 fn every_type_is_read_in_hugging_face_order() {
     for dtype in ALL_TYPES {
-        for architecture in Architecture::ALL {
+        for &architecture in Architecture::ALL.iter().filter(|architecture| architecture.is_in_gguf()) {
             let wide = dtype.block_len() == 256;
             let mut geometry = Geometry { num_layers: 1, ..small_geometry(architecture) };
             if wide {

@@ -7,6 +7,7 @@
 //! wait for a head that is not there goes on, and says so.
 
 pub mod background;
+pub mod credentials;
 pub mod devices;
 pub mod doctor;
 pub mod launch;
@@ -27,7 +28,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{info, warn};
 
-use crate::config::{HeadAddress, defaults};
+use crate::config::defaults;
+use credentials::Credentials;
 use link::{Link, LinkError};
 use process::HeadFacts;
 use supervisor::{Order, SupervisorHandle};
@@ -84,8 +86,8 @@ pub enum End {
 
 /// How an agent was started.
 pub struct AgentSetup {
-    /// The head.
-    pub head: HeadAddress,
+    /// How the head is known, and what is shown to it.
+    pub credentials: Credentials,
     /// What this machine is and offers.
     pub hello: AgentHello,
     /// Whether the agent ends with its head; else it waits for the head's return.
@@ -131,6 +133,32 @@ async fn sleep_until(at: Option<Instant>) {
     }
 }
 
+/// Heartbeats of one link, and how long the head's answers take.
+#[derive(Debug, Default)]
+struct Pulse {
+    sequence: u64,
+    sent_at: Option<(u64, Instant)>,
+    round_trip: Option<Duration>,
+}
+
+impl Pulse {
+    /// The next heartbeat.
+    fn beat(&mut self, now: Instant) -> AgentEvent {
+        self.sequence += 1;
+        // One answer is waited for at a time: on a slow way it comes after later heartbeats.
+        self.sent_at.get_or_insert((self.sequence, now));
+        AgentEvent::Heartbeat { sequence: self.sequence, round_trip: self.round_trip.take() }
+    }
+
+    /// The head has seen a heartbeat.
+    fn seen(&mut self, sequence: u64, now: Instant) {
+        // A later one than what is waited for: the answer between them was lost.
+        if let Some((waited_for, sent_at)) = self.sent_at.take_if(|(waited_for, _)| *waited_for <= sequence) {
+            self.round_trip = (waited_for == sequence).then(|| now - sent_at);
+        }
+    }
+}
+
 /// Why a link ended.
 enum Served {
     Lost(String),
@@ -163,7 +191,9 @@ impl<R: FnMut(&Report)> Agent<R> {
     /// # Errors
     /// The head refuses this node, or the ranks' thread is gone.
     pub async fn run(mut self) -> Result<End, AgentError> {
+        let renewal = tokio::spawn(self.setup.credentials.clone().keep_renewed());
         let result = self.serve_until_end().await;
+        renewal.abort();
         self.end_ranks().await?;
         result
     }
@@ -181,7 +211,7 @@ impl<R: FnMut(&Report)> Agent<R> {
                 }
                 Ok(None) => {}
                 Err(LinkError::Refused { message, is_final }) if is_final || !self.has_joined => {
-                    return Err(AgentError::Refused { head: self.setup.head.as_str().into(), message });
+                    return Err(AgentError::Refused { head: self.setup.credentials.head.as_str().into(), message });
                 }
                 Err(error) => (self.report)(&Report::Waiting { reason: error.to_string() }),
             }
@@ -202,7 +232,7 @@ impl<R: FnMut(&Report)> Agent<R> {
         }
         let orphaned = sleep_until(self.orphaned_at);
         tokio::select! {
-            linked = Link::open(&self.setup.head, self.setup.hello.clone()) => linked.map(Some),
+            linked = Link::open(&self.setup.credentials, self.setup.hello.clone()) => linked.map(Some),
             () = orphaned => Ok(None),
             () = self.signals.any() => {
                 self.asked_to_end = true;
@@ -216,7 +246,7 @@ impl<R: FnMut(&Report)> Agent<R> {
         self.joined(&mut link, &welcome).await;
         let mut beats = tokio::time::interval(welcome.heartbeat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut sequence = 0;
+        let mut pulse = Pulse::default();
         loop {
             let sent = tokio::select! {
                 command = link.next() => match command {
@@ -225,6 +255,7 @@ impl<R: FnMut(&Report)> Agent<R> {
                         info!(reason, "head ends this agent");
                         return self.leave(link, End::ByHead(reason)).await;
                     }
+                    Ok(AgentCommand::Seen { sequence }) => { pulse.seen(sequence, Instant::now()); Ok(()) }
                     Ok(AgentCommand::Welcome(_)) => Ok(()),
                     Err(reason) => Err(reason),
                 },
@@ -233,10 +264,7 @@ impl<R: FnMut(&Report)> Agent<R> {
                     self.note(&observed);
                     link.send(AgentEvent::Rank(observed)).await
                 }
-                _ = beats.tick() => {
-                    sequence += 1;
-                    link.send(AgentEvent::Heartbeat { sequence }).await
-                }
+                _ = beats.tick() => link.send(pulse.beat(Instant::now())).await,
                 () = self.signals.any() => return self.leave(link, End::Signal).await,
             };
             if let Err(error) = sent {
@@ -252,7 +280,7 @@ impl<R: FnMut(&Report)> Agent<R> {
         let is_here = |boot: &str| !boot_id.is_empty() && boot == boot_id;
         let socket = welcome.socket.as_ref().filter(|s| is_here(&s.boot_id)).map(|s| s.path.clone());
         self.head_facts = HeadFacts { socket, grace: welcome.head_grace };
-        info!(head = self.setup.head.as_str(), node_id = %self.setup.hello.node_id, term = %welcome.term, "joined");
+        info!(head = self.setup.credentials.head.as_str(), node_id = %self.setup.hello.node_id, term = %welcome.term, "joined");
         (self.report)(&Report::Joined);
         // A head that came back learns what runs here.
         for observed in self.observed.values() {
@@ -277,7 +305,7 @@ impl<R: FnMut(&Report)> Agent<R> {
     /// Starts the grace of the ranks.
     fn lose_head(&mut self, reason: &str) {
         let grace = self.head_facts.grace;
-        warn!(head = self.setup.head.as_str(), reason, ?grace, "head is gone");
+        warn!(head = self.setup.credentials.head.as_str(), reason, ?grace, "head is gone");
         self.orphaned_at = Some(Instant::now() + grace);
     }
 

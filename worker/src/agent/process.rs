@@ -16,6 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 use phalanx_proto::{DesiredRank, DeviceKind, NodeId, RankKey};
+use phalanx_trust::variables;
 use tracing::warn;
 
 use super::devices::DeviceSlot;
@@ -41,6 +42,10 @@ pub struct Launcher {
     pub node_id: NodeId,
     /// The head, `host:port`.
     pub head: String,
+    /// Folder of this node's certificate; absent: plain text (`--insecure`).
+    pub trust_dir: Option<PathBuf>,
+    /// Names of variables that hold secrets of others: ranks do not get them.
+    pub secrets: Vec<String>,
     /// Where logs go.
     pub log_dir: PathBuf,
     /// What the slots are.
@@ -90,11 +95,19 @@ impl Launcher {
             let text = format!("slot {} of {}", rank.device_slot, self.slots.len());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         };
+        if let Some((name, why)) = rank.env.keys().find_map(|name| Some((name, variables::refusal(name)?))) {
+            let text = format!("the head may not set {name:?} here: {why}");
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+        }
         let mut launch = serde_json::to_vec(&self.describe(rank, slot, head))?;
         launch.push(b'\n');
         let (reader, writer) = io::pipe()?;
         let log = RankLog::open(&self.log_dir, key)?;
-        let mut child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        for name in &self.secrets {
+            command.env_remove(name);
+        }
+        let mut child = command
             .args(&self.args)
             .arg(format!("{}.{}.{}", key.deployment, key.replica, key.rank))
             .envs(self.env.iter().map(|(name, value)| (*name, value)))
@@ -123,6 +136,7 @@ impl Launcher {
             node_id: self.node_id.clone(),
             head: self.head.clone(),
             head_socket: head.socket.clone(),
+            trust_dir: self.trust_dir.clone(),
             launch_token: rank.launch_token.clone(),
             device: self.device,
             device_name: slot.name.clone(),

@@ -23,7 +23,7 @@ use phalanx_formats::{EmbeddingSettings, GenerationDefaults, ModelFiles};
 use phalanx_proto::{SamplingParams, StatusSnapshot, TokenId, TokenLogprobs};
 use tower::ServiceExt;
 
-use super::{Admission, ApiState, ServedModel, ServedModels, router};
+use super::{Admission, AllowedOrigins, ApiState, ServedModel, ServedModels, router};
 use crate::constraint::GrammarCompiler;
 use crate::engine::scripted::{self, Cancelled, Submitted};
 use crate::engine::{EngineError, EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
@@ -146,6 +146,7 @@ struct Setup {
     template: Option<&'static str>,
     queue_timeout: Option<Duration>,
     keys: Option<KeyRing>,
+    origins: AllowedOrigins,
     status: StatusSnapshot,
 }
 
@@ -161,6 +162,7 @@ impl Default for Setup {
             template: None,
             queue_timeout: None,
             keys: None,
+            origins: AllowedOrigins::default(),
             status: StatusSnapshot::default(),
         }
     }
@@ -201,6 +203,7 @@ impl Server {
         let status = setup.status;
         let mut state = ApiState::new(models.clone(), Arc::new(move || status.clone()));
         state.keys = Arc::new(setup.keys.unwrap_or_else(|| KeyRing::new(&setup.api_keys, None).unwrap()));
+        state.origins = setup.origins;
         Self { router: router(state), models, cancelled, submitted }
     }
 

@@ -52,7 +52,12 @@ impl Reconciler {
             return;
         }
         match event {
-            AgentEvent::Hello(_) | AgentEvent::Heartbeat { .. } => {}
+            AgentEvent::Heartbeat { round_trip: Some(round_trip), .. } => {
+                if let Some(slow) = self.nodes.note_round_trip(node, round_trip) {
+                    warn!(node_id = %node, round_trip_ms = slow.as_millis() as u64, "the way to a node is slow");
+                }
+            }
+            AgentEvent::Hello(_) | AgentEvent::Heartbeat { round_trip: None, .. } => {}
             AgentEvent::Rank(observed) => self.rank_observed(observed, now),
             AgentEvent::Leaving(reason) => {
                 info!(node_id = %node, reason, "node leaves");

@@ -198,7 +198,8 @@ impl Reconciler {
 
 fn has_ended(deployment: &Deployment) -> bool {
     let ended = deployment.replicas.iter().all(|replica| matches!(replica.stage, Stage::Ended { .. }));
-    deployment.stopping_since.is_some() && ended && deployment.group.bundles().iter().all(Option::is_none)
+    let is_kept = deployment.keep_again_at.is_none();
+    deployment.stopping_since.is_some() && ended && is_kept && deployment.group.bundles().iter().all(Option::is_none)
 }
 
 fn lingering(deployment: &Deployment) -> String {

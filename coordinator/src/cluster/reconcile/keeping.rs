@@ -1,16 +1,19 @@
 //! What the store must know, and that nothing is told to agents before it does.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
 
-use super::super::ServingChange;
 use super::super::deployment::{DeployFailureCode, Deployment};
 use super::super::event::ClusterEvent;
 use super::super::record::DeploymentRecord;
+use super::super::{ClusterError, ServingChange};
 use super::Reconciler;
 use crate::store::{Change, StoreError};
+
+/// When a store that could not write is asked again.
+const KEEP_AGAIN: Duration = Duration::from_secs(2);
 
 /// What of a deployment the store holds or is about to hold: a cheap sign of its record.
 pub(in super::super) type KeptVersion = Vec<(u64, u64, bool)>;
@@ -38,13 +41,14 @@ impl Reconciler {
     }
 
     /// Hands to the store what it does not know yet.
-    pub(super) fn keep(&mut self) {
+    pub(super) fn keep(&mut self, now: Instant) {
         let Some(store) = self.settings.store.clone() else { return };
         for index in 0..self.deployments.len() {
             let (name, deployment) = &self.deployments[index];
             let never_served = deployment.gave_up && !deployment.has_served;
             let wanted = (deployment.stopping_since.is_none() && !never_served).then(|| version(deployment));
-            if deployment.kept == wanted {
+            // What is new is tried at once, what failed after a pause.
+            if deployment.kept == wanted && deployment.keep_again_at.is_none_or(|at| now < at) {
                 continue;
             }
             let record = match wanted.as_ref().map(|_| DeploymentRecord::of(deployment).to_bytes()).transpose() {
@@ -61,7 +65,8 @@ impl Reconciler {
             };
             if store.write(Change { name: name.to_string(), record, done: Box::new(done) }) {
                 self.num_keeping += 1;
-                self.deployments[index].1.kept = wanted;
+                let deployment = &mut self.deployments[index].1;
+                (deployment.kept, deployment.keep_again_at) = (wanted, None);
             }
         }
     }
@@ -72,14 +77,19 @@ impl Reconciler {
     }
 
     /// A change is on disk, or cannot be.
-    pub(super) fn kept(&mut self, name: &phalanx_proto::DeploymentName, result: Result<(), String>) {
+    pub(super) fn kept(&mut self, name: &phalanx_proto::DeploymentName, result: Result<(), String>, now: Instant) {
         self.num_keeping -= 1;
         let Some(deployment) = self.deployment_mut(name) else { return };
         match result {
             Ok(()) => deployment.was_kept = true,
             Err(reason) if deployment.was_kept => {
-                // What serves goes on serving: it only would not come back as it is now.
+                // What serves goes on serving: it only would not come back as it is now. What ends has not ended before.
                 warn!(group_id = %name, reason, "deployment is not on disk as it is");
+                deployment.keep_again_at = Some(now + KEEP_AGAIN);
+                for reply in std::mem::take(&mut deployment.undeploy_replies) {
+                    let (name, reason) = (name.clone(), reason.clone());
+                    let _ = reply.send(Err(ClusterError::NotKept { name, reason }));
+                }
             }
             Err(reason) => {
                 error!(group_id = %name, reason, "deployment refused: it cannot be kept");

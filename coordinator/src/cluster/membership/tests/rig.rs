@@ -20,6 +20,7 @@ use crate::cluster::{
     self, CheckedSpec, ClusterHandle, ClusterSettings, DeployEvent, DeploymentSpec, ServingChange, StatusBoard,
     TensorParallelSize,
 };
+use crate::security::access::Gate;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -92,7 +93,7 @@ impl Rig {
         tokio::spawn(keep_names(changes, Arc::clone(&served)));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address").to_string();
-        let server = ClusterServer::new(cluster.clone(), board.clone());
+        let server = ClusterServer::new(cluster.clone(), board.clone(), Gate::Open);
         tokio::spawn(server.serve_tcp(listener, std::future::pending()));
         Self { cluster, board, address, served }
     }
@@ -266,13 +267,13 @@ impl AgentState {
         loop {
             tokio::select! {
                 Ok(Some(command)) = commands.message() => match AgentCommand::try_from(command).expect("valid") {
-                    AgentCommand::Welcome(_) => {}
+                    AgentCommand::Welcome(_) | AgentCommand::Seen { .. } => {}
                     AgentCommand::Desired(desired) => self.desire(desired.ranks).await,
                     AgentCommand::End(_) => return,
                 },
                 _ = beats.tick() => if !frozen {
                     sequence += 1;
-                    let _ = self.says.send(AgentEvent::Heartbeat { sequence }.into()).await;
+                    let _ = self.says.send(AgentEvent::Heartbeat { sequence, round_trip: None }.into()).await;
                 },
                 order = orders.recv() => match order {
                     Some(Order::Kill(rank)) => self.kill(rank).await,
