@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use phalanx_formats::ModelFiles;
 use serde_json::Value;
 
 use crate::places;
@@ -33,6 +34,14 @@ pub struct GoldenPrompt {
     pub greedy_logprobs: Vec<f64>,
     /// Best minus second logit at each of its steps.
     pub margins: Vec<f64>,
+}
+
+impl Golden {
+    /// Whether so many ranks each get a head: more are refused.
+    pub fn splits_into(&self, size: &str) -> bool {
+        let files = ModelFiles::open_config(&self.folder).expect("a model");
+        files.geometry().num_heads >= size.parse().expect("a size")
+    }
 }
 
 fn read(path: &Path) -> Value {

@@ -34,6 +34,6 @@ pub use golden::{Golden, GoldenPrompt, golden, goldens, reference, smollm2, smol
 pub use judge::{Precision, check_agreement, check_model, token_ids};
 pub use lasting::Lasting;
 pub use network::TwoHosts;
-pub use places::model_config;
+pub use places::{model_config, programs};
 pub use schema::{Fit, fit};
 pub use suites::{Suite, keep_document, pass};

@@ -47,10 +47,6 @@ impl Event {
         Ok(Self { context: context.clone(), handle })
     }
 
-    pub(super) fn handle(&self) -> Handle {
-        self.handle
-    }
-
     /// Marks the stream's present end. An event that was never recorded counts as reached.
     ///
     /// # Errors
@@ -102,7 +98,7 @@ impl Drop for Event {
 }
 
 /// Whether a query says that the device is through.
-pub(super) fn is_done(
+fn is_done(
     context: &Context,
     call: &'static str,
     query: impl FnOnce(&'static Driver) -> c_int,

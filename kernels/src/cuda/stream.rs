@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::context::Context;
 use super::driver::{Copy2d, Driver, Handle, MEMORY_DEVICE, STREAM_NON_BLOCKING};
 use super::error::CudaError;
-use super::event::{Event, is_done, poll};
+use super::event::{Event, poll};
 use super::memory::{PinnedMemory, Span};
 use super::transfer::ReadBack;
 
@@ -72,27 +72,6 @@ impl Stream {
             // SAFETY: a live stream.
             unsafe { (driver.stream_query)(self.handle) }
         })
-    }
-
-    /// Whether everything in the stream has ended.
-    ///
-    /// # Errors
-    /// A fault of something in the stream.
-    pub fn is_idle(&self) -> Result<bool, CudaError> {
-        is_done(&self.context, "cuStreamQuery", |driver| {
-            // SAFETY: a live stream.
-            unsafe { (driver.stream_query)(self.handle) }
-        })
-    }
-
-    /// Lets what comes next in this stream wait for an event of another stream, of this or another device.
-    ///
-    /// # Errors
-    /// A device that is lost.
-    pub fn wait_event(&self, event: &Event) -> Result<(), CudaError> {
-        let event = event.handle();
-        // SAFETY: both are live; the flags must be 0.
-        self.call("cuStreamWaitEvent", |driver| unsafe { (driver.stream_wait_event)(self.handle, event, 0) })
     }
 
     /// Copies on the device, or between a device and memory that is mapped into it.
