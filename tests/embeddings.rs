@@ -100,13 +100,13 @@ fn check_fields(cluster: &Cluster, pooling: &str) {
         assert!(vector.len() == 16 && (vector.iter().map(|value| value * value).sum::<f64>() - 1.0).abs() < 1e-5);
     } else {
         let refused = cluster.http.post(PATH, &cut);
-        assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!("dimensions")));
+        assert_eq!((refused.status, &refused.body["error"]["param"]), (400, &json!("dimensions")));
     }
     let full = json!({"model": "m", "input": vec![3; 256]});
     assert_eq!(vectors(cluster, &full).len(), 1, "as long as the context");
     let long = json!({"model": "m", "input": vec![3; 257]});
     let refused = cluster.http.post(PATH, &long);
-    assert_eq!((refused.status, &refused.json()["error"]["code"]), (400, &json!("context_length_exceeded")));
+    assert_eq!((refused.status, &refused.body["error"]["code"]), (400, &json!("context_length_exceeded")));
     let many: Vec<Vec<u32>> = (0..100).map(|at| vec![at + 1]).collect();
     let all = vectors(cluster, &json!({"model": "m", "input": many}));
     assert_eq!(all[77..78], vectors(cluster, &json!({"model": "m", "input": many[77]})), "more than a step takes");
