@@ -7,6 +7,7 @@
 
 mod architecture;
 mod dtype;
+mod embedding;
 mod error;
 mod geometry;
 mod gguf;
@@ -26,6 +27,7 @@ mod texts;
 
 pub use architecture::Architecture;
 pub use dtype::StoredType;
+pub use embedding::{EmbeddingPooling, EmbeddingSettings, EmbeddingWidths};
 pub use error::ModelError;
 pub use geometry::{Geometry, RopeScaling};
 pub use memory::{kv_block_bytes, weight_bytes};

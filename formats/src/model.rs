@@ -10,7 +10,10 @@ use crate::mapping::Mapping;
 use crate::row_order::RowOrder;
 use crate::tensors::EMBEDDING;
 use crate::texts::ModelTexts;
-use crate::{GenerationDefaults, Geometry, ModelError, ShardPlan, Sharding, StoredType, TokenizerSource, weight_bytes};
+use crate::{
+    EmbeddingSettings, GenerationDefaults, Geometry, ModelError, ShardPlan, Sharding, StoredType, TokenizerSource,
+    weight_bytes,
+};
 
 /// What kind of files a model is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -181,6 +184,11 @@ impl ModelFiles {
     /// Sampling parameters that the model's authors recommend.
     pub fn generation_defaults(&self) -> GenerationDefaults {
         self.texts.defaults
+    }
+
+    /// How hidden states become embeddings.
+    pub fn embedding_settings(&self) -> EmbeddingSettings {
+        self.texts.embedding.clone()
     }
 
     /// Where the tokenizer is; `None` where the model has none and serves token ids only.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde_json::Value;
 
 use crate::SentencePieceFiles;
+use crate::embedding::EmbeddingSettings;
 
 /// Tokens that end a turn of a chat. One that a chat template writes is an end token of its model, whatever the config says.
 pub(crate) const CHAT_END_TOKENS: [&str; 6] =
@@ -21,6 +22,8 @@ pub(crate) struct ModelTexts {
     pub defaults: GenerationDefaults,
     /// Where the tokenizer is; a GGUF file's own vocabulary is read only when it is asked for.
     pub tokenizer: Option<TokenizerSource>,
+    /// How hidden states become embeddings.
+    pub embedding: EmbeddingSettings,
 }
 
 /// Ids that end a sequence, each once, in the order in which they were found.

@@ -12,6 +12,7 @@ mod error;
 mod ids;
 mod masks;
 mod plan;
+mod pooling;
 mod session;
 mod status;
 
@@ -27,6 +28,7 @@ pub use plan::{
     Fnv, NewSequence, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SamplingParams, StepOutput, StepPlan,
     TokenLogprobs,
 };
+pub use pooling::{POOLED_ROWS_MAX, PooledRow, Pooling};
 pub use session::{
     HeadMessage, LoadModel, Phase, RankCapacity, RankEvent, RankFailure, RankHello, RankResumes, SamplerFeatures,
 };

@@ -60,6 +60,11 @@ impl<B: Ops> Decoder<B> {
         self.vocabulary.logits(ops, inputs, &mut self.act)
     }
 
+    /// What `forward` wrote last: normalised hidden states, whole on every rank, `[tokens, hidden]`.
+    pub fn hidden(&self) -> &B::Buffer {
+        &self.act.normed
+    }
+
     /// What `project` wrote last: logits of this rank's tokens, `[logit rows, vocab.padded]`.
     pub fn logits(&self) -> &B::Buffer {
         &self.act.logits

@@ -14,6 +14,7 @@ pub mod inputs;
 pub mod kv_cache;
 pub mod layers;
 pub mod logging;
+pub mod pooling;
 pub mod rank;
 pub mod reduce_bench;
 pub mod runner;

@@ -16,8 +16,8 @@ use phalanx_coordinator::text::TextModel;
 use phalanx_formats::ModelFiles;
 use phalanx_proto::pb::head_to_rank::Message;
 use phalanx_proto::{
-    Epoch, LoadModel, MaskStaging, NodeId, Phase, Rank, RankCapacity, RankEvent, RankFailure, SampledRow,
-    SamplerFeatures, StepOutput, StepPlan, Term, TokenId, TokenMask, WireError, pb,
+    Epoch, LoadModel, MaskStaging, NodeId, Phase, PlanRow, PooledRow, Rank, RankCapacity, RankEvent, RankFailure,
+    SampledRow, SamplerFeatures, StepOutput, StepPlan, Term, TokenId, TokenMask, WireError, pb,
 };
 use tokio::sync::mpsc;
 
@@ -25,6 +25,11 @@ use tokio::sync::mpsc;
 const CHANNEL_CAPACITY: usize = 16;
 /// KV blocks that the rank claims to hold.
 const NUM_BLOCKS: u32 = 65_536;
+
+/// A vector that depends on the length of its prompt only.
+fn pooled(row: &PlanRow) -> PooledRow {
+    PooledRow { slot: row.slot, values: (1..=64).map(|at| (at * row.num_tokens) as f32).collect() }
+}
 
 type Commands = mpsc::Receiver<Result<pb::HeadToRank, tonic::Status>>;
 
@@ -67,6 +72,7 @@ pub async fn served(folder: &Path, limits: EngineLimits) -> Result<ServedModel, 
         max_model_len,
         created: 0,
         defaults: files.generation_defaults(),
+        embedding: files.embedding_settings(),
         queue_timeout: None,
         log_stats: false,
         admission: Admission::default(),
@@ -176,6 +182,7 @@ impl DummyRank {
             plan_hash: self.hashes.0,
             token_hash: self.hashes.1,
             rows,
+            pooled: plan.rows.iter().filter(|row| row.pools).map(pooled).collect(),
             ..StepOutput::default()
         })
     }

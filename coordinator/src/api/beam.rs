@@ -225,7 +225,7 @@ async fn read(mut stream: TokenStream, mut patience: Patience) -> Result<(TokenL
     loop {
         match patience.next(&mut stream).await? {
             Some(TokenEvent::Token { logprobs, .. }) => next = logprobs,
-            Some(TokenEvent::PromptLogprobs(_)) => {}
+            Some(TokenEvent::PromptLogprobs(_) | TokenEvent::Pooled(_)) => {}
             Some(TokenEvent::Finished { usage, .. }) => {
                 return Ok((next.ok_or(ApiError::EngineGone)?, usage.cached_tokens));
             }

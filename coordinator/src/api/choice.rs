@@ -175,6 +175,7 @@ impl Choice {
                 Ok(Delta { index: self.index, prompt_logprobs: Some(logprobs), ..Delta::default() })
             }
             Some(TokenEvent::Token { token, logprobs, .. }) => Ok(self.on_token(token, logprobs)),
+            Some(TokenEvent::Pooled(_)) => Ok(Delta { index: self.index, ..Delta::default() }),
             Some(TokenEvent::Finished { reason, usage }) => Ok(self.on_finished(reason, usage.cached_tokens)),
             Some(TokenEvent::Failed(error)) => Err(self.on_failed(error.into())),
             None => Err(self.on_failed(ApiError::EngineGone)),

@@ -56,7 +56,7 @@ struct CompletionRequest {
 impl CompletionRequest {
     fn parse(mut fields: Fields) -> Result<Self, ApiError> {
         let model = fields.text("model")?;
-        let prompts = Prompts::take(&mut fields)?;
+        let prompts = Prompts::take(&mut fields, "prompt")?;
         let echo = fields.flag("echo", false)?;
         let max_tokens = options::take_max_tokens(&mut fields, "max_tokens", if echo { 0 } else { 1 })?;
         for field in NOT_SUPPORTED {
@@ -95,7 +95,7 @@ async fn create(State(state): State<ApiState>, request: Request) -> Result<Respo
     let accepted = Accepted::new(&state, completion.model.as_deref(), id, caller)?;
     let add_special = completion.options.add_special_tokens.unwrap_or(true);
     let asked = std::mem::take(&mut completion.prompts);
-    let prompts = asked.tokenize(&accepted, add_special, num_bytes).await?;
+    let prompts = asked.tokenize(&accepted, "prompt", add_special, num_bytes).await?;
     drop(room);
     let constraint = structured::compile(completion.options.structure.as_ref(), &accepted, None).await?;
     let usage = Usage::of_prompts(&prompts);

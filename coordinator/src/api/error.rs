@@ -123,6 +123,14 @@ pub enum ApiError {
         /// The served name.
         model: String,
     },
+    /// The model's embeddings are made in a way that is not built.
+    #[error("the model `{model}` makes embeddings by {what}, which is not supported by this server")]
+    NoEmbeddings {
+        /// The served name.
+        model: String,
+        /// The way.
+        what: String,
+    },
     /// The prompt leaves no room for an answer.
     #[error(
         "This model's maximum context length is {max_model_len} tokens, but the prompt has {prompt_tokens}. Shorten the prompt."
@@ -313,7 +321,7 @@ impl ApiError {
             | Self::NoTokenizer { param, .. }
             | Self::ContextLength { param, .. }
             | Self::Text { param, .. } => Some(param),
-            Self::UnknownModel { .. } | Self::NotReady { .. } => Some("model"),
+            Self::UnknownModel { .. } | Self::NotReady { .. } | Self::NoEmbeddings { .. } => Some("model"),
             Self::NoChatTemplate { .. } => Some("messages"),
             Self::Engine(EngineError::EmptyPrompt | EngineError::UnknownToken { .. }) => Some("prompt"),
             _ => None,

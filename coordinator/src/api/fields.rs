@@ -149,6 +149,20 @@ impl Fields {
     }
 }
 
+/// A string that is one of some words, as what the word stands for.
+///
+/// # Errors
+/// It is no string, or another one.
+pub fn text_of<T: Copy>(fields: &mut Fields, name: &str, words: &[(&str, T)]) -> Result<Option<T>, ApiError> {
+    let Some(text) = fields.text(name)? else { return Ok(None) };
+    if let Some((_, meaning)) = words.iter().find(|(word, _)| *word == text) {
+        return Ok(Some(*meaning));
+    }
+    let expected = words.iter().map(|(word, _)| format!("\"{word}\"")).collect::<Vec<_>>().join(" or ");
+    let shown: String = text.chars().take(40).collect();
+    Err(ApiError::OutOfRange { param: fields.param(name), value: format!("{shown:?}"), expected })
+}
+
 /// A field of a feature that does not exist here: accepted only where it changes nothing.
 pub struct Neutral {
     /// The field.

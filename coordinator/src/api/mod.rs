@@ -15,6 +15,7 @@ mod chat;
 mod choice;
 mod completions;
 mod edits;
+mod embeddings;
 mod error;
 mod fields;
 mod finish;
@@ -42,6 +43,7 @@ mod submission;
 mod tests;
 mod tokenize;
 mod tools;
+mod truncation;
 mod usage;
 
 use std::sync::Arc;
@@ -115,6 +117,7 @@ pub fn router(state: ApiState) -> Router {
         .merge(chat::routes())
         .merge(completions::routes())
         .merge(responses::routes())
+        .merge(embeddings::routes())
         .merge(anthropic::routes())
         .merge(models::routes())
         .merge(tokenize::routes())

@@ -134,7 +134,7 @@ impl Options {
             stream: take_stream(fields)?,
             request_id: take_request_id(fields)?,
             structure: structured::take(fields)?,
-            priority: fields.integer("priority", i32::MIN.into(), i32::MAX.into())?.unwrap_or(0) as i32,
+            priority: take_priority(fields)?,
             beam: BeamFields::take(fields)?,
         };
         // Tokenizers of this kind put no spaces of their own between special tokens: both values mean the same.
@@ -214,6 +214,7 @@ impl Options {
             seed: own.seed.map_or_else(random_seed, |seed| seed as u64),
             logprobs: self.engine_logprobs(),
             prompt_logprobs: self.prompt_logprobs,
+            pooling: None,
             edits: None,
         };
         if params.temperature < TEMPERATURE_GREEDY {
@@ -255,8 +256,19 @@ impl SamplingFields {
     }
 }
 
+/// Its place among other requests; lower runs first.
+///
+/// # Errors
+/// It is no such number.
+pub fn take_priority(fields: &mut Fields) -> Result<i32, ApiError> {
+    Ok(fields.integer("priority", i32::MIN.into(), i32::MAX.into())?.unwrap_or(0) as i32)
+}
+
 /// A name that is fit for logs and headers; an empty one is none.
-fn take_request_id(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+///
+/// # Errors
+/// It is no text, or too long.
+pub fn take_request_id(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     let Some(id) = fields.text("request_id")?.filter(|id| !id.is_empty()) else { return Ok(None) };
     if id.len() > REQUEST_ID_BYTES_MAX {
         let expected = format!("at most {REQUEST_ID_BYTES_MAX} bytes long");

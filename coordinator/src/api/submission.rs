@@ -113,6 +113,18 @@ pub async fn with_text<T: Send + 'static>(
     heavy::run(num_bytes, move || work(&text)).await?.map_err(|source| ApiError::Text { param, source })
 }
 
+/// A priority is asked for where nothing looks at it.
+///
+/// # Errors
+/// That.
+pub fn check_priority(priority: i32, policy: Policy) -> Result<(), ApiError> {
+    if priority != 0 && policy == Policy::Fcfs {
+        let rule = "this model is served with --scheduling-policy fcfs: priority must be 0";
+        return Err(ApiError::Conflict { param: "priority", rule });
+    }
+    Ok(())
+}
+
 /// Prompts as token ids, with what an endpoint adds to the options.
 pub struct Submission<'a> {
     /// One entry a prompt.
@@ -185,10 +197,7 @@ impl Submission<'_> {
             let value = token.to_string();
             return Err(ApiError::OutOfRange { param: "stop_token_ids".into(), value, expected });
         }
-        if self.options.priority != 0 && limits.policy == Policy::Fcfs {
-            let rule = "this model is served with --scheduling-policy fcfs: priority must be 0";
-            return Err(ApiError::Conflict { param: "priority", rule });
-        }
+        check_priority(self.options.priority, limits.policy)?;
         let min_tokens = self.options.edits.min_tokens;
         if self.max_tokens.is_some_and(|max| min_tokens > max.get()) {
             return Err(ApiError::Conflict { param: "min_tokens", rule: "min_tokens must not be above max_tokens" });

@@ -35,7 +35,7 @@ pub enum FinishReason {
     Stop(TokenId),
     /// `max_tokens` or the context is full.
     Length,
-    /// The request's constraint allows nothing more: the text is complete.
+    /// The request's constraint allows nothing more, or its prompt is pooled: what was asked for is complete.
     Complete,
     /// The client went away.
     Aborted,
@@ -66,6 +66,8 @@ pub enum TokenEvent {
         /// Present where asked for.
         logprobs: Option<TokenLogprobs>,
     },
+    /// The hidden states of a prompt that was to be pooled, not normalised; no token comes.
+    Pooled(Vec<f32>),
     /// The sequence ended as it should.
     Finished {
         /// Why.

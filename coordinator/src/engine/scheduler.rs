@@ -12,8 +12,8 @@ mod replay;
 use std::collections::{HashMap, VecDeque};
 
 use phalanx_proto::{
-    NewSequence, PLAN_BYTES_MAX, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SeqId, SeqSlot, StepId,
-    StepOutput, StepPlan, TokenMask,
+    NewSequence, PLAN_BYTES_MAX, POOLED_ROWS_MAX, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SeqId, SeqSlot,
+    StepId, StepOutput, StepPlan, TokenMask,
 };
 
 use super::block_manager::{BlockManager, BlockTable};
@@ -126,6 +126,11 @@ impl Draft {
         self.alone.is_none_or(|alone| alone == id)
     }
 
+    /// Whether the step may give one vector more, where the sequence is pooled.
+    fn has_room_for(&self, sequence: &Sequence) -> bool {
+        !sequence.pools() || self.rows.iter().filter(|row| row.pools).count() < POOLED_ROWS_MAX
+    }
+
     /// Blocks that fit in the plan beside `bytes`.
     fn num_blocks_max(&self, bytes: usize) -> usize {
         self.bytes_left.saturating_sub(bytes) / BLOCK_BYTES_MAX
@@ -231,6 +236,10 @@ impl Scheduler {
         let sampling = plan.rows.iter().zip(&sequences).filter(|(row, _)| row.samples);
         for ((_, id), sampled) in sampling.zip(output.rows) {
             self.commit_token(*id, sampled, blocks);
+        }
+        let pooling = plan.rows.iter().zip(&sequences).filter(|(row, _)| row.pools);
+        for ((_, id), pooled) in pooling.zip(output.pooled) {
+            self.commit_pooled(*id, pooled.values, blocks);
         }
         blocks.commit(plan.step);
         self.committed_step = plan.step;
@@ -344,6 +353,7 @@ impl Scheduler {
             }
             if sequence.num_in_flight() > 0
                 || !sequence.may_sample()
+                || !draft.has_room_for(sequence)
                 || draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX) == 0
             {
                 return;
@@ -380,7 +390,7 @@ impl Scheduler {
     /// True where a prompt in this plan computes the next block that a waiting sequence needs: a plan later it is shared.
     fn is_being_computed(&mut self, id: SeqId, draft: &Draft, blocks: &BlockManager) -> bool {
         let Some(sequence) = self.sequences.get_mut(&id) else { return false };
-        if !blocks.is_caching() || sequence.wants_prompt_logprobs() {
+        if !blocks.is_caching() || sequence.wants_whole_prompt() {
             return false;
         }
         let prefix = sequence.hashes(blocks.block_size(), sequence.tokens().len() as u32 - 1);
@@ -458,6 +468,14 @@ impl Scheduler {
         }
     }
 
+    /// A prompt's vector is there, which is all that was asked for.
+    fn commit_pooled(&mut self, id: SeqId, values: Vec<f32>, blocks: &mut BlockManager) {
+        if self.sequences.contains_key(&id) {
+            self.events.push((id, TokenEvent::Pooled(values)));
+            self.finish(id, FinishReason::Complete, blocks);
+        }
+    }
+
     fn finish(&mut self, id: SeqId, reason: FinishReason, blocks: &mut BlockManager) {
         if let Some(sequence) = self.remove(id, blocks) {
             self.events.push((id, TokenEvent::Finished { reason, usage: sequence.usage() }));
@@ -501,7 +519,7 @@ fn plan_chunk(sequence: &mut Sequence, draft: &mut Draft, block_size: u32) {
     if sequence.wants_prompt_logprobs() {
         num_tokens = num_tokens.min(PROMPT_LOGPROBS_CHUNK_MAX);
     }
-    if num_tokens > 0 {
+    if num_tokens > 0 && draft.has_room_for(sequence) {
         draft.prefill_left -= num_tokens;
         draft.push(sequence, num_tokens, block_size);
     }
@@ -513,7 +531,7 @@ fn plan_chunk(sequence: &mut Sequence, draft: &mut Draft, block_size: u32) {
 fn open_table(sequence: &mut Sequence, draft: &Draft, blocks: &mut BlockManager, reserve: u32) -> Option<BlockTable> {
     let num_tokens = sequence.tokens().len() as u32;
     let num_blocks = num_tokens.div_ceil(blocks.block_size()) as usize;
-    if !blocks.is_caching() || sequence.wants_prompt_logprobs() {
+    if !blocks.is_caching() || sequence.wants_whole_prompt() {
         return blocks.open(&[], num_blocks, reserve);
     }
     let num_named_max = draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX + BLOCK_BYTES_MAX);

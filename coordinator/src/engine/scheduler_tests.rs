@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use phalanx_proto::{BlockId, SamplingParams, SeqId, TokenId};
+use phalanx_proto::{BlockId, Pooling, SamplingParams, SeqId, TokenId};
 use proptest::prelude::*;
 
 use super::block_manager::BlockManager;
@@ -14,7 +14,7 @@ use super::policy::Policy;
 use super::request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent};
 use super::scheduler::{Scheduler, SeqEvent};
 use super::sequence::Sequence;
-use super::simulation::{SimulatedGroup, VOCAB_SIZE, describe, masked, next_token};
+use super::simulation::{SimulatedGroup, VOCAB_SIZE, describe, masked, next_token, pooled};
 
 pub(super) fn limits() -> EngineLimits {
     EngineLimits {
@@ -93,6 +93,7 @@ enum Operation {
         stop: Option<u32>,
         prompt_logprobs: bool,
         constrained: Option<u32>,
+        pooling: Option<bool>,
     },
     Cancel(usize),
     Answer,
@@ -103,9 +104,9 @@ enum Operation {
 
 fn operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
-        3 => (0..4u32, 1..60u32, 1..30u32, proptest::option::of(0..VOCAB_SIZE), proptest::bool::weighted(0.15), proptest::option::weighted(0.3, 1..30u32)).prop_map(
-            |(family, num_prompt, max_tokens, stop, prompt_logprobs, constrained)| Operation::Submit {
-                family, num_prompt, max_tokens, stop, prompt_logprobs, constrained
+        3 => (0..4u32, 1..60u32, 1..30u32, proptest::option::of(0..VOCAB_SIZE), proptest::bool::weighted(0.15), proptest::option::weighted(0.3, 1..30u32), proptest::option::weighted(0.2, any::<bool>())).prop_map(
+            |(family, num_prompt, max_tokens, stop, prompt_logprobs, constrained, pooling)| Operation::Submit {
+                family, num_prompt, max_tokens, stop, prompt_logprobs, constrained, pooling
             }
         ),
         1 => any::<usize>().prop_map(Operation::Cancel),
@@ -143,6 +144,7 @@ struct Case {
     max_tokens: u32,
     tokens: Vec<TokenId>,
     num_prompt_logprobs: Option<usize>,
+    pooled: Option<Vec<f32>>,
     end: Option<FinishReason>,
     cancelled: bool,
 }
@@ -180,12 +182,16 @@ impl Harness {
 
     fn apply(&mut self, operation: &Operation) {
         match *operation {
-            Operation::Submit { family, num_prompt, max_tokens, stop, prompt_logprobs, constrained } => {
+            Operation::Submit { family, num_prompt, max_tokens, stop, prompt_logprobs, constrained, pooling } => {
                 let mut request = request(prompt(family, num_prompt), max_tokens);
                 request.stop_token_ids = stop.map(TokenId).into_iter().collect();
                 request.sampling.prompt_logprobs = prompt_logprobs.then_some(0);
                 request.constraint = constrained.map(constraint);
                 request.priority = family as i32 % 3 - 1;
+                if let Some(is_mean) = pooling {
+                    request.sampling.pooling = Some(if is_mean { Pooling::Mean } else { Pooling::Last });
+                    (request.sampling.prompt_logprobs, request.constraint) = (None, None);
+                }
                 self.submit(request);
             }
             Operation::Answer => self.answer(),
@@ -213,8 +219,8 @@ impl Harness {
         let max_tokens = self.limits.admit(&request).unwrap();
         self.scheduler.enqueue(Sequence::new(id, request.clone(), max_tokens));
         let max_tokens = max_tokens.get();
-        let (tokens, end) = (vec![], None);
-        self.cases.push(Case { request, max_tokens, tokens, num_prompt_logprobs: None, end, cancelled: false });
+        let (tokens, end, pooled) = (vec![], None, None);
+        self.cases.push(Case { request, max_tokens, tokens, num_prompt_logprobs: None, pooled, end, cancelled: false });
     }
 
     /// The group is gone with all that was in flight; another one takes over.
@@ -275,6 +281,7 @@ impl Harness {
                     assert_eq!(case.num_prompt_logprobs.is_some(), case.request.sampling.prompt_logprobs.is_some());
                     case.tokens.push(token);
                 }
+                TokenEvent::Pooled(values) => assert_eq!(case.pooled.replace(values), None, "one vector"),
                 TokenEvent::Finished { reason, usage } => {
                     case.end = Some(reason);
                     assert_eq!(usage.completion_tokens as usize, case.tokens.len());
@@ -305,7 +312,13 @@ impl Harness {
     fn check_end(&self) {
         assert!(self.scheduler.is_empty());
         for case in &self.cases {
-            let (tokens, reason) = oracle(&case.request, case.max_tokens);
+            let is_pooled = case.request.sampling.pooling.is_some();
+            let (tokens, reason) = match is_pooled {
+                true => (vec![], FinishReason::Complete),
+                false => oracle(&case.request, case.max_tokens),
+            };
+            let is_whole = is_pooled && !case.cancelled;
+            assert_eq!(case.pooled, is_whole.then(|| pooled(&case.request.prompt)));
             if case.cancelled {
                 assert_eq!(case.end, Some(FinishReason::Aborted));
                 assert_eq!(case.tokens, tokens[..case.tokens.len()]);

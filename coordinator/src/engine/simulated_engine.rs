@@ -199,7 +199,7 @@ impl SimulatedEngine {
                     case.has_ended = true;
                 }
                 TokenEvent::Failed(_) => case.has_ended = true,
-                TokenEvent::PromptLogprobs(_) => panic!("nobody asked for them"),
+                TokenEvent::PromptLogprobs(_) | TokenEvent::Pooled(_) => panic!("nobody asked for them"),
             }
         }
     }

@@ -4,6 +4,7 @@
 //! an index names. Does not know GGUF.
 
 mod config;
+mod embedding;
 mod safetensors;
 mod texts;
 

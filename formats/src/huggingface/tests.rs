@@ -7,8 +7,8 @@ use tempfile::TempDir;
 
 use crate::test_support::goldens;
 use crate::{
-    Architecture, FileKind, GenerationDefaults, Geometry, ModelError, ModelFiles, RopeScaling, StoredType,
-    TokenizerSource,
+    Architecture, EmbeddingPooling, EmbeddingSettings, EmbeddingWidths, FileKind, GenerationDefaults, Geometry,
+    ModelError, ModelFiles, RopeScaling, StoredType, TokenizerSource,
 };
 
 fn golden(name: &str) -> ModelFiles {
@@ -332,6 +332,60 @@ fn end_tokens_are_found_where_they_hide() {
     assert_eq!(ends(), [3, 4, 8, 9]);
     let wanted = GenerationDefaults { temperature: Some(0.7), top_k: Some(20), ..GenerationDefaults::default() };
     assert_eq!(ModelFiles::open_config(folder.path()).unwrap().generation_defaults(), wanted);
+}
+
+/// Reads a folder with `config` fields, `modules.json` and the file of its pooling module.
+fn embedding_of(config: Value, modules: Value, pooling: Value) -> Result<EmbeddingSettings, String> {
+    let folder = folder(&with(config));
+    std::fs::create_dir(folder.path().join("1_Pooling")).unwrap();
+    let write = |name: &str, value: Value| std::fs::write(folder.path().join(name), value.to_string()).unwrap();
+    if !modules.is_null() {
+        write("modules.json", modules);
+    }
+    write("1_Pooling/config.json", pooling);
+    match ModelFiles::open_config(folder.path()) {
+        Ok(files) => Ok(files.embedding_settings()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[test]
+fn embeddings_are_made_as_a_folder_says() {
+    let module = |kind: &str, path: &str| json!({"type": format!("sentence_transformers.models.{kind}"), "path": path});
+    let (whole, pooling) = (module("Transformer", ""), module("Pooling", "1_Pooling"));
+    let check = |config: Value, modules: Value, file: Value, expected: EmbeddingSettings| {
+        assert_eq!(embedding_of(config, modules, file), Ok(expected));
+    };
+    let settings = |pooling, normalizes, widths| EmbeddingSettings { pooling, normalizes, widths };
+    let (none, any) = (EmbeddingWidths::Whole, EmbeddingWidths::Any);
+    check(json!({}), Value::Null, json!({}), EmbeddingSettings::default());
+    check(json!({"is_matryoshka": true}), Value::Null, json!({}), settings(EmbeddingPooling::Last, true, any));
+    let (mean, last) = (
+        json!({"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": false}),
+        json!({"pooling_mode": "lasttoken"}),
+    );
+    let modules = json!([whole, pooling, module("Normalize", "2_Normalize")]);
+    let only = EmbeddingWidths::Only(vec![32, 64]);
+    check(
+        json!({"matryoshka_dimensions": [32, 64]}),
+        modules.clone(),
+        mean.clone(),
+        settings(EmbeddingPooling::Mean, true, only),
+    );
+    check(json!({}), json!([whole, pooling]), last, settings(EmbeddingPooling::Last, false, none.clone()));
+    let other = |words: &str| EmbeddingPooling::Other(words.into());
+    let cls = json!({"pooling_mode_cls_token": true});
+    check(json!({}), json!([whole, pooling]), cls, settings(other("pooling mode cls"), false, none.clone()));
+    let dense = json!([whole, pooling, module("Dense", "3_Dense")]);
+    check(json!({}), dense, mean.clone(), settings(other("a module of type Dense"), false, none));
+    let refused = |config: Value, modules: Value, words: &str| {
+        let told = embedding_of(config, modules, mean.clone()).expect_err("it is refused");
+        assert!(told.contains(words), "{told}");
+    };
+    refused(json!({}), json!({}), "not a JSON list");
+    refused(json!({}), json!([module("Pooling", "../x")]), "out of the model's folder");
+    refused(json!({}), json!([module("Pooling", "2_Pooling")]), "not there");
+    refused(json!({"matryoshka_dimensions": [0]}), modules, "matryoshka_dimensions");
 }
 
 #[test]

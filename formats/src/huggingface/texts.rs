@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::embedding::open_embedding;
 use crate::json::{self, Fields};
 use crate::texts::{CHAT_END_TOKENS, EndTokens, GenerationDefaults, ModelTexts, TokenizerSource};
 use crate::{ModelError, SentencePieceFiles};
@@ -39,7 +40,8 @@ pub(crate) fn open_texts(folder: &Path, config: &Value) -> Result<ModelTexts, Mo
     } else {
         None
     };
-    Ok(ModelTexts { end_token_ids: end_tokens.into_ids(), defaults, tokenizer })
+    let embedding = open_embedding(folder, config)?;
+    Ok(ModelTexts { end_token_ids: end_tokens.into_ids(), defaults, tokenizer, embedding })
 }
 
 /// `eos_token_id` is an id, a list of ids or null.

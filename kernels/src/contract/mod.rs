@@ -15,6 +15,8 @@ pub use step::{
     SeqInputs, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep,
 };
 
+use std::ops::Range;
+
 use phalanx_formats::StoredType;
 
 use crate::KernelError;
@@ -162,6 +164,16 @@ pub trait Ops {
     /// # Errors
     /// A device fault or a passed deadline.
     fn read<'a>(&'a mut self, buffer: &'a Self::Buffer, rows: usize) -> Result<&'a [f32], KernelError>;
+
+    /// The same for some rows of a buffer, the first of them first.
+    ///
+    /// # Errors
+    /// As `read`.
+    fn read_rows<'a>(&'a mut self, buffer: &'a Self::Buffer, rows: Range<usize>) -> Result<&'a [f32], KernelError> {
+        let all = self.read(buffer, rows.end)?;
+        let width = all.len().checked_div(rows.end).unwrap_or(0);
+        Ok(all.get(rows.start * width..).unwrap_or_default())
+    }
 
     // ---- fine ops ----
 

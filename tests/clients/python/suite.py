@@ -8,12 +8,12 @@ import inspect
 import sys
 import traceback
 
+import embeddings
 import journeys
 import plain
 import structured
 
-# `embeddings` joins them with its endpoint.
-MODULES = [plain, structured, journeys]
+MODULES = [plain, structured, journeys, embeddings]
 
 
 async def main():

@@ -319,6 +319,50 @@ enum Prompt {
     Lists(#[schemars(length(min = 1, max = 1024), inner(length(min = 1)))] Vec<Vec<u32>>),
 }
 
+/// How numbers are sent.
+#[derive(JsonSchema)]
+#[schemars(rename_all = "lowercase")]
+enum EncodingFormat {
+    Float,
+    Base64,
+}
+
+/// Which end of a prompt is cut off.
+#[derive(JsonSchema)]
+#[schemars(rename_all = "lowercase")]
+enum TruncationSide {
+    Left,
+    Right,
+}
+
+/// Body of `/v1/embeddings`.
+#[derive(JsonSchema)]
+pub struct EmbeddingRequest {
+    /// A served name, the model's path or its last part; the first model where it is absent.
+    model: Option<String>,
+    input: Prompt,
+    /// Lists of numbers, or little-endian 32-bit floats in base64.
+    encoding_format: Option<EncodingFormat>,
+    /// Cut each vector to its first numbers, where the model was trained for it.
+    #[schemars(range(min = 1, max = 4_294_967_295_u64))]
+    dimensions: Option<u32>,
+    /// Bring each vector to length 1; as the model's files say where it is absent.
+    normalize: Option<bool>,
+    /// Add the tokens that the model wants around a text.
+    add_special_tokens: Option<bool>,
+    /// Cut longer inputs to so many tokens; -1: to the model's context.
+    #[schemars(range(min = -1, max = 4_294_967_295_i64))]
+    truncate_prompt_tokens: Option<i64>,
+    /// The end that is cut off; `left` where it is absent.
+    truncation_side: Option<TruncationSide>,
+    /// Lower runs first, where the server is set to look at it.
+    #[schemars(range(min = -2_147_483_648_i64, max = 2_147_483_647))]
+    priority: Option<i32>,
+    /// The client's own name for the request.
+    #[schemars(length(max = 32))]
+    request_id: Option<String>,
+}
+
 /// Body of `/v1/completions`.
 #[derive(JsonSchema)]
 pub struct CompletionRequest {

@@ -4,6 +4,7 @@ mod admission;
 mod beam;
 mod chat;
 mod completions;
+mod embeddings;
 mod errors;
 mod openapi;
 mod responses;
@@ -18,7 +19,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, Response};
-use phalanx_formats::{GenerationDefaults, ModelFiles};
+use phalanx_formats::{EmbeddingSettings, GenerationDefaults, ModelFiles};
 use phalanx_proto::{SamplingParams, StatusSnapshot, TokenId, TokenLogprobs};
 use tower::ServiceExt;
 
@@ -103,6 +104,11 @@ impl Says {
         }
         let usage =
             Usage { prompt_tokens: to.prompt.len() as u32, completion_tokens: tokens.len() as u32, cached_tokens: 0 };
+        if to.sampling.pooling.is_some() {
+            let values = to.prompt.iter().map(|token| token.0 as f32).chain([0.0; 4]).take(4).collect();
+            to.events.send(TokenEvent::Pooled(values)).await.unwrap();
+            tokens.clear();
+        }
         for (index, token) in (0..).zip(tokens) {
             let logprobs = to.sampling.logprobs.map(|count| described(token, count));
             if to.events.send(TokenEvent::Token { index, token, logprobs }).await.is_err() {
@@ -134,6 +140,7 @@ struct Setup {
     limits: EngineLimits,
     snapshot: EngineSnapshot,
     defaults: GenerationDefaults,
+    embedding: EmbeddingSettings,
     api_keys: Vec<String>,
     /// In place of the model's own.
     template: Option<&'static str>,
@@ -150,6 +157,7 @@ impl Default for Setup {
             limits: limits(),
             snapshot: EngineSnapshot { num_blocks: 64, num_blocks_free: 48, running: 2, ..EngineSnapshot::default() },
             defaults: GenerationDefaults::default(),
+            embedding: EmbeddingSettings::default(),
             api_keys: Vec::new(),
             template: None,
             queue_timeout: None,
@@ -186,6 +194,7 @@ impl Server {
             max_model_len,
             created: 7,
             defaults: setup.defaults,
+            embedding: setup.embedding,
             end_token_ids: vec![END],
             queue_timeout: setup.queue_timeout,
             admission: Admission::default(),

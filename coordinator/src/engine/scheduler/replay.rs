@@ -53,9 +53,10 @@ impl Scheduler {
 
     /// Shortens what a waiting sequence may still generate to what the KV blocks hold; fails it where not even what is known fits.
     pub(super) fn fit(&mut self, id: SeqId) {
-        let (context, total) = (self.limits.context(), self.limits.num_blocks);
+        let total = self.limits.num_blocks;
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        if !sequence.shorten(context) {
+        sequence.shorten(self.limits.context());
+        if sequence.tokens().len() as u32 > self.limits.known_max(sequence.pools()) {
             let needed = (sequence.tokens().len() as u32).div_ceil(self.limits.block_size);
             self.fail_waiting(id, EngineError::TooFewBlocks { needed, total });
         }
