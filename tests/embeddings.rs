@@ -84,7 +84,7 @@ fn check_vectors(cluster: &Cluster, what: &str, prompts: &Value, expected: &[Vec
         let texts = [(); 3].map(|()| scope.spawn(|| cluster.http.ask("/v1/completions", &generate)));
         for (prompt, expected) in prompts.as_array().expect("prompts").iter().zip(&all) {
             let got = vectors(cluster, &json!({"model": "m", "input": prompt}));
-            assert_eq!(got, [expected.clone()], "{what}: alone, beside others that generate");
+            assert_eq!(got, std::slice::from_ref(expected), "{what}: alone, beside others that generate");
         }
         for text in texts {
             assert_eq!(text.join().expect("an answer")["choices"][0]["text"], alone, "{what}");

@@ -1,7 +1,5 @@
 //! Whole models through real processes and HTTP, at several tensor-parallel sizes, against transformers.
 
-#![expect(clippy::expect_used, reason = "helpers of tests are test code too")]
-
 use std::sync::Barrier;
 use std::thread;
 

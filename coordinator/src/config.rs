@@ -35,6 +35,10 @@ pub mod defaults {
     pub const STEPS_IN_FLIGHT_MAX: u32 = 2;
     /// Most ranks in a group.
     pub const WORLD_SIZE_MAX: u32 = 256;
+    /// Most bundles of a placement group.
+    pub const BUNDLES_MAX: usize = 256;
+    /// Most placement groups that are made by hand.
+    pub const GROUPS_MAX: usize = 256;
     /// Most replicas of a deployment.
     pub const REPLICAS_MAX: u32 = 64;
     /// A step's chunks are sized so that it takes about this long.
@@ -66,6 +70,8 @@ pub mod defaults {
     pub const END_DEADLINE: Duration = Duration::from_secs(15);
     /// Time for running requests to end when their deployment stops.
     pub const DRAIN: Duration = Duration::from_secs(10);
+    /// The same for a replica whose node leaves while no other has room for it. Less than agents wait for their drain.
+    pub const DRAIN_IN_PLACE: Duration = Duration::from_secs(100);
     /// Most restarts of a replica within [`RESTART_WINDOW`].
     pub const RESTARTS_MAX: usize = 5;
     /// Restarts before a group that has served so long count no more.
@@ -81,6 +87,18 @@ pub mod defaults {
     pub const CALL_CONNECT_DEADLINE: Duration = Duration::from_secs(3);
     /// Time for an answer that needs no work.
     pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
+    /// Events that a head remembers.
+    pub const EVENTS_MAX: usize = 1000;
+    /// Size at which the file of events starts anew; the one before is kept.
+    pub const EVENT_BYTES_MAX: u64 = 4 << 20;
+    /// Most bytes of a log in one answer.
+    pub const LOG_PART_BYTES_MAX: u32 = 256 << 10;
+    /// Answers of agents about their logs that may be waited for.
+    pub const LOG_READS_MAX: usize = 64;
+    /// Time for all replicas of a deployment to be started again, one after the other.
+    pub const RESTART_DEADLINE: Duration = Duration::from_secs(3600);
+    /// Longest wait that one call asks for.
+    pub const WAIT_MAX: Duration = Duration::from_secs(86_400);
     /// Time for all processes of a cluster to end.
     pub const STOP_DEADLINE: Duration = Duration::from_secs(60);
     /// Time between pings on an idle gRPC connection.
@@ -151,6 +169,21 @@ impl Home {
     /// Logs.
     pub fn log_dir(&self) -> PathBuf {
         self.0.join("logs")
+    }
+
+    /// Ports that a head with free choice has picked, for the one after it.
+    pub fn ports(&self) -> PathBuf {
+        self.run_dir().join("ports.json")
+    }
+
+    /// What happened, as the last heads of this home told it.
+    pub fn events(&self) -> PathBuf {
+        self.log_dir().join("events.jsonl")
+    }
+
+    /// The log of a head in the background.
+    pub fn head_log(&self) -> PathBuf {
+        self.log_dir().join("head.log")
     }
 
     /// What survives a restart.

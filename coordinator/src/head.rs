@@ -23,19 +23,22 @@ use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
+use ports::PickedPorts;
 pub use ports::{PortError, PortWish};
 pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
 
 use crate::api::{self, AllowedOrigins, ApiState, ServedModels};
 use crate::cluster::membership::ClusterServer;
-use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, Patience, StatusBoard};
+use crate::cluster::{
+    self, Chronicle, ClusterHandle, ClusterSettings, DeploymentRecord, GroupRecord, Patience, Restored, StatusBoard,
+};
 use crate::config::{Home, defaults};
 use crate::dashboard;
 use crate::security::access::Gate;
 use crate::security::key_file::{KeyFile, KeyFileError};
 use crate::security::keys::KeyRing;
 use crate::security::tokens::{TokenBook, TokenBookError};
-use crate::store::{Store, StoreError, StoreWriter};
+use crate::store::{Store, StoreError, StoreWriter, Table};
 
 /// Time between two writings of what keys have used.
 const USAGE_INTERVAL: Duration = Duration::from_secs(10);
@@ -59,6 +62,8 @@ pub struct HeadOptions {
     pub head_grace: Duration,
     /// Silence after which a machine counts as dead.
     pub node_timeout: Duration,
+    /// Where its log goes; none: to a terminal.
+    pub log: Option<PathBuf>,
     /// Keys that open the API; none: open to all.
     pub api_keys: Vec<String>,
     /// Plain text between machines, no tokens, no certificates.
@@ -104,6 +109,7 @@ pub enum HeadError {
 /// A head whose ports are bound and that does nothing yet.
 pub struct BoundHead {
     options: HeadOptions,
+    picked: PickedPorts,
     lock: HomeLock,
     cluster: TcpListener,
     http: TcpListener,
@@ -122,6 +128,7 @@ pub struct RunningHead {
     servers: Vec<tokio::task::JoinHandle<()>>,
     end: watch::Sender<bool>,
     socket: Option<PathBuf>,
+    picked: PickedPorts,
     _rendezvous: Option<Rendezvous>,
     _lock: HomeLock,
 }
@@ -132,9 +139,13 @@ pub struct RunningHead {
 /// Another head runs in this home, or a port cannot be had.
 pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
     let lock = HomeLock::take(&options.home)?;
-    let cluster = ports::bind(&options.cluster)?;
-    let http = ports::bind(&options.http)?;
-    let dashboard = ports::bind(&options.dashboard)?;
+    let mut picked = PickedPorts::read(options.home.ports());
+    let cluster = picked.bind(&options.cluster)?;
+    let http = picked.bind(&options.http)?;
+    let dashboard = picked.bind(&options.dashboard)?;
+    if let Err(error) = picked.write() {
+        warn!(%error, "ports are not kept: a head that is started again picks others");
+    }
     let at =
         |listener: &TcpListener, purpose| listener.local_addr().map_err(|source| HeadError::Socket { purpose, source });
     let address = at(&cluster, "the cluster")?;
@@ -150,7 +161,7 @@ pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
     let rendezvous = (!options.insecure && address.ip().is_loopback())
         .then(|| Rendezvous::announce(address.port(), options.home.path()))
         .flatten();
-    Ok(BoundHead { options, lock, cluster, http, dashboard, status, local_address: local(address), rendezvous })
+    Ok(BoundHead { options, picked, lock, cluster, http, dashboard, status, local_address: local(address), rendezvous })
 }
 
 /// Where other machines find an address that is listened on: what the user said, `HOST` or `HOST:PORT`, else a guess.
@@ -203,7 +214,7 @@ impl BoundHead {
     /// # Errors
     /// The store or a socket cannot be used.
     pub fn start(self) -> Result<RunningHead, HeadError> {
-        let Self { options, lock, cluster, http, dashboard, status, local_address, rendezvous } = self;
+        let Self { options, picked, lock, cluster, http, dashboard, status, local_address, rendezvous } = self;
         let gate = gate(&options)?;
         let mut store = Store::open(&options.home.store_dir())?;
         let term = store.next_term()?;
@@ -227,13 +238,16 @@ impl BoundHead {
         settings.patience = Patience::of(options.node_timeout);
         settings.heartbeat = settings.patience.heartbeat();
         let writer = StoreWriter::spawn(store);
+        settings.chronicle = Chronicle::open(&options.home.events());
+        let chronicle = settings.chronicle.clone();
         settings.store = Some(writer.map_err(|source| HeadError::Socket { purpose: "the store", source })?);
         let models = ServedModels::default();
         let (serving, changes) = mpsc::channel(defaults::PEER_QUEUE);
         let (handle, board) = cluster::start(settings, restored, serving);
         tokio::spawn(serving::keep_table(models.clone(), changes));
         let (end, ended) = watch::channel(false);
-        let server = ClusterServer::new(handle.clone(), board.clone(), gate);
+        let head_log = options.log.clone();
+        let server = ClusterServer::new(handle.clone(), board.clone(), gate, chronicle, head_log);
         let mut servers = cluster_servers(server, cluster, unix.map(|(_, listener)| listener), &ended)?;
         servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
         let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
@@ -253,7 +267,7 @@ impl BoundHead {
             term = term.0,
             "head listens"
         );
-        Ok(RunningHead { record, cluster: handle, servers, end, socket, _rendezvous: rendezvous, _lock: lock })
+        Ok(RunningHead { record, cluster: handle, servers, end, socket, picked, _rendezvous: rendezvous, _lock: lock })
     }
 }
 
@@ -261,6 +275,7 @@ impl RunningHead {
     /// Resolves when the cluster has stopped and the servers have ended.
     pub async fn ended(mut self) {
         self.cluster.stopped().await;
+        self.picked.forget();
         let _ = self.end.send(true);
         let closing = async {
             for server in &mut self.servers {
@@ -315,15 +330,26 @@ fn gate(options: &HeadOptions) -> Result<Gate, HeadError> {
 }
 
 /// What an earlier head has left. A record that cannot be read is named and passed over: the others come back.
-fn restored(store: &mut Store) -> Result<Vec<DeploymentRecord>, StoreError> {
-    let mut restored = Vec::new();
-    for (name, bytes) in store.deployments()? {
-        match DeploymentRecord::from_bytes(&bytes) {
-            Ok(record) => restored.push(record),
-            Err(error) => error!(group_id = name, %error, "deployment does not come back: its record cannot be read"),
+fn restored(store: &mut Store) -> Result<Restored, StoreError> {
+    Ok(Restored {
+        deployments: readable(store, Table::Deployments, DeploymentRecord::from_bytes)?,
+        groups: readable(store, Table::PlacementGroups, GroupRecord::from_bytes)?,
+    })
+}
+
+fn readable<T>(
+    store: &mut Store,
+    table: Table,
+    read: impl Fn(&[u8]) -> Result<T, serde_json::Error>,
+) -> Result<Vec<T>, StoreError> {
+    let mut records = Vec::new();
+    for (name, bytes) in store.records(table)? {
+        match read(&bytes) {
+            Ok(record) => records.push(record),
+            Err(error) => error!(?table, name, %error, "a record does not come back: it cannot be read"),
         }
     }
-    Ok(restored)
+    Ok(records)
 }
 
 /// Writes lines of throughput and queues until the end.

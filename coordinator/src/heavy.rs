@@ -1,7 +1,7 @@
 //! Work that takes long and that no step waits for: parsing and tokenizing long texts, compiling grammars.
 //!
-//! Each piece runs on a thread of its own that gives way to every other thread of the machine, so that the step loop, the ranks
-//! and the streams of others do not notice it. Knows nothing of the work.
+//! Each piece runs on a thread of its own that gives way to the step loop, the ranks and the streams of others, though not so far
+//! that it starves on a machine whose ranks compute on all processors. Knows nothing of the work.
 //!
 //! **Invariant:** a few pieces run at a time, and of those over [`HUGE_BYTES`] one; what waits holds no thread, and goes when
 //! nobody waits for it any more. What runs keeps its place until it ends.
@@ -20,8 +20,8 @@ pub const HUGE_BYTES: usize = 256 * 1024;
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// Stack of a thread.
 const STACK_BYTES: usize = 8 << 20;
-/// The lowest priority that there is.
-const NICE: i32 = 19;
+/// A third of the share of a usual thread, where they compete.
+const NICE: i32 = 5;
 
 static LONG: Semaphore = Semaphore::const_new(2);
 static HUGE: Semaphore = Semaphore::const_new(1);
@@ -68,7 +68,7 @@ async fn place(num_bytes: usize) -> Result<SemaphorePermit<'static>, HeavyError>
     }
 }
 
-/// Lets every other thread go first. On Linux the priority is the calling thread's own.
+/// Lets other threads go first. On Linux the priority is the calling thread's own.
 pub fn give_way() {
     // It may always be lowered; where it cannot, the work is only less polite.
     let _refused = rustix::process::setpriority_process(None, NICE);

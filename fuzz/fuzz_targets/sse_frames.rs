@@ -14,7 +14,7 @@ fn read<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<Frame>, bool) {
     for piece in pieces {
         reader.push(piece);
         loop {
-            match reader.next() {
+            match reader.next_frame() {
                 Ok(Some(frame)) => frames.push(frame),
                 Ok(None) => break,
                 Err(_) => return (frames, true),

@@ -17,8 +17,8 @@ mod session;
 mod status;
 
 pub use agent::{
-    AgentCommand, AgentEvent, AgentHello, AgentWelcome, DesiredRank, DesiredRanks, DeviceKind, HeadSocket, RankKey,
-    RankObserved, RankProcess,
+    AgentCommand, AgentEvent, AgentHello, AgentWelcome, DesiredRank, DesiredRanks, DeviceKind, HeadSocket, LogPart,
+    LogRequest, LogSource, LogStart, RankKey, RankObserved, RankProcess,
 };
 pub use edits::{EditStaging, LogitEdits, edit_messages};
 pub use error::WireError;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::{RootCertStore, ServerConfig};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
@@ -23,6 +23,8 @@ use crate::{Authority, CERTIFICATE_LIFETIME, Stream, TrustError};
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 /// Handshakes at one time; the next connections wait in the system's queue.
 const HANDSHAKES_MAX: usize = 64;
+/// Time for one who speaks plain text to read why it is refused.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// Rest after the system gave no connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Time between two lines about strangers.
@@ -103,7 +105,14 @@ async fn tell_plain(tcp: &mut TcpStream, first: u8) -> io::Result<()> {
         answer.extend_from_slice(format!("{head}Connection: close\r\n\r\n{PLAIN_WORDS}\n").as_bytes());
     }
     tcp.write_all(&answer).await?;
-    tcp.shutdown().await
+    tcp.shutdown().await?;
+    // To close with something unread would take the words back from one who has not read them yet.
+    let mut rest = [0u8; 1024];
+    let until_it_goes = async {
+        while tcp.read(&mut rest).await? > 0 {}
+        io::Result::Ok(())
+    };
+    tokio::time::timeout(FAREWELL, until_it_goes).await.unwrap_or(Ok(()))
 }
 
 /// Connections as they come: over TLS where there is `tls`, else in plain text. Ends when nobody takes them any more.

@@ -6,7 +6,7 @@
 //! **Invariant:** nothing else in this crate reads the environment, and nothing changes a `Config` later. A key or a value
 //! that is not understood stops the start.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -51,6 +51,10 @@ pub mod defaults {
     pub const JOIN_REPORT_DEADLINE: Duration = Duration::from_secs(4);
     /// Time for a rank to end after SIGTERM; then comes SIGKILL.
     pub const RANK_END_DEADLINE: Duration = Duration::from_secs(3);
+    /// Most bytes of a log in one answer.
+    pub const LOG_PART_BYTES_MAX: u32 = 256 << 10;
+    /// Longest wait for the work of this machine to move elsewhere; then the agent is asked to end at once.
+    pub const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
     /// Time for an agent to end after SIGTERM, its ranks included; then comes SIGKILL.
     pub const AGENT_END_DEADLINE: Duration = Duration::from_secs(15);
     /// Time for the last messages of a stream to reach the head.
@@ -151,6 +155,16 @@ pub enum LogFormat {
     Text,
     /// One object a line.
     Json,
+}
+
+impl LogFormat {
+    /// The word of the flag.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
 }
 
 impl FromStr for LogFormat {
@@ -266,6 +280,8 @@ struct File {
     token: Option<String>,
     token_file: Option<PathBuf>,
     insecure: Option<bool>,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
     log_level: Option<String>,
     log_format: Option<LogFormat>,
 }
@@ -336,6 +352,8 @@ pub struct Flags {
     pub token_file: Option<PathBuf>,
     /// `--insecure`.
     pub insecure: bool,
+    /// `--label`.
+    pub labels: BTreeMap<String, String>,
     /// `--log-level`.
     pub log_level: Option<String>,
     /// `--log-format`.
@@ -359,6 +377,8 @@ pub struct Config {
     pub trust: TrustWish,
     /// Names of variables that hold secrets of others.
     pub secrets: Vec<String>,
+    /// What this machine is labelled with, for placement.
+    pub labels: BTreeMap<String, String>,
     /// Log filter.
     pub log_level: String,
     /// Look of log lines.
@@ -405,6 +425,7 @@ impl Config {
             advertise_address: flags.advertise_address.or(file.advertise_address),
             trust: trust(insecure, token, token_file)?,
             secrets: environment.secrets,
+            labels: file.labels.into_iter().chain(flags.labels).collect(),
             log_level: log_level.unwrap_or_else(|| "info".into()),
             log_format: flags.log_format.or(file.log_format).unwrap_or_default(),
             cuda_visible: environment.cuda_visible,

@@ -14,7 +14,7 @@ use phalanx_kernels::cuda::ModuleSettings;
 use phalanx_proto::{DeviceKind, RankHello, VERSION};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
-use tracing::{error, info, warn};
+use tracing::{error, error_span, info, warn};
 
 use crate::agent::launch::RankLaunch;
 use crate::backend;
@@ -89,6 +89,12 @@ fn end_with_pipe() {
 /// Everything but an end that the head asked for.
 pub fn run(launch: RankLaunch) -> Result<(), RankError> {
     let grace = launch.head_grace();
+    let key = &launch.key;
+    // Of the highest level, so that what it says stands beside every line that is written at all.
+    let span = error_span!("rank", deployment = %key.deployment, replica = key.replica, rank = key.rank.0,
+        incarnation = key.incarnation.0, node_id = %launch.node_id);
+    // One thread, one task: whatever runs here is this rank's.
+    let _entered = span.enter();
     let setup = RankSetup {
         rank: launch.key.rank,
         incarnation: launch.key.incarnation,

@@ -16,8 +16,8 @@ use phalanx_coordinator::text::TextModel;
 use phalanx_formats::ModelFiles;
 use phalanx_proto::pb::head_to_rank::Message;
 use phalanx_proto::{
-    Epoch, LoadModel, MaskStaging, NodeId, PlanRow, PooledRow, Rank, RankCapacity, RankEvent, SampledRow,
-    SamplerFeatures, StepOutput, StepPlan, Term, TokenId, TokenMask, WireError, pb,
+    Epoch, LoadModel, MaskStaging, NodeId, Phase, PlanRow, PooledRow, Rank, RankCapacity, RankEvent, RankFailure,
+    SampledRow, SamplerFeatures, StepOutput, StepPlan, Term, TokenId, TokenMask, WireError, pb,
 };
 use tokio::sync::mpsc;
 
@@ -116,6 +116,11 @@ fn load() -> LoadModel {
     }
 }
 
+/// The head sent what is no message: its group breaks.
+fn failure(error: &WireError) -> RankEvent {
+    RankEvent::Failure(RankFailure { phase: Phase::Ready, code: "internal".into(), message: error.to_string() })
+}
+
 struct DummyRank {
     outbox: mpsc::Sender<RankEvent>,
     vocab_size: u32,
@@ -141,14 +146,8 @@ impl DummyRank {
                 Some(Message::InitKvCache(_) | Message::BeginEpoch(_)) => {
                     Some(RankEvent::Ready { num_blocks: NUM_BLOCKS })
                 }
-                Some(Message::Plan(plan)) => match self.step(plan) {
-                    Ok(output) => Some(RankEvent::Output(output)),
-                    Err(error) => panic!("the head sent a plan that is none: {error}"),
-                },
-                Some(Message::SampleInputs(inputs)) => match self.masks.keep(inputs) {
-                    Ok(()) => None,
-                    Err(error) => panic!("the head sent a mask that is none: {error}"),
-                },
+                Some(Message::Plan(plan)) => Some(self.step(plan).map_or_else(|e| failure(&e), RankEvent::Output)),
+                Some(Message::SampleInputs(inputs)) => self.masks.keep(inputs).err().map(|error| failure(&error)),
                 // Prompts and edits change nothing here.
                 Some(Message::Stage(_) | Message::StageEdits(_)) => None,
                 Some(Message::Shutdown(_)) | None => return,

@@ -103,25 +103,35 @@ async fn load(
     length: Duration,
 ) -> Result<Vec<Duration>, std::io::Error> {
     let start = Instant::now() + Duration::from_millis(20);
-    let interval = Duration::from_secs(1) / RATE;
-    let one = move |number: u32| async move {
-        let mut connection = Connection::open(address, path, body).await?;
-        let mut times = Vec::new();
-        let mut due = start + interval * number;
-        while due < start + length {
-            tokio::time::sleep_until(due.into()).await;
-            connection.ask().await?;
-            times.push(due.elapsed());
-            due += interval * NUM_CONNECTIONS;
-        }
-        Ok::<_, std::io::Error>(times)
-    };
-    let tasks: Vec<_> = (0..NUM_CONNECTIONS).map(|number| tokio::spawn(one(number))).collect();
+    let tasks: Vec<_> = (0..NUM_CONNECTIONS)
+        .map(|number| tokio::spawn(client(address, path, body, (start, start + length), number)))
+        .collect();
     let mut all = Vec::new();
     for task in tasks {
         all.extend(task.await??);
     }
     Ok(all)
+}
+
+/// One client: a request whenever it is its turn, between two instants.
+async fn client(
+    address: SocketAddr,
+    path: &'static str,
+    body: &'static str,
+    (start, end): (Instant, Instant),
+    number: u32,
+) -> Result<Vec<Duration>, std::io::Error> {
+    let interval = Duration::from_secs(1) / RATE;
+    let mut connection = Connection::open(address, path, body).await?;
+    let mut times = Vec::new();
+    let mut due = start + interval * number;
+    while due < end {
+        tokio::time::sleep_until(due.into()).await;
+        connection.ask().await?;
+        times.push(due.elapsed());
+        due += interval * NUM_CONNECTIONS;
+    }
+    Ok(times)
 }
 
 /// One kept-alive connection.

@@ -237,9 +237,10 @@ struct Shape {
 
 impl Shape {
     async fn answer(self, of: Accepted, vectors: Vec<Vec<f32>>, num_tokens: u64) -> Result<Response, ApiError> {
-        let width = vectors.first().map_or(0, Vec::len);
-        if let Some(asked) = self.dimensions.filter(|asked| *asked as usize > width) {
-            let expected = format!("at most {width}");
+        if let (Some(asked), Some(first)) = (self.dimensions, vectors.first())
+            && asked as usize > first.len()
+        {
+            let expected = format!("at most {}", first.len());
             return Err(ApiError::OutOfRange { param: "dimensions".into(), value: asked.to_string(), expected });
         }
         if vectors.iter().map(Vec::len).sum::<usize>() <= INLINE_NUMBERS_MAX {

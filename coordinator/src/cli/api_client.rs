@@ -233,7 +233,7 @@ impl EventStream {
     /// The server ends with an error, the connection breaks, or nothing comes for too long.
     pub async fn next(&mut self) -> Result<Option<Value>, ClientError> {
         loop {
-            match self.frames.next()? {
+            match self.frames.next_frame()? {
                 Some(Frame::Done) => return Ok(None),
                 Some(Frame::Data(value)) => {
                     return match error_message(&value) {

@@ -47,7 +47,7 @@ impl FrameReader {
     ///
     /// # Errors
     /// The frame is no JSON, or does not end within its limit: the stream is of no use any more.
-    pub fn next(&mut self) -> Result<Option<Frame>, FrameError> {
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
         while let Some(frame) = self.take() {
             match frame.strip_prefix(b"data: ") {
                 None => {}
@@ -87,7 +87,7 @@ mod tests {
         let mut frames = Vec::new();
         for part in parts {
             reader.push(part.as_bytes());
-            while let Some(frame) = reader.next().unwrap() {
+            while let Some(frame) = reader.next_frame().unwrap() {
                 frames.push(frame);
             }
         }
@@ -114,8 +114,8 @@ mod tests {
     fn what_is_no_json_ends_the_stream() {
         let mut reader = FrameReader::default();
         reader.push(b"data: {\n\n");
-        assert!(matches!(reader.next(), Err(FrameError::NotJson(_))));
+        assert!(matches!(reader.next_frame(), Err(FrameError::NotJson(_))));
         reader.push(&vec![b'x'; FRAME_BYTES_MAX + 1]);
-        assert!(matches!(reader.next(), Err(FrameError::TooLong)));
+        assert!(matches!(reader.next_frame(), Err(FrameError::TooLong)));
     }
 }

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::launch::{HeadFlags, end_on_signals, runtime};
 use super::{CliError, Outcome, Surroundings};
-use crate::head::{self, HeadRecord};
+use crate::head::{self, HeadOptions, HeadRecord};
 
 /// Run the head in this process
 #[derive(Debug, Clone, Args)]
@@ -55,7 +55,8 @@ pub(super) fn run(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outc
 }
 
 async fn serve(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outcome {
-    let head = head::bind(flags.head.options(surroundings))?.start()?;
+    let log = Some(surroundings.environment.home.head_log());
+    let head = head::bind(HeadOptions { log, ..flags.head.options(surroundings) })?.start()?;
     end_on_signals(head.cluster.clone())?;
     say(&StartLine::Listening(head.record.clone()))?;
     head.ended().await;

@@ -114,6 +114,7 @@ impl HeadFlags {
             advertise_address: self.advertise_address.clone(),
             head_grace: self.head_grace,
             node_timeout: self.node_timeout,
+            log: None,
             api_keys: Vec::new(),
             insecure: surroundings.global.insecure,
             certificate_lifetime: self.certificate_lifetime,
@@ -149,6 +150,20 @@ pub struct DeviceFlags {
     /// Which devices to offer
     #[arg(long, value_enum, default_value_t)]
     pub device: DeviceChoice,
+    /// Label of this machine, for placement groups that ask for it; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_pair)]
+    pub labels: Vec<(String, String)>,
+}
+
+/// Reads `KEY=VALUE`.
+///
+/// # Errors
+/// It is none.
+pub fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text} is not KEY=VALUE")),
+    }
 }
 
 /// A runtime for a head or a command.
@@ -190,7 +205,7 @@ pub fn end_on_signals(cluster: ClusterHandle) -> Outcome {
 /// It cannot listen, or not in time.
 pub fn start_head(surroundings: &Surroundings, flags: &HeadFlags) -> Result<(Child, HeadRecord), CliError> {
     let log_dir = surroundings.environment.home.log_dir();
-    let log_path = log_dir.join("head.log");
+    let log_path = surroundings.environment.home.head_log();
     let opened =
         private_dir(&log_dir).and_then(|()| OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path));
     let log = opened.map_err(|error| {
@@ -262,6 +277,7 @@ pub async fn start_agent(
         flags.device.as_str(),
     ]);
     command.args(flags.num_gpus.map(|num| format!("--num-gpus={num}")));
+    command.args(flags.labels.iter().map(|(key, value)| format!("--label={key}={value}")));
     command.arg(format!("--log-format={}", surroundings.global.log_format.as_str()));
     command.args(surroundings.global.log_level.as_ref().map(|level| format!("--log-level={level}")));
     command.args(record.insecure.then_some("--insecure"));

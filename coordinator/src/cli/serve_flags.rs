@@ -11,10 +11,10 @@ use clap::builder::PossibleValuesParser;
 
 use super::CliError;
 use super::connection::AddressFlag;
-use super::launch::{DeviceChoice, DeviceFlags, HeadFlags};
+use super::launch::{DeviceChoice, DeviceFlags, HeadFlags, parse_pair};
 use crate::api::AllowedOrigins;
 use crate::cluster::strategy::Strategy;
-use crate::cluster::{DeploymentSpec, TensorParallelSize};
+use crate::cluster::{DeploymentSpec, ReplicaCount, TensorParallelSize};
 use crate::config::{defaults, parse_duration};
 use crate::engine::policy::Policy;
 use crate::text::tools::ToolFormat;
@@ -66,9 +66,9 @@ pub struct EngineFlags {
     /// Ranks that share the model: a number, or auto for all free slots of one node
     #[arg(long, short = 't', visible_alias = "tp", value_name = "N|auto", default_value = "1", value_parser = parse_size)]
     pub tensor_parallel_size: TensorParallelSize,
-    /// Copies of the model, each with its own ranks
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub replicas: u32,
+    /// Copies of the model, each with its own ranks: a number, or auto for as many as the machines have room for
+    #[arg(long, value_name = "N|auto", default_value = "1", value_parser = parse_replicas)]
+    pub replicas: ReplicaCount,
     /// Names that the model answers to; the first is the deployment's
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub served_model_name: Vec<String>,
@@ -141,11 +141,11 @@ pub struct EngineFlags {
     /// How long to wait for machines or slots that are not there [default: not at all]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub wait: Option<Duration>,
-    /// Placement group to use
+    /// Placement group whose slots to use: coordinator placement-group create makes one
     #[arg(long, value_name = "NAME")]
     pub placement_group: Option<String>,
     /// Environment of the ranks
-    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_env)]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
     pub env: Vec<(String, String)>,
     /// Network interface for collectives between nodes
     #[arg(long, value_name = "NAME", default_value = "")]
@@ -244,10 +244,11 @@ impl OwnHeadFlags {
     /// The slots of the agent that is started: enough for the deployment.
     pub fn devices(&self, spec: &DeploymentSpec) -> DeviceFlags {
         let needed = match spec.tensor_parallel_size {
+            TensorParallelSize::Fixed(_) if spec.replicas_auto => None,
             TensorParallelSize::Fixed(size) => Some(size.saturating_mul(spec.replicas).max(1)),
             TensorParallelSize::Auto => None,
         };
-        DeviceFlags { num_gpus: self.num_gpus.or(needed), device: self.device.unwrap_or_default() }
+        DeviceFlags { num_gpus: self.num_gpus.or(needed), device: self.device.unwrap_or_default(), labels: Vec::new() }
     }
 }
 
@@ -324,10 +325,6 @@ impl EngineFlags {
     /// # Errors
     /// A flag that cannot be obeyed, or a file that cannot be read.
     pub fn spec(&self, model: &str) -> Result<DeploymentSpec, CliError> {
-        if self.placement_group.is_some() {
-            let message = "--placement-group: groups made by hand cannot be used yet";
-            return Err(CliError::usage(message).with_hint("Use --placement-strategy"));
-        }
         // What is not finite has no place in JSON; whether the share makes sense is the head's to say.
         if !self.gpu_memory_utilization.is_finite() {
             let message = format!(
@@ -347,8 +344,10 @@ impl EngineFlags {
             chat_template: template,
             tool_call_parser: self.tool_call_parser.clone(),
             tensor_parallel_size: self.tensor_parallel_size,
-            replicas: self.replicas,
+            replicas: if let ReplicaCount::Fixed(count) = self.replicas { count } else { 1 },
+            replicas_auto: self.replicas == ReplicaCount::Auto,
             strategy: self.placement_strategy,
+            placement_group: self.placement_group.clone(),
             wait: self.wait,
             load_format: self.load_format.clone(),
             dtype: dtype(&self.dtype),
@@ -413,10 +412,12 @@ fn parse_size(text: &str) -> Result<TensorParallelSize, String> {
     if size == 0 { Err(bad()) } else { Ok(TensorParallelSize::Fixed(size)) }
 }
 
-fn parse_env(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err(format!("{text} is not KEY=VALUE")),
+fn parse_replicas(text: &str) -> Result<ReplicaCount, String> {
+    match text {
+        "auto" => Ok(ReplicaCount::Auto),
+        _ => {
+            text.parse().map(ReplicaCount::Fixed).map_err(|_| format!("{text} is neither a number of copies nor auto"))
+        }
     }
 }
 
@@ -479,10 +480,10 @@ mod tests {
 
     #[test]
     fn what_cannot_be_obeyed_is_refused() {
-        let error = parse("m --placement-group g").engine.spec("m").expect_err("not yet");
-        assert_eq!(error.exit, CliError::USAGE);
         let error = parse("m --chat-template /nonexistent").engine.spec("m").expect_err("no such file");
+        assert_eq!(error.exit, CliError::USAGE);
         assert!(error.message.contains("/nonexistent"));
+        assert_eq!(parse("m --placement-group g").engine.spec("m").expect("a deployment").placement_group(), Some("g"));
     }
 
     #[test]

@@ -11,11 +11,13 @@ mod admin;
 mod agents;
 mod client;
 mod ranks;
+mod story;
 #[cfg(test)]
 pub(super) mod tests;
 mod trust;
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use phalanx_proto::pb;
@@ -27,9 +29,10 @@ use tonic::Status;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::Router;
 
-pub use client::{CallError, HeadAddress, HeadClient, NewToken};
+pub use client::{CallError, HeadAddress, HeadClient, LogText, NewToken};
+use story::Story;
 
-use super::{ClusterError, ClusterHandle, JoinError, StatusBoard};
+use super::{Chronicle, ClusterError, ClusterHandle, JoinError, StatusBoard};
 use crate::config::defaults;
 use crate::security::access::Gate;
 
@@ -42,12 +45,21 @@ pub struct ClusterServer {
     cluster: ClusterHandle,
     board: StatusBoard,
     gate: Gate,
+    story: Story,
 }
 
 impl ClusterServer {
-    /// Serves this cluster to those whom the gate lets in.
-    pub fn new(cluster: ClusterHandle, board: StatusBoard, gate: Gate) -> Self {
-        Self { cluster, board, gate }
+    /// Serves this cluster to those whom the gate lets in; its events are told in `chronicle`, and its head writes `head_log`,
+    /// where it writes any.
+    pub fn new(
+        cluster: ClusterHandle,
+        board: StatusBoard,
+        gate: Gate,
+        chronicle: Chronicle,
+        head_log: Option<PathBuf>,
+    ) -> Self {
+        let story = Story { chronicle, head_log };
+        Self { cluster, board, gate, story }
     }
 
     /// Serves machines until `end`.
@@ -78,7 +90,7 @@ impl ClusterServer {
 
     fn router(self) -> Router {
         let limit = defaults::MESSAGE_BYTES_MAX;
-        let (cluster, gate) = (self.cluster, self.gate);
+        let Self { cluster, board, gate, story } = self;
         let agents = agents::AgentService { cluster: cluster.clone(), gate: gate.clone() };
         let agents = pb::agents_server::AgentsServer::new(agents);
         let ranks = ranks::RankService { cluster: cluster.clone(), gate: gate.clone() };
@@ -87,7 +99,7 @@ impl ClusterServer {
         let enrollment = pb::enrollment_server::EnrollmentServer::new(enrollment);
         let tokens = pb::tokens_server::TokensServer::new(trust::TokenService { gate: gate.clone() });
         let admin_only = trust::AdminOnly(gate);
-        let admin = pb::admin_server::AdminServer::new(admin::AdminService { cluster, board: self.board });
+        let admin = pb::admin_server::AdminServer::new(admin::AdminService { cluster, board, story });
         tonic::transport::Server::builder()
             .initial_stream_window_size(defaults::STREAM_WINDOW_BYTES)
             .initial_connection_window_size(defaults::CONNECTION_WINDOW_BYTES)
@@ -109,7 +121,10 @@ impl From<ClusterError> for Status {
             ClusterError::Join(JoinError::Duplicate { .. }) => Self::already_exists(text),
             ClusterError::Join(JoinError::Stopping) | ClusterError::Unavailable => Self::unavailable(text),
             ClusterError::UnknownRank { .. } => Self::permission_denied(text),
-            ClusterError::UnknownDeployment { .. } | ClusterError::UnknownNode { .. } => Self::not_found(text),
+            ClusterError::UnknownDeployment { .. }
+            | ClusterError::UnknownNode { .. }
+            | ClusterError::UnknownGroup { .. } => Self::not_found(text),
+            ClusterError::GroupInUse { .. } | ClusterError::CannotRestart { .. } => Self::failed_precondition(text),
             ClusterError::StillRunning { .. } => Self::deadline_exceeded(text),
             ClusterError::NotKept { .. } => Self::resource_exhausted(text),
         }

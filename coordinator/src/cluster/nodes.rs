@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_proto::{AgentHello, DeviceKind, NodeId};
 
+use super::placement::IMPLIED_LABELS;
 use crate::config::defaults;
 
 /// Ways there and back that are remembered: the shortest of them counts, for a busy machine lengthens some.
@@ -85,6 +86,14 @@ impl Node {
             }
             _ => self.reason.clone(),
         }
+    }
+
+    /// The labels that it was given, and those that every node has.
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        let mut labels = self.hello.labels.clone();
+        let implied = [self.hello.node_id.to_string(), self.hello.hostname.clone(), self.hello.device_kind.to_string()];
+        labels.extend(IMPLIED_LABELS.into_iter().map(str::to_owned).zip(implied));
+        labels
     }
 
     /// The device in words.
@@ -291,6 +300,7 @@ mod tests {
             memory_bytes: 1 << 33,
             pid,
             device_names: vec!["cpu".into(); 2],
+            labels: BTreeMap::new(),
         }
     }
 

@@ -27,6 +27,15 @@ pub enum TensorParallelSize {
     Fixed(u32),
 }
 
+/// How many copies of the model there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReplicaCount {
+    /// As many as the machines have room for, at least one.
+    Auto,
+    /// This many.
+    Fixed(u32),
+}
+
 /// A deployment as it was asked for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -48,10 +57,16 @@ pub struct DeploymentSpec {
     pub tool_call_parser: Option<String>,
     /// Ranks of one replica.
     pub tensor_parallel_size: TensorParallelSize,
-    /// Copies of the model.
+    /// Copies of the model; those that it begins with where they follow the machines.
     pub replicas: u32,
+    /// Copies come with machines that join, and go with those that leave.
+    #[serde(default)]
+    pub replicas_auto: bool,
     /// How ranks lie on nodes.
     pub strategy: Strategy,
+    /// Placement group whose slots it uses.
+    #[serde(default)]
+    pub placement_group: Option<String>,
     /// How long to wait for machines that are not there; `None`: not at all.
     pub wait: Option<Duration>,
     /// auto, safetensors, gguf or dummy.
@@ -113,7 +128,9 @@ impl DeploymentSpec {
             tool_call_parser: None,
             tensor_parallel_size: TensorParallelSize::Fixed(1),
             replicas: 1,
+            replicas_auto: false,
             strategy: Strategy::default(),
+            placement_group: None,
             wait: None,
             load_format: "auto".to_owned(),
             dtype: "auto".to_owned(),
@@ -136,6 +153,11 @@ impl DeploymentSpec {
             collective_interface: String::new(),
             collective_ports: (0, 0),
         }
+    }
+
+    /// The placement group whose slots it uses, by name.
+    pub fn placement_group(&self) -> Option<&str> {
+        self.placement_group.as_deref()
     }
 
     /// The environment of each rank: what was asked for, and NCCL's interface.

@@ -85,6 +85,8 @@ pub struct EngineSnapshot {
     pub stall_limit: Duration,
     /// The group broke, and the next one is not there yet.
     pub recovering: bool,
+    /// Its group is to end soon: new work goes elsewhere where it can.
+    pub yielding: bool,
 }
 
 impl EngineSnapshot {
@@ -102,6 +104,8 @@ impl EngineSnapshot {
 /// What handle and engine share.
 pub(super) struct Shared {
     pub(super) limits: EngineLimits,
+    /// The group is to end soon.
+    pub(super) yielding: AtomicBool,
     /// KV blocks of the group that serves now, which differ from the first one's.
     pub(super) num_blocks: AtomicU32,
     /// Requests accepted and not ended.
@@ -118,6 +122,7 @@ impl Shared {
             num_blocks: AtomicU32::new(limits.num_blocks),
             limits,
             num_accepted: AtomicU32::new(0),
+            yielding: AtomicBool::new(false),
             retry_after_us: AtomicU64::new(0),
             snapshot: watch::Sender::new(snapshot),
             state: watch::Sender::new(EngineState::Serving),
@@ -281,7 +286,13 @@ impl EngineHandle {
 
     /// The engine now.
     pub fn snapshot(&self) -> EngineSnapshot {
-        *self.shared.snapshot.borrow()
+        let yielding = self.shared.yielding.load(Ordering::Acquire);
+        EngineSnapshot { yielding, ..*self.shared.snapshot.borrow() }
+    }
+
+    /// Asks for no new work where others can take it: the group is about to end. The next group takes it back.
+    pub fn yield_work(&self) {
+        self.shared.yielding.store(true, Ordering::Release);
     }
 
     /// Requests that it has accepted and that have not ended.

@@ -341,6 +341,7 @@ impl Engine {
             progress_at: self.progress_at,
             stall_limit: self.group.stall_limit(),
             recovering: self.recovering,
+            yielding: false,
         });
     }
 

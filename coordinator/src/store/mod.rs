@@ -1,4 +1,4 @@
-//! What survives a restart of the head: its term, and one record for each deployment.
+//! What survives a restart of the head: its term, and one record for each deployment and each placement group.
 //!
 //! Owns the database file and the thread that writes it. Knows names and bytes; what the records say is the cluster's business.
 //!
@@ -22,8 +22,28 @@ const FILE: &str = "head.redb";
 const NUMBERS: TableDefinition<&str, u64> = TableDefinition::new("numbers");
 /// Records of deployments by name.
 const DEPLOYMENTS: TableDefinition<&str, &[u8]> = TableDefinition::new("deployments");
+/// Records of placement groups by name.
+const PLACEMENT_GROUPS: TableDefinition<&str, &[u8]> = TableDefinition::new("placement_groups");
 /// The head's term among the numbers.
 const TERM: &str = "term";
+
+/// What a record is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    /// A deployment.
+    Deployments,
+    /// A placement group that was made by hand.
+    PlacementGroups,
+}
+
+impl Table {
+    fn definition(self) -> TableDefinition<'static, &'static str, &'static [u8]> {
+        match self {
+            Self::Deployments => DEPLOYMENTS,
+            Self::PlacementGroups => PLACEMENT_GROUPS,
+        }
+    }
+}
 
 /// Why the store cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -81,15 +101,15 @@ impl Store {
         })
     }
 
-    /// All records of deployments, by name.
+    /// All records of a table, by name.
     ///
     /// # Errors
     /// The database cannot be read.
-    pub fn deployments(&mut self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+    pub fn records(&mut self, table: Table) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
         let path = self.path.clone();
         let mut read = || -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
             let transaction = self.database()?.begin_read()?;
-            let table = match transaction.open_table(DEPLOYMENTS) {
+            let table = match transaction.open_table(table.definition()) {
                 Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
                 table => table?,
             };
@@ -107,9 +127,9 @@ impl Store {
     ///
     /// # Errors
     /// The database cannot be written.
-    pub fn keep(&mut self, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
+    pub fn keep(&mut self, table: Table, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
         self.transact(|transaction| {
-            let mut table = transaction.open_table(DEPLOYMENTS)?;
+            let mut table = transaction.open_table(table.definition())?;
             match record {
                 Some(record) => table.insert(name, record)?,
                 None => table.remove(name)?,
@@ -157,17 +177,18 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let folder = dir.path().join("store");
         let mut store = Store::open(&folder).expect("opens");
-        assert_eq!(store.deployments().expect("reads"), []);
+        assert_eq!(store.records(Table::Deployments).expect("reads"), []);
         assert_eq!(store.next_term().expect("writes"), Term(1));
-        store.keep("m", Some(b"one")).expect("writes");
-        store.keep("n", Some(b"two")).expect("writes");
-        store.keep("m", Some(b"three")).expect("writes");
-        store.keep("n", None).expect("writes");
+        store.keep(Table::Deployments, "m", Some(b"one")).expect("writes");
+        store.keep(Table::Deployments, "n", Some(b"two")).expect("writes");
+        store.keep(Table::Deployments, "m", Some(b"three")).expect("writes");
+        store.keep(Table::Deployments, "n", None).expect("writes");
+        store.keep(Table::PlacementGroups, "m", Some(b"four")).expect("writes");
         assert!(Store::open(&folder).is_err(), "one process has it");
         drop(store);
         let mut store = Store::open(&folder).expect("opens again");
         assert_eq!(store.next_term().expect("writes"), Term(2));
-        assert_eq!(store.deployments().expect("reads"), [("m".to_owned(), b"three".to_vec())]);
+        assert_eq!(store.records(Table::Deployments).expect("reads"), [("m".to_owned(), b"three".to_vec())]);
     }
 
     #[test]

@@ -52,10 +52,10 @@ impl ChatTemplate {
             if value.is_undefined() {
                 return Ok(());
             }
-            out.write_str(&python_json::to_text(value)).map_err(Error::from)
+            out.write_str(&python_json::to_text(value)?).map_err(Error::from)
         });
         environment.add_filter("tojson", |value: Value, options| python_json::tojson(&value, options));
-        environment.add_filter("trim", |value: Value| python_json::to_text(&value).trim().to_owned());
+        environment.add_filter("trim", |value: Value| python_json::to_text(&value).map(|text| text.trim().to_owned()));
         environment.add_filter("string", |value: Value| python_json::to_text(&value));
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -215,7 +215,7 @@ mod tests {
         for hostile in [
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
-            "{% set ns = namespace(x=[1]) %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=['a' * 1000]) %}{% for a in range(16) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
             "{% for a in range(1000) %}{{ 'x' * 90000000 }}{% endfor %}",
             "{{ 'x' * 99999999999 }}",
             "{{ messages | tojson(indent=9999999999999) }}",
@@ -224,6 +224,7 @@ mod tests {
             "{{ 'x' | indent(999999999999, true) }}",
             "{{ 'ab' | replace('', 'x' * 9000000) | replace('x', 'y' * 9000000) }}",
             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{% set ns = namespace(x=['a' * 1000]) %}{% for a in range(16) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | tojson }}",
             &parens,
             &ifs,
         ] {

@@ -12,6 +12,7 @@ pub mod devices;
 pub mod doctor;
 pub mod launch;
 pub mod link;
+pub mod log_reader;
 pub mod node;
 pub mod process;
 pub mod record;
@@ -19,6 +20,7 @@ pub mod supervisor;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use phalanx_proto::{
@@ -92,6 +94,8 @@ pub struct AgentSetup {
     pub hello: AgentHello,
     /// Whether the agent ends with its head; else it waits for the head's return.
     pub with_head: bool,
+    /// Where this node's logs are.
+    pub log_dir: PathBuf,
     /// The ranks' thread.
     pub supervisor: SupervisorHandle,
 }
@@ -114,13 +118,23 @@ pub struct Agent<R> {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// Asks an agent to leave once its work has moved.
+    drain: Signal,
+}
+
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    End,
+    Drain,
 }
 
 impl Signals {
-    async fn any(&mut self) {
+    async fn any(&mut self) -> Asked {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => Asked::End,
+            _ = self.interrupt.recv() => Asked::End,
+            _ = self.drain.recv() => Asked::Drain,
         }
     }
 }
@@ -171,8 +185,11 @@ impl<R: FnMut(&Report)> Agent<R> {
     /// # Errors
     /// Signals cannot be received.
     pub fn new(setup: AgentSetup, report: R) -> Result<Self, AgentError> {
-        let signals =
-            Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? };
+        let signals = Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            drain: signal(SignalKind::user_defined2())?,
+        };
         Ok(Self {
             // A head that was started together with this agent, and never came, is gone too.
             orphaned_at: setup.with_head.then(|| Instant::now() + defaults::HEAD_START_DEADLINE),
@@ -234,7 +251,8 @@ impl<R: FnMut(&Report)> Agent<R> {
         tokio::select! {
             linked = Link::open(&self.setup.credentials, self.setup.hello.clone()) => linked.map(Some),
             () = orphaned => Ok(None),
-            () = self.signals.any() => {
+            // Without a head there is no work to move: both are asked to end.
+            _ = self.signals.any() => {
                 self.asked_to_end = true;
                 Ok(None)
             }
@@ -256,6 +274,14 @@ impl<R: FnMut(&Report)> Agent<R> {
                         return self.leave(link, End::ByHead(reason)).await;
                     }
                     Ok(AgentCommand::Seen { sequence }) => { pulse.seen(sequence, Instant::now()); Ok(()) }
+                    Ok(AgentCommand::ReadLog(request)) => {
+                        let log_dir = self.setup.log_dir.clone();
+                        let read = tokio::task::spawn_blocking(move || log_reader::read(&log_dir, &request));
+                        match read.await {
+                            Ok(part) => link.send(AgentEvent::Log(part)).await,
+                            Err(_) => Ok(()),
+                        }
+                    }
                     Ok(AgentCommand::Welcome(_)) => Ok(()),
                     Err(reason) => Err(reason),
                 },
@@ -265,7 +291,13 @@ impl<R: FnMut(&Report)> Agent<R> {
                     link.send(AgentEvent::Rank(observed)).await
                 }
                 _ = beats.tick() => link.send(pulse.beat(Instant::now())).await,
-                () = self.signals.any() => return self.leave(link, End::Signal).await,
+                asked = self.signals.any() => match asked {
+                    Asked::End => return self.leave(link, End::Signal).await,
+                    Asked::Drain => {
+                        info!("asked to leave, once the work here has moved");
+                        link.send(AgentEvent::Draining("asked to leave".into())).await
+                    }
+                },
             };
             if let Err(error) = sent {
                 return Ok(Served::Lost(error.to_string()));
@@ -322,7 +354,7 @@ impl<R: FnMut(&Report)> Agent<R> {
                     }
                     self.desire(Vec::new())?;
                 }
-                () = self.signals.any() => self.asked_to_end = true,
+                _ = self.signals.any() => self.asked_to_end = true,
                 observed = self.setup.supervisor.observed.recv() => {
                     let observed = observed.ok_or(AgentError::SupervisorGone)?;
                     self.note(&observed);

@@ -21,6 +21,7 @@ use tracing::warn;
 
 use super::devices::DeviceSlot;
 use super::launch::RankLaunch;
+use super::log_reader;
 use super::supervisor::Order;
 use crate::collective;
 use crate::config::defaults;
@@ -235,9 +236,7 @@ impl RankLog {
     fn open(dir: &Path, key: &RankKey) -> io::Result<Arc<Self>> {
         fs::create_dir_all(dir)?;
         forget_old_logs(dir, defaults::RANK_LOGS_MAX);
-        let deployment: String =
-            key.deployment.0.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect();
-        let path = dir.join(format!("rank-{deployment}-{}-{}.log", key.replica, key.rank));
+        let path = log_reader::rank_log(dir, &key.deployment, key.replica, key.rank);
         Ok(Arc::new(Self { path, tail: Mutex::default() }))
     }
 

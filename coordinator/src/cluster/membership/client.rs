@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use phalanx_proto::{StatusSnapshot, pb};
+use phalanx_proto::{EventRecord, PlacementGroupStatus, StatusSnapshot, pb};
 use phalanx_trust::{DialError, Token, Trust, channel, dial};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
@@ -12,8 +12,8 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 
-use super::super::{DeployEvent, DeploymentSpec};
-use super::admin::from_wire;
+use super::super::{DeployEvent, DeployFailure, DeploymentSpec, GroupSpec};
+use super::admin::{failure_from_wire, from_wire};
 use crate::config::defaults;
 use crate::security::tokens::{AccessList, TokenWish};
 
@@ -162,7 +162,7 @@ impl HeadClient {
         let mut admin = self.admin.clone();
         let call = admin.status(pb::StatusRequest {});
         let reply = self.in_time(defaults::CALL_DEADLINE, call).await?;
-        serde_json::from_str(&reply.snapshot_json).map_err(|error| CallError::Unreadable(error.to_string()))
+        read_json(&reply.snapshot_json)
     }
 
     /// Asks for a deployment; the events end with `Ready` or `Failed`.
@@ -184,6 +184,83 @@ impl HeadClient {
     pub async fn undeploy(&self, name: &str) -> Result<(), CallError> {
         let mut admin = self.admin.clone();
         let call = admin.undeploy(pb::UndeployRequest { name: name.to_owned() });
+        self.in_time(defaults::STOP_DEADLINE, call).await.map(drop)
+    }
+
+    /// Starts a deployment again, replica by replica; returns when all serve.
+    ///
+    /// # Errors
+    /// There is none of this name, or it does not serve.
+    pub async fn restart(&self, name: &str) -> Result<(), CallError> {
+        let mut admin = self.admin.clone();
+        let call = admin.restart(pb::RestartRequest { name: name.to_owned() });
+        self.in_time(defaults::RESTART_DEADLINE + defaults::CALL_DEADLINE, call).await.map(drop)
+    }
+
+    /// What happened; with `follow`, what happens.
+    ///
+    /// # Errors
+    /// The head does not answer in time.
+    pub async fn events(&self, deployment: Option<&str>, follow: bool) -> Result<EventStream, CallError> {
+        let deployment = deployment.unwrap_or_default().to_owned();
+        let mut admin = self.admin.clone();
+        let call = admin.events(pb::EventsRequest { deployment, after: 0, follow });
+        let events = self.in_time(defaults::CALL_DEADLINE, call).await?;
+        Ok(EventStream { events, address: self.address.clone() })
+    }
+
+    /// A part of a log: the last lines, or what stands behind an offset.
+    ///
+    /// # Errors
+    /// There is no such log, or its node does not answer.
+    pub async fn log(&self, target: &str, tail_lines: u32, offset: Option<u64>) -> Result<LogText, CallError> {
+        let mut admin = self.admin.clone();
+        let tail_lines = Some(tail_lines);
+        let call = admin.logs(pb::LogsRequest { target: target.to_owned(), tail_lines, offset });
+        let pb::LogsReply { text, next_offset, name } = self.in_time(2 * defaults::CALL_DEADLINE, call).await?;
+        Ok(LogText { text: text.into(), next_offset, name })
+    }
+
+    /// Reserves bundles by name.
+    ///
+    /// # Errors
+    /// The head does not answer in time; the inner error: it refuses, with the arithmetic.
+    pub async fn create_group(
+        &self,
+        spec: &GroupSpec,
+    ) -> Result<Result<PlacementGroupStatus, DeployFailure>, CallError> {
+        let spec_json = serde_json::to_string(spec).map_err(|error| CallError::Unreadable(error.to_string()))?;
+        let mut admin = self.admin.clone();
+        let call = admin.create_placement_group(pb::CreatePlacementGroupRequest { spec_json });
+        let reply = self.in_time(defaults::CALL_DEADLINE, call).await?;
+        match reply.refused {
+            Some(refused) => {
+                let failure = failure_from_wire(refused).map_err(|error| CallError::Unreadable(error.to_string()))?;
+                Ok(Err(failure))
+            }
+            None => Ok(Ok(read_json(&reply.group_json)?)),
+        }
+    }
+
+    /// A group as it is when it is created, or when the time has passed.
+    ///
+    /// # Errors
+    /// There is none of this name, or the head does not answer.
+    pub async fn wait_group(&self, name: &str, timeout: Duration) -> Result<PlacementGroupStatus, CallError> {
+        let timeout = timeout.min(defaults::WAIT_MAX);
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        let mut admin = self.admin.clone();
+        let call = admin.wait_placement_group(pb::WaitPlacementGroupRequest { name: name.to_owned(), timeout_ms });
+        read_json(&self.in_time(timeout + defaults::CALL_DEADLINE, call).await?.group_json)
+    }
+
+    /// Gives the bundles of a group back; with `force`, what runs in them ends first.
+    ///
+    /// # Errors
+    /// There is none of this name, something runs in it, or its end takes too long.
+    pub async fn remove_group(&self, name: &str, force: bool) -> Result<(), CallError> {
+        let mut admin = self.admin.clone();
+        let call = admin.remove_placement_group(pb::RemovePlacementGroupRequest { name: name.to_owned(), force });
         self.in_time(defaults::STOP_DEADLINE, call).await.map(drop)
     }
 
@@ -259,6 +336,10 @@ impl HeadClient {
     }
 }
 
+fn read_json<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, CallError> {
+    serde_json::from_str(text).map_err(|error| CallError::Unreadable(error.to_string()))
+}
+
 /// What a head says of a deployment that was asked for.
 pub struct DeployEvents {
     events: Streaming<pb::DeployEvent>,
@@ -290,6 +371,34 @@ async fn open(address: &HeadAddress, endpoint: &Endpoint) -> Result<Channel, Cal
         other => CallError::Distrusted { address: address.clone(), reason: other.to_string() },
     })?;
     channel(endpoint, stream).await.map_err(|error| unreachable(root_cause(&error)))
+}
+
+/// Events of a head.
+pub struct EventStream {
+    events: Streaming<pb::EventsReply>,
+    address: HeadAddress,
+}
+
+impl EventStream {
+    /// The next event; none at the end.
+    ///
+    /// # Errors
+    /// The head went away, or speaks another version.
+    pub async fn next(&mut self) -> Result<Option<EventRecord>, CallError> {
+        let event = self.events.message().await.map_err(|status| explain(&self.address, &status))?;
+        event.map(|event| read_json(&event.event_json)).transpose()
+    }
+}
+
+/// Part of a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogText {
+    /// What was written.
+    pub text: Vec<u8>,
+    /// Where the next part begins.
+    pub next_offset: u64,
+    /// What it is, in words.
+    pub name: String,
 }
 
 fn explain(address: &HeadAddress, status: &Status) -> CallError {

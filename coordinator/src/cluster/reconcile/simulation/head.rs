@@ -12,7 +12,7 @@ use super::super::super::deployment::DeploymentState;
 use super::super::super::event::{ClusterEvent, GroupKey, ServingChange, StartedGroup};
 use super::super::super::handle::ClusterSettings;
 use super::super::super::launch::simulated::{self, Asked};
-use super::super::super::record::DeploymentRecord;
+use super::super::super::record::{DeploymentRecord, Restored};
 use super::super::super::replica::{Replica, Stage};
 use super::super::Reconciler;
 use super::machine::{Machine, RankSim, SILENCE_MS};
@@ -20,7 +20,7 @@ use super::{NUM_BLOCKS, Random};
 use crate::engine::EngineHandle;
 use crate::engine::group::RankLink;
 use crate::engine::simulated_engine::SimulatedEngine;
-use crate::store::{Change, StoreError, StoreWriter};
+use crate::store::{Change, StoreError, StoreWriter, Table};
 
 /// A step that is not answered breaks its group.
 const STEP_DEADLINE_MS: u64 = 5_000;
@@ -101,10 +101,10 @@ impl Head {
         let mut settings = ClusterSettings::new(Term(term), HeadStatus::default(), None, Duration::from_secs(60));
         settings.store = Some(StoreWriter::to(changes_in));
         settings.restarts_max = usize::MAX;
-        let records = disk.values().map(|record| DeploymentRecord::from_bytes(record).expect("a record")).collect();
+        let deployments = disk.values().map(|record| DeploymentRecord::from_bytes(record).expect("a record")).collect();
         let board = StatusBoard::new(now);
-        let mut reconciler = Reconciler::new(settings, Vec::new(), events.clone(), serving_in, board);
-        reconciler.restore(records, now);
+        let mut reconciler = Reconciler::new(settings, Restored::default(), events.clone(), serving_in, board);
+        reconciler.restore(Restored { deployments, groups: Vec::new() }, now);
         Self {
             events,
             reconciler,
@@ -139,8 +139,9 @@ impl Head {
         random: &mut Random,
     ) {
         while !random.one_in(4)
-            && let Ok(Change { name, record, done }) = self.changes.try_recv()
+            && let Ok(Change { table, name, record, done }) = self.changes.try_recv()
         {
+            assert_eq!(table, Table::Deployments, "no placement group is asked for by name");
             if is_full {
                 unwritten.insert(name);
                 let source = std::io::Error::from(std::io::ErrorKind::StorageFull);

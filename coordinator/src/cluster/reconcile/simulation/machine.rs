@@ -369,6 +369,7 @@ impl Machine {
             memory_bytes: 1 << 33,
             pid: self.agent_pid,
             device_names: vec!["cpu".into(); NUM_SLOTS as usize],
+            labels: BTreeMap::new(),
         };
         let (hello, peer) = (Box::new(hello), "made-up".to_owned());
         around.tell_head(ClusterEvent::AgentJoined { hello, peer, commands, reply: answer });
