@@ -65,7 +65,7 @@ async fn embeddings_are_refused_by_the_name_of_the_field() {
         (r#"{"input":"x","dimensions":2}"#, "dimensions"),
         (r#"{"input":"x","truncate_prompt_tokens":257}"#, "truncate_prompt_tokens"),
         (r#"{"input":"x","truncation_side":"both"}"#, "truncation_side"),
-        (r#"{"input":"x","priority":1}"#, "priority"),
+        (r#"{"input":"x","priority":"high"}"#, "priority"),
         (r#"{"input":"x","normalize":1}"#, "normalize"),
         (r#"{"model":"none","input":"x"}"#, "model"),
     ] {
