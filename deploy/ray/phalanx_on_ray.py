@@ -266,7 +266,9 @@ def main():
     arguments = parse()
     ray.init(address=arguments.ray_address, log_to_driver=False)
     cluster = Cluster(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also where it was started in the background by a shell, which has it ignore Ctrl-C.
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.default_int_handler)
     try:
         cluster.wait()
         while True:
