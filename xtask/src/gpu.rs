@@ -78,7 +78,8 @@ fn write(folder: &Path, programs: &[(String, PathBuf)]) -> anyhow::Result<()> {
         let _ = Command::new("strip").arg(&to).stderr(Stdio::null()).status();
     }
     let goldens = root().join("tests/goldens");
-    let wanted = |name: &OsStr| name.to_string_lossy().starts_with("tiny-") || name == "smollm2";
+    let wanted =
+        |name: &OsStr| name.to_string_lossy().starts_with("tiny-") || name == "smollm2" || name == "embeddings";
     for entry in fs::read_dir(&goldens).with_context(|| format!("cannot read {}", goldens.display()))? {
         let entry = entry?;
         if wanted(&entry.file_name()) {
