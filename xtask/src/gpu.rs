@@ -22,7 +22,7 @@ const PACK_BYTES_MAX: u64 = 50 << 20;
 /// What runs in a pack.
 const RUN: &str = include_str!("../run.sh");
 /// Scripts of `tests/reference`.
-const SCRIPTS: [&str; 3] = ["cluster.py", "compare.py", "kill.py"];
+const SCRIPTS: [&str; 4] = ["cluster.py", "compare.py", "kill.py", "repeat.py"];
 /// The model that does not fit into a pack; put beside it, it is found.
 const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
