@@ -134,6 +134,7 @@ impl FakeRank {
                     }
                 }
                 HeadMessage::Shutdown(reason) => return reason,
+                HeadMessage::RecallPlans => unreachable!("these ranks hold nothing"),
                 HeadMessage::Stage { .. } => unreachable!("the decoder keeps parts"),
             }
         }

@@ -484,6 +484,7 @@ pub(super) fn event_name(event: &RankEvent) -> &'static str {
         RankEvent::Capacity(_) => "its capacity",
         RankEvent::Ready { .. } => "that it is ready",
         RankEvent::Output(_) => "the output of a step",
+        RankEvent::Recalled(_) => "a plan of an earlier head",
         RankEvent::Failure(_) => "a failure",
     }
 }
@@ -555,6 +556,7 @@ impl Decoder {
                 self.masks = phalanx_proto::MaskStaging::default();
                 HeadMessage::BeginEpoch { term: Term(begin.term), epoch: Epoch(begin.epoch) }
             }
+            Message::RecallPlans(_) => HeadMessage::RecallPlans,
             Message::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
         })
     }
