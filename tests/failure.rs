@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use harness::{Cluster, Lasting, Processes, Random, Stream, StreamEnd, Work, golden, wait_for};
+use harness::{Cluster, Lasting, Node, Processes, Random, Stream, StreamEnd, Work, golden, wait_for};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -162,6 +162,31 @@ fn a_killed_agent_takes_its_ranks_with_it_and_the_head_says_so() {
     let deployment = &cluster.status().deployments[0];
     assert_ne!(deployment.state, "ready");
     assert!(!deployment.reason.is_empty());
+}
+
+/// Each machine has room for one replica: when one is gone, its streams have only the other replica to go on in.
+#[test]
+fn streams_of_a_replica_whose_machine_is_gone_go_on_in_the_other_replica() {
+    let cluster = Cluster::start(2);
+    let other = Node::new().with_token_of(&cluster.node);
+    let joined = other.run("worker", &["join", "--address", &cluster.address, "--num-gpus", "2"]);
+    assert_eq!(joined.code, 0, "{joined:?}");
+    let flags = ["--tensor-parallel-size", "2", "--replicas", "2", "--dtype", "float32", "--placement-strategy"];
+    cluster.serve(&golden("tiny-llama").folder, "m", &[&flags[..], &["strict-pack"]].concat());
+    let agent = other.agent_pid().expect("an agent");
+    let company = Work::ask_alone(&cluster.http, 8, 100, 600).start(&cluster.http);
+    wait_for("streams to run", || (cluster.status().queue.running == 8).then_some(()));
+    Processes::kill(agent);
+    let longest = company.check();
+    println!("longest pause of 8 streams, some of which moved: {longest:?}");
+    assert!(longest < Duration::from_secs(10), "{longest:?}");
+    let logs = cluster.node.logs();
+    assert!(logs.contains("go on in other replicas"), "some have moved");
+    wait_for("no request to be left", || {
+        let queue = cluster.status().queue;
+        (queue.running + queue.waiting == 0).then_some(())
+    });
+    check_text(&cluster);
 }
 
 #[test]

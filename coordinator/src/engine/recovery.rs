@@ -55,6 +55,11 @@ impl Engine {
                 next = self.next_groups.recv() => return match next {
                     Some(NextGroup::Ready(group)) => Ok(group),
                     Some(NextGroup::None(error)) => Err(error),
+                    Some(NextGroup::Elsewhere(engines)) => {
+                        self.move_waiting(&engines);
+                        self.emit(Vec::new()).await?;
+                        continue;
+                    }
                     None => Err(failed),
                 },
                 command = self.inbox.recv() => match command {
