@@ -164,6 +164,30 @@ fn a_killed_agent_takes_its_ranks_with_it_and_the_head_says_so() {
     assert!(!deployment.reason.is_empty());
 }
 
+/// A rank dies whenever the request runs: it is replayed four times and then ends, and the deployment goes on without it.
+#[test]
+fn a_request_that_breaks_group_after_group_ends_with_an_error() {
+    let cluster = served("2");
+    let http = cluster.http.clone();
+    let stream = std::thread::spawn(move || http.stream("/v1/completions", &long_request()).finish());
+    let mut num_kills = 0;
+    while !stream.is_finished() {
+        assert!(num_kills < 6, "the request must have ended");
+        let status = cluster.status();
+        let deployment = &status.deployments[0];
+        let epoch = num_kills + 1;
+        if (deployment.state.as_str(), deployment.epoch) == ("ready", epoch) && deployment.running == 1 {
+            Processes::kill(cluster.ranks("m")[1].pid);
+            num_kills += 1;
+        }
+    }
+    let end = stream.join().expect("a stream");
+    assert!(matches!(end, StreamEnd::Error(_)), "{end:?}");
+    assert_eq!(num_kills, 5, "the first run and four replays");
+    wait_ready(&cluster, num_kills);
+    check_text(&cluster);
+}
+
 /// Each machine has room for one replica: when one is gone, its streams have only the other replica to go on in.
 #[test]
 fn streams_of_a_replica_whose_machine_is_gone_go_on_in_the_other_replica() {

@@ -256,6 +256,39 @@ async fn requests_that_come_while_no_group_is_there_wait_for_it() {
     assert_eq!(read(stream).await.0, oracle(&request(prompt(1, 9), 20), 20).0);
 }
 
+/// A request that ends every group that has it in a step: it is replayed as often as its budget says and then fails, and the others,
+/// which were in its first two batches, go on.
+#[tokio::test]
+async fn a_poisoned_request_fails_by_itself_and_breaks_no_more_groups_than_it_may() {
+    const REPLAYS_MAX: u32 = 4;
+    let poison = TokenId(1);
+    let recovery = RecoveryLimits { replays_max: REPLAYS_MAX, ..RecoveryLimits::default() };
+    let faults = [Fault::None, Fault::Poisoned(poison)];
+    let (engine, ranks) = engine(&faults, EngineLimits { recovery, ..limits() }).await;
+    std::mem::forget(ranks);
+    let mut streams = tokio::task::JoinSet::new();
+    for family in [2, 3, 4] {
+        let (engine, request) = (engine.clone(), request(prompt(family, 9), 60));
+        streams.spawn(async move {
+            let (tokens, last) = read(engine.submit(request.clone()).unwrap()).await;
+            assert_eq!(tokens, oracle(&request, 60).0);
+            assert!(matches!(last, TokenEvent::Finished { .. }), "{last:?}");
+        });
+    }
+    let poisoned = engine.submit(request([poison].repeat(7), 30)).unwrap();
+    for epoch in 3..=3 + u64::from(REPLAYS_MAX) {
+        timeout(PATIENCE, engine.broke(Epoch(epoch))).await.unwrap();
+        let (group, ranks, _) = start_epoch(&faults, Epoch(epoch + 1)).await;
+        assert!(engine.adopt(group.unwrap()).is_ok());
+        std::mem::forget(ranks);
+    }
+    assert!(failure(read(poisoned).await.1).contains("rank 1 went away"));
+    while let Some(stream) = timeout(PATIENCE, streams.join_next()).await.unwrap() {
+        stream.unwrap();
+    }
+    assert_eq!(engine.snapshot().epoch, 4 + u64::from(REPLAYS_MAX), "no group broke after it");
+}
+
 #[tokio::test]
 async fn requests_of_a_group_that_is_gone_go_on_in_another_engine() {
     let (lost, _ranks) = engine(&[Fault::None, Fault::Die(StepId(20))], limits()).await;
