@@ -33,7 +33,8 @@ pub fn prepare(modules: ModuleSettings, cuda_home: Option<&Path>) {
     let _ = MODULES.set(modules);
 }
 
-/// Opens the device for a model. Collective: the devices of a group meet.
+/// Opens the device for a model. Collective: the devices of a group meet. `head_wait`: how long another rank may lack a plan that the
+/// next head has to pass on.
 ///
 /// # Errors
 /// No usable device or library, or a data type that the device lacks.
@@ -43,7 +44,7 @@ pub fn open(
     checkpoint: StoredType,
     geometry: &Geometry,
     plan: &ShardPlan,
-    call_deadline: Duration,
+    head_wait: Duration,
 ) -> Result<CudaOps, WorkerError> {
     let has_bfloat16 = || {
         let devices = devices().map_err(phalanx_kernels::KernelError::from)?;
@@ -56,7 +57,7 @@ pub fn open(
         head_dim: geometry.head_dim,
         group: plan.group,
         enforce_eager: load.enforce_eager,
-        peer_wait_max: call_deadline.clamp(PEER_WAIT, PEER_WAIT_MAX),
+        peer_wait_max: head_wait.clamp(PEER_WAIT, PEER_WAIT_MAX),
         only_nccl: load.disable_custom_all_reduce,
         modules: MODULES.get().cloned().unwrap_or_default(),
     };

@@ -32,7 +32,8 @@ pub(super) fn serve(setup: &RankSetup, head: &mut Head) -> Result<(), WorkerErro
     let num_threads = backend::num_threads(setup.num_threads, &setup.node_id, &load);
     let ranks_here = backend::ranks_here(&setup.node_id, &load);
     setup.device.check()?;
-    let call_deadline = collective::CALL_DEADLINE.max(setup.head_grace + RESUME_DEADLINE);
+    let head_wait = if setup.head_grace.is_zero() { Duration::ZERO } else { setup.head_grace + RESUME_DEADLINE };
+    let call_deadline = collective::CALL_DEADLINE.max(head_wait);
     let pending = collective::prepare(&load, setup.rank)?.with_threads(num_threads).with_call_deadline(call_deadline);
     head.send(RankEvent::Listening(pending.address()))?;
     let addresses = head.addresses()?;
@@ -44,7 +45,7 @@ pub(super) fn serve(setup: &RankSetup, head: &mut Head) -> Result<(), WorkerErro
         DeviceKind::Cuda => {
             let files = shard::open(&load)?;
             let plan = files.shard_plan(load.world_size as usize, setup.rank.0 as usize);
-            let ops = backend::cuda::open(group, &load, files.main_dtype(), files.geometry(), &plan, call_deadline)?;
+            let ops = backend::cuda::open(group, &load, files.main_dtype(), files.geometry(), &plan, head_wait)?;
             serve_on(ops, setup, &load, head)
         }
         unknown @ DeviceKind::Rocm => Err(unknown.refused()),
