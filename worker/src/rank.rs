@@ -101,6 +101,7 @@ pub fn run(launch: RankLaunch) -> Result<(), RankError> {
         node_id: launch.node_id.clone(),
         device: device_of(launch.device),
         num_threads: launch.num_threads as usize,
+        head_grace: grace,
     };
     backend::cuda::prepare(
         ModuleSettings::new(launch.kernel_cache_dir.clone(), launch.cuda_home.as_deref()),
@@ -138,8 +139,7 @@ async fn serve(
             ended => return ended,
         };
         // What has not been ready has nothing worth waiting with.
-        let Some(kept) = session.kept().filter(|_| !grace.is_zero()) else { return Err(lost) };
-        drop(session);
+        let Some(kept) = session.into_kept().filter(|_| !grace.is_zero()) else { return Err(lost) };
         warn!(error = %lost, ?grace, "waiting for a head");
         session = Session::resume(head, &hello, &mut device, kept, Instant::now() + grace).await?;
     }

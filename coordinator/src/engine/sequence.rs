@@ -17,6 +17,7 @@ use phalanx_proto::{
 use super::block_manager::{BlockHash, BlockTable};
 use super::constraint::{Constraint, ConstraintState, ConstraintWork, NextTokens};
 use super::handle::Places;
+use super::moving::Route;
 use super::policy::Turn;
 use super::request::{FinishReason, GenerateRequest, TokenEvent, Usage};
 
@@ -84,6 +85,8 @@ pub struct Sequence {
     started: Arc<AtomicBool>,
     /// Its place in the engine, given back when it is gone; absent where nobody counts.
     places: Option<Arc<Places>>,
+    /// Where its stream looks for it; absent where it has none.
+    route: Option<Arc<Route>>,
 }
 
 impl Sequence {
@@ -108,14 +111,31 @@ impl Sequence {
             alone_until: 0,
             started: Arc::default(),
             places: None,
+            route: None,
         }
     }
 
-    /// Keeps the places of its request, and takes the turn of the sequence that came with it first.
-    pub fn with_places(mut self, places: Arc<Places>, arrival: Option<SeqId>) -> Self {
+    /// Keeps the places of its request.
+    pub fn with_places(mut self, places: Arc<Places>) -> Self {
         self.places = Some(places);
+        self
+    }
+
+    /// Takes the turn of the sequence that came first with its request, where that was another.
+    pub fn with_arrival(mut self, arrival: Option<SeqId>) -> Self {
         self.turn.arrival = arrival.unwrap_or(self.id);
         self
+    }
+
+    /// Says where its stream looks for it.
+    pub(super) fn with_route(mut self, route: Arc<Route>) -> Self {
+        self.route = Some(route);
+        self
+    }
+
+    /// Where its stream looks for it.
+    pub(super) fn route(&self) -> Option<Arc<Route>> {
+        self.route.clone()
     }
 
     /// True once it has been in the batch, for whoever waits for it.
