@@ -9,6 +9,7 @@
 mod ports;
 mod record;
 mod serving;
+mod standby;
 
 use std::fs;
 use std::io;
@@ -24,15 +25,17 @@ use tracing::{error, info, warn};
 
 pub use ports::{PortError, PortWish};
 pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
+pub use standby::{StandingHead, Stood};
 
 use crate::api::{self, ApiState, ServedModels};
-use crate::cluster::membership::ClusterServer;
+use crate::cluster::membership::{ClusterServer, HeadsDesk, Lead};
 use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, StatusBoard};
 use crate::config::{Home, defaults};
 use crate::dashboard;
 use crate::security::key_file::{KeyFile, KeyFileError};
 use crate::security::keys::KeyRing;
-use crate::store::{Store, StoreError, StoreWriter};
+use crate::store::etcd::{Campaign, Leadership};
+use crate::store::{Backend, Store, StoreError, StoreWriter};
 
 /// Time between two writings of what keys have used.
 const USAGE_INTERVAL: Duration = Duration::from_secs(10);
@@ -104,7 +107,14 @@ pub struct RunningHead {
     servers: Vec<tokio::task::JoinHandle<()>>,
     end: watch::Sender<bool>,
     socket: Option<PathBuf>,
+    campaign: Option<Campaign>,
     _lock: HomeLock,
+}
+
+/// What a head holds that leads others.
+struct Shared {
+    leadership: Arc<Leadership>,
+    campaign: Campaign,
 }
 
 /// Takes the home and binds every port.
@@ -124,8 +134,8 @@ pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
         http: url(at(&http, "HTTP")?),
         dashboard: url(at(&dashboard, "the dashboard")?),
         version: VERSION.to_owned(),
-        uptime_s: 0.0,
         pid: std::process::id(),
+        ..HeadStatus::default()
     };
     Ok(BoundHead { options, lock, cluster, http, dashboard, status, local_address: local(address) })
 }
@@ -175,37 +185,62 @@ fn hostname() -> Option<String> {
 }
 
 impl BoundHead {
-    /// Starts everything on the current runtime.
+    /// Starts everything on the current runtime, with the store in this head's home.
     ///
     /// # Errors
     /// The store or a socket cannot be used.
     pub fn start(self) -> Result<RunningHead, HeadError> {
-        let Self { options, lock, cluster, http, dashboard, status, local_address } = self;
-        let store = Store::open(&options.home.store_dir())?;
+        let store = Store::open(&self.options.home.store_dir())?;
+        self.start_with(Box::new(store), None)
+    }
+
+    /// The ports of cluster, HTTP and dashboard.
+    pub fn ports(&self) -> [u16; 3] {
+        let port = |listener: &TcpListener| listener.local_addr().map_or(0, |address| address.port());
+        [port(&self.cluster), port(&self.http), port(&self.dashboard)]
+    }
+
+    /// What it says of itself.
+    fn record(&self) -> HeadRecord {
+        let pid = self.status.pid;
+        HeadRecord {
+            process: ProcessId::of(pid).unwrap_or(ProcessId { pid, started: 0 }),
+            address: self.status.address.clone(),
+            local_address: self.local_address.clone(),
+            http: self.status.http.clone(),
+            dashboard: self.status.dashboard.clone(),
+            socket: Some(self.options.home.head_socket()).filter(|path| path.exists()),
+            log_dir: self.options.home.log_dir(),
+            stands_by: None,
+        }
+    }
+
+    fn start_with(self, mut store: Box<dyn Backend>, shared: Option<Shared>) -> Result<RunningHead, HeadError> {
         let term = store.next_term()?;
-        let restored = restored(&store)?;
-        let unix = unix_socket(&options.home);
+        let restored = restored(store.as_mut())?;
+        let unix = unix_socket(&self.options.home);
+        let record = self.record();
+        let Self { options, lock, cluster, http, dashboard, status, .. } = self;
         let socket = unix.as_ref().map(|(path, _)| path.clone());
-        let record = HeadRecord {
-            process: ProcessId::of(std::process::id()).unwrap_or(ProcessId { pid: status.pid, started: 0 }),
-            address: status.address.clone(),
-            local_address,
-            http: status.http.clone(),
-            dashboard: status.dashboard.clone(),
-            socket: socket.clone(),
-            log_dir: options.home.log_dir(),
-        };
         let head_socket =
             socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
+        let seen = shared.as_ref().map(|shared| shared.campaign.seen.clone());
+        let lead = match (&shared, &seen) {
+            (Some(shared), Some(seen)) => Lead::First(Arc::clone(&shared.leadership), seen.clone()),
+            _ => Lead::Alone(term),
+        };
+        let desk = HeadsDesk { address: status.address.clone(), socket: head_socket.clone(), lead };
         let mut settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
         let writer = StoreWriter::spawn(store);
         settings.store = Some(writer.map_err(|source| HeadError::Socket { purpose: "the store", source })?);
+        settings.heads = seen;
         let models = ServedModels::default();
         let (serving, changes) = mpsc::channel(defaults::PEER_QUEUE);
         let (handle, board) = cluster::start(settings, restored, serving);
         tokio::spawn(serving::keep_table(models.clone(), changes));
         let (end, ended) = watch::channel(false);
-        let mut servers = cluster_servers(&handle, &board, cluster, unix.map(|(_, listener)| listener), &ended)?;
+        let server = ClusterServer::new(handle.clone(), board.clone()).with_heads(desk);
+        let mut servers = cluster_servers(&server, cluster, unix.map(|(_, listener)| listener), &ended)?;
         servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
         let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
         servers.push(tokio::spawn(keep_usage(Arc::clone(&keys), ended.clone())));
@@ -219,7 +254,8 @@ impl BoundHead {
             term = term.0,
             "head listens"
         );
-        Ok(RunningHead { record, cluster: handle, servers, end, socket, _lock: lock })
+        let campaign = shared.map(|shared| shared.campaign);
+        Ok(RunningHead { record, cluster: handle, servers, end, socket, campaign, _lock: lock })
     }
 }
 
@@ -241,11 +277,14 @@ impl RunningHead {
         if let Some(socket) = &self.socket {
             let _ = fs::remove_file(socket);
         }
+        if let Some(campaign) = self.campaign {
+            campaign.resign().await;
+        }
     }
 }
 
 /// What an earlier head has left. A record that cannot be read is named and passed over: the others come back.
-fn restored(store: &Store) -> Result<Vec<DeploymentRecord>, StoreError> {
+fn restored(store: &mut dyn Backend) -> Result<Vec<DeploymentRecord>, StoreError> {
     let mut restored = Vec::new();
     for (name, bytes) in store.deployments()? {
         match DeploymentRecord::from_bytes(&bytes) {
@@ -284,20 +323,18 @@ fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>) -> 
 }
 
 fn cluster_servers(
-    handle: &ClusterHandle,
-    board: &StatusBoard,
+    server: &ClusterServer,
     tcp: TcpListener,
     unix: Option<UnixListener>,
     ended: &watch::Receiver<bool>,
 ) -> Result<Vec<tokio::task::JoinHandle<()>>, HeadError> {
-    let server = ClusterServer::new(handle.clone(), board.clone());
     let purpose = "the cluster";
     let tcp = tokio::net::TcpListener::from_std(tcp).map_err(|source| HeadError::Socket { purpose, source })?;
     let mut servers = Vec::new();
     let (tcp_server, end) = (server.clone(), until(ended.clone()));
     servers.push(tokio::spawn(async move { log_end(purpose, tcp_server.serve_tcp(tcp, end).await) }));
     if let Some(unix) = unix {
-        let end = until(ended.clone());
+        let (server, end) = (server.clone(), until(ended.clone()));
         servers.push(tokio::spawn(async move { log_end("this machine", server.serve_unix(unix, end).await) }));
     }
     Ok(servers)

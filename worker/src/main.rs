@@ -212,6 +212,7 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
         args: vec!["rank".into()],
         node_id: node_id.clone(),
         head: head.as_str().into(),
+        head_note: config.home.head_note(),
         log_dir: config.home.log_dir(),
         device: devices.kind,
         num_threads: (node::num_cpus() / devices.slots.len() as u32).max(1),
@@ -221,7 +222,8 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
         cuda_home: config.cuda_home.clone(),
     };
     let supervisor = supervisor::spawn(launcher)?;
-    let setup = AgentSetup { head, hello, with_head: args.with_head, supervisor };
+    let head_note = config.home.head_note();
+    let setup = AgentSetup { head, head_note, hello, with_head: args.with_head, supervisor };
     let mut reporter = Reporter { args, config, node_id, num_waits: 0, has_printed: false };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let end = runtime.block_on(async { Agent::new(setup, |report: &Report| reporter.take(report))?.run().await })?;

@@ -24,6 +24,7 @@ use tracing::{debug, info};
 
 use crate::config::defaults;
 use crate::device_thread::DeviceHandle;
+use crate::head_note::{Heads, Led};
 
 /// Why a session ended before the head said so.
 #[derive(Debug, thiserror::Error)]
@@ -156,26 +157,32 @@ impl<'a> Session<'a> {
         Ok(Self::new(head, device, plans, results))
     }
 
-    /// Dials until a head is there again that takes this rank with what it has kept.
+    /// Dials until a head is there again, the same or another, that takes this rank with what it has kept.
     ///
     /// # Errors
     /// No head came until `ends`, one refuses this rank, or the device thread has ended meanwhile.
     pub async fn resume(
-        head: &HeadTarget,
+        heads: &Heads,
         hello: &RankHello,
         device: &'a mut DeviceHandle,
         kept: Kept,
         ends: Instant,
-    ) -> Result<Self, SessionError> {
+    ) -> Result<(Self, Led), SessionError> {
         let hello = RankHello { resumes: Some(kept.resumes), ..hello.clone() };
         loop {
-            let dialed = tokio::time::timeout_at(ends, async { greet(head.dial().await?, hello.clone()).await });
-            match dialed.await.map_err(|_| gone("it did not come back"))? {
+            let led = heads.now();
+            let greeted = async {
+                tokio::select! {
+                    greeted = async { greet(led.target.dial().await?, hello.clone()).await } => greeted,
+                    () = heads.superseded(&led) => Err(gone("another head leads")),
+                }
+            };
+            match tokio::time::timeout_at(ends, greeted).await.map_err(|_| gone("it did not come back"))? {
                 Ok((plans, results)) => {
-                    let mut session = Self::new(head, device, plans, results);
+                    let mut session = Self::new(&led.target, device, plans, results);
                     session.staging.num_tokens_max = kept.staged_tokens_max;
                     (session.kept, session.is_stale) = (Some(kept.resumes), true);
-                    return Ok(session);
+                    return Ok((session, led));
                 }
                 Err(refused @ SessionError::Refused { .. }) => return Err(refused),
                 Err(error) => debug!(%error, "head does not answer"),

@@ -19,6 +19,7 @@ use crate::cluster::ClusterHandle;
 use crate::cluster::membership::HeadClient;
 use crate::config::{Home, defaults, parse_duration};
 use crate::head::{HeadOptions, HeadRecord, PortWish, ProcessId};
+use crate::store::etcd::EtcdPlace;
 
 /// Which devices a machine offers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -73,6 +74,9 @@ pub struct HeadFlags {
     /// How long agents and ranks wait for a head that is gone, with their weights
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = parse_duration)]
     pub head_grace: Duration,
+    /// Where the cluster's state is, for two heads: the second stands by [default: in this PHALANX_HOME, for one head]
+    #[arg(long, value_name = "etcd://HOST:PORT[,HOST:PORT]")]
+    pub store: Option<EtcdPlace>,
 }
 
 impl HeadFlags {
@@ -99,7 +103,7 @@ impl HeadFlags {
     }
 
     /// The same flags for another process.
-    fn words(&self) -> Vec<String> {
+    pub(super) fn words(&self) -> Vec<String> {
         let mut words = vec![
             format!("--port={}", self.port),
             format!("--cluster-host={}", self.cluster_host),
@@ -110,6 +114,7 @@ impl HeadFlags {
             format!("--head-grace={}ms", self.head_grace.as_millis()),
         ];
         words.extend(self.advertise_address.as_ref().map(|address| format!("--advertise-address={address}")));
+        words.extend(self.store.as_ref().map(|place| format!("--store={place}")));
         words
     }
 }
@@ -220,7 +225,9 @@ pub async fn start_agent(
 ) -> Result<u32, CliError> {
     if let Some(pid) = waiting_agent(&surroundings.environment.home, record) {
         eprintln!("this machine's agent (pid {pid}) has waited for its head, with what runs on it");
-        wait_for_agent(record, pid).await?;
+        if record.stands_by.is_none() {
+            wait_for_agent(record, pid).await?;
+        }
         return Ok(pid);
     }
     let program = worker_program()?;
@@ -255,6 +262,10 @@ pub async fn start_agent(
     let pid = line
         .map(|line| line.pid)
         .ok_or_else(|| CliError::failed("agent_failed", format!("{} is of another version", program.display())))?;
+    if record.stands_by.is_some() {
+        // It joins the head that leads, which need not be there yet.
+        return Ok(pid);
+    }
     if let Err(error) = wait_for_agent(record, pid).await {
         let mut leave = tokio::process::Command::new(&program);
         leave.arg("leave").env("PHALANX_HOME", surroundings.environment.home.path());

@@ -217,6 +217,7 @@ impl OwnHeadFlags {
     pub fn head(&self) -> HeadFlags {
         let host = |given: &Option<String>| given.clone().unwrap_or_else(|| defaults::HOST.to_owned());
         HeadFlags {
+            store: None,
             port: self.cluster_port.unwrap_or(defaults::CLUSTER_PORT),
             cluster_host: host(&self.cluster_host),
             advertise_address: None,

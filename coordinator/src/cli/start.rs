@@ -16,7 +16,7 @@ use crate::head::{HeadRecord, HomeError, running_head};
 #[derive(Debug, Clone, Args)]
 #[command(
     after_help = "Examples:\n  coordinator start --head --num-gpus 2\n  coordinator start --head --cluster-host \
-                        0.0.0.0 --block\n\nExample:\n  coordinator start --head"
+                        0.0.0.0 --block\n  coordinator start --head --store etcd://etcd-1:2379 --cluster-host 0.0.0.0\n\nExample:\n  coordinator start --head"
 )]
 pub struct StartFlags {
     /// Start a head here (machines without a head join one: worker join)
@@ -63,8 +63,16 @@ async fn announce(record: &HeadRecord, agent: u32, flags: &StartFlags) -> Outcom
             "pid": record.process.pid,
             "agent_pid": agent,
             "log_dir": record.log_dir,
+            "stands_by": record.stands_by,
         });
         println!("{line}");
+        return Ok(());
+    }
+    if let Some(leader) = &record.stands_by {
+        let leader = if leader.is_empty() { "no head leads yet".to_owned() } else { format!("{leader} leads") };
+        println!("head      {} (pid {}) stands by; {leader}", record.address, record.process.pid);
+        println!("agent     pid {agent}; joins the head that leads");
+        println!("logs      {}", record.log_dir.display());
         return Ok(());
     }
     let snapshot = HeadClient::connect(local_address(record)).await?.status().await?;

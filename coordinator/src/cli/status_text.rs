@@ -18,6 +18,16 @@ pub(super) fn text(snapshot: &StatusSnapshot) -> String {
         head.http,
         head.dashboard
     );
+    if head.state == "standby" {
+        let leader =
+            if head.leader.is_empty() { "no head leads now".to_owned() } else { format!("{} leads", head.leader) };
+        let _ = writeln!(out, "standby: {leader}");
+    } else if !head.heads.is_empty() {
+        let _ = writeln!(out, "this head leads; heads: {}", head.heads.join(", "));
+    }
+    if !head.reason.is_empty() {
+        let _ = writeln!(out, "store: {}", head.reason);
+    }
     let used: u32 = snapshot.nodes.iter().filter(|node| node.state == "alive").map(|node| node.slots_used).sum();
     let slots: u32 = snapshot.nodes.iter().filter(|node| node.state == "alive").map(|node| node.slots).sum();
     let queue = &snapshot.queue;

@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use phalanx_proto::{
-    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, NodeId, RankHello, Term,
+    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, NodeId, RankHello, StatusSnapshot,
+    Term,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::deployment::{CheckedSpec, DeployEvent};
 use super::event::ClusterEvent;
@@ -16,6 +17,7 @@ use super::{ClusterError, ServingChange, StatusBoard};
 use crate::config::defaults;
 use crate::engine::group::RankLink;
 use crate::store::StoreWriter;
+use crate::store::etcd::HeadsSeen;
 
 /// What a cluster is told once, when it starts.
 #[derive(Debug, Clone)]
@@ -42,6 +44,8 @@ pub struct ClusterSettings {
     pub drain: Duration,
     /// Longest wait of running requests while there is no machine to start their group on.
     pub no_machine_deadline: Duration,
+    /// The heads of this cluster, where there may be several.
+    pub heads: Option<watch::Receiver<HeadsSeen>>,
     /// Where what must survive is written; none: nowhere.
     pub store: Option<StoreWriter>,
     /// Most restarts of a replica within `restart_window`.
@@ -67,6 +71,7 @@ impl ClusterSettings {
             end_deadline: defaults::END_DEADLINE,
             drain: defaults::DRAIN,
             no_machine_deadline: defaults::NO_MACHINE_DEADLINE,
+            heads: None,
             store: None,
             restarts_max: defaults::RESTARTS_MAX,
             forgiven_after: defaults::RESTARTS_FORGIVEN_AFTER,
@@ -83,16 +88,34 @@ pub fn start(
     serving: mpsc::Sender<ServingChange>,
 ) -> (ClusterHandle, StatusBoard) {
     let (events, inbox) = mpsc::channel(defaults::CLUSTER_QUEUE);
-    let board = StatusBoard::new(Instant::now());
-    let handle = ClusterHandle { events: events.clone() };
+    let board = StatusBoard::new(Instant::now()).with_heads(settings.heads.clone());
+    let handle = ClusterHandle { events: events.clone(), stands_by: None };
     tokio::spawn(Reconciler::new(settings, restored, events, serving, board.clone()).run(inbox));
     (handle, board)
+}
+
+/// The cluster of a head that stands by: it has nothing, takes nothing in, and ends after [`ClusterHandle::stop`].
+pub fn stand_by(head: HeadStatus, heads: watch::Receiver<HeadsSeen>) -> (ClusterHandle, StatusBoard) {
+    let (events, mut inbox) = mpsc::channel(1);
+    tokio::spawn(async move {
+        while let Some(event) = inbox.recv().await {
+            if let ClusterEvent::Stop { reply } = event {
+                let _ = reply.send(());
+                return;
+            }
+        }
+    });
+    let board = StatusBoard::new(Instant::now()).with_heads(Some(heads.clone()));
+    board.post(StatusSnapshot { head, ..StatusSnapshot::default() }, Vec::new());
+    (ClusterHandle { events, stands_by: Some(heads) }, board)
 }
 
 /// Asks things of the cluster's task.
 #[derive(Clone)]
 pub struct ClusterHandle {
     events: mpsc::Sender<ClusterEvent>,
+    /// Present where this head does not lead.
+    stands_by: Option<watch::Receiver<HeadsSeen>>,
 }
 
 impl ClusterHandle {
@@ -176,6 +199,10 @@ impl ClusterHandle {
     }
 
     async fn send(&self, event: ClusterEvent) -> Result<(), ClusterError> {
+        if let Some(heads) = self.stands_by.as_ref().filter(|_| !matches!(event, ClusterEvent::Stop { .. })) {
+            let leader = heads.borrow().leader.as_ref().map(|leader| leader.address.clone());
+            return Err(ClusterError::Standby { leader });
+        }
         self.events.send(event).await.map_err(|_| ClusterError::Unavailable)
     }
 

@@ -9,6 +9,7 @@
 mod admin;
 mod agents;
 mod client;
+mod heads;
 mod ranks;
 #[cfg(test)]
 pub(super) mod tests;
@@ -23,6 +24,7 @@ use tonic::Status;
 use tonic::transport::server::{Router, TcpIncoming};
 
 pub use client::{CallError, HeadAddress, HeadClient};
+pub use heads::{HeadsDesk, Lead};
 
 use super::{ClusterError, ClusterHandle, JoinError, StatusBoard};
 use crate::config::defaults;
@@ -35,12 +37,19 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 pub struct ClusterServer {
     cluster: ClusterHandle,
     board: StatusBoard,
+    heads: Option<HeadsDesk>,
 }
 
 impl ClusterServer {
     /// Serves this cluster.
     pub fn new(cluster: ClusterHandle, board: StatusBoard) -> Self {
-        Self { cluster, board }
+        Self { cluster, board, heads: None }
+    }
+
+    /// Answers who leads, too.
+    pub fn with_heads(mut self, heads: HeadsDesk) -> Self {
+        self.heads = Some(heads);
+        self
     }
 
     /// Serves machines until `end`.
@@ -80,6 +89,7 @@ impl ClusterServer {
             .initial_connection_window_size(defaults::CONNECTION_WINDOW_BYTES)
             .http2_keepalive_interval(Some(defaults::KEEPALIVE))
             .http2_keepalive_timeout(Some(defaults::KEEPALIVE_TIMEOUT))
+            .add_optional_service(self.heads.map(pb::heads_server::HeadsServer::new))
             .add_service(agents)
             .add_service(ranks.max_decoding_message_size(limit).max_encoding_message_size(limit))
             .add_service(admin)
@@ -92,7 +102,9 @@ impl From<ClusterError> for Status {
         match error {
             ClusterError::Join(JoinError::Version { .. }) => Self::failed_precondition(text),
             ClusterError::Join(JoinError::Duplicate { .. }) => Self::already_exists(text),
-            ClusterError::Join(JoinError::Stopping) | ClusterError::Unavailable => Self::unavailable(text),
+            ClusterError::Join(JoinError::Stopping) | ClusterError::Unavailable | ClusterError::Standby { .. } => {
+                Self::unavailable(text)
+            }
             ClusterError::UnknownRank { .. } => Self::permission_denied(text),
             ClusterError::UnknownDeployment { .. } | ClusterError::UnknownNode { .. } => Self::not_found(text),
             ClusterError::StillRunning { .. } => Self::deadline_exceeded(text),

@@ -27,7 +27,7 @@ pub mod strategy;
 pub use board::StatusBoard;
 pub use deployment::{CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode, DeploymentState};
 pub use event::ServingChange;
-pub use handle::{ClusterHandle, ClusterSettings, start};
+pub use handle::{ClusterHandle, ClusterSettings, stand_by, start};
 pub use nodes::{AgentSession, JoinError, NodeState, Patience};
 pub use record::DeploymentRecord;
 pub use spec::{DeploymentSpec, TensorParallelSize};
@@ -72,9 +72,19 @@ pub enum ClusterError {
         /// Ranks, pids and nodes.
         which: String,
     },
+    /// This head leads no cluster now.
+    #[error("this head stands by: {}", leading(.leader))]
+    Standby {
+        /// Cluster address of the head that leads, where one does.
+        leader: Option<String>,
+    },
     /// The head ends, or its queue is full.
     #[error("the head is stopping or overloaded")]
     Unavailable,
+}
+
+fn leading(leader: &Option<String>) -> String {
+    leader.as_ref().map_or_else(|| "no head leads now".to_owned(), |leader| format!("{leader} leads"))
 }
 
 fn listing(known: &[String]) -> String {

@@ -60,6 +60,9 @@ pub struct HeadRecord {
     pub socket: Option<PathBuf>,
     /// Where its logs are.
     pub log_dir: PathBuf,
+    /// Present while it stands by: the cluster address of the head that leads, empty where none does.
+    #[serde(default)]
+    pub stands_by: Option<String>,
 }
 
 /// Proof that no other head runs in a home; let go when dropped, or when the process ends in whatever way.
@@ -164,6 +167,7 @@ mod tests {
             dashboard: "127.0.0.1:8265".into(),
             socket: None,
             log_dir: home.log_dir(),
+            stands_by: None,
         };
         lock.write(&record).expect("writes");
         assert_eq!(running_head(&home), Some(record.clone()));

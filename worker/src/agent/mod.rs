@@ -11,6 +11,7 @@ pub mod devices;
 pub mod doctor;
 pub mod launch;
 pub mod link;
+pub mod lookout;
 pub mod node;
 pub mod process;
 pub mod record;
@@ -18,16 +19,19 @@ pub mod supervisor;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use phalanx_proto::{
     AgentCommand, AgentEvent, AgentHello, AgentWelcome, DesiredRank, RankKey, RankObserved, RankProcess,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{info, warn};
 
 use crate::config::{HeadAddress, defaults};
+use crate::head_note::HeadNote;
 use link::{Link, LinkError};
 use process::HeadFacts;
 use supervisor::{Order, SupervisorHandle};
@@ -84,8 +88,10 @@ pub enum End {
 
 /// How an agent was started.
 pub struct AgentSetup {
-    /// The head.
+    /// The head, or one of several.
     pub head: HeadAddress,
+    /// Where the ranks are told which head leads.
+    pub head_note: PathBuf,
     /// What this machine is and offers.
     pub hello: AgentHello,
     /// Whether the agent ends with its head; else it waits for the head's return.
@@ -101,6 +107,8 @@ pub struct Agent<R> {
     /// What the head should know: each rank that is desired or running.
     observed: BTreeMap<RankKey, RankObserved>,
     head_facts: HeadFacts,
+    /// Which head leads.
+    leading: watch::Receiver<HeadNote>,
     has_joined: bool,
     /// When the ranks must end, once the head is lost.
     orphaned_at: Option<Instant>,
@@ -131,6 +139,14 @@ async fn sleep_until(at: Option<Instant>) {
     }
 }
 
+/// Resolves when another head leads than this one.
+async fn moved(leading: &mut watch::Receiver<HeadNote>, head: &str) {
+    if leading.wait_for(|note| note.address != head).await.is_err() {
+        // Nobody looks any more: the agent ends.
+        std::future::pending::<()>().await;
+    }
+}
+
 /// Why a link ended.
 enum Served {
     Lost(String),
@@ -148,6 +164,7 @@ impl<R: FnMut(&Report)> Agent<R> {
         Ok(Self {
             // A head that was started together with this agent, and never came, is gone too.
             orphaned_at: setup.with_head.then(|| Instant::now() + defaults::HEAD_START_DEADLINE),
+            leading: lookout::start(&setup.head, setup.head_note.clone()),
             setup,
             report,
             observed: BTreeMap::new(),
@@ -172,9 +189,9 @@ impl<R: FnMut(&Report)> Agent<R> {
         let mut pause = defaults::RETRY_PAUSE_MIN;
         loop {
             match self.connect().await {
-                Ok(Some((link, welcome))) => {
+                Ok(Some((head, link, welcome))) => {
                     pause = defaults::RETRY_PAUSE_MIN;
-                    match self.serve(link, welcome).await? {
+                    match self.serve(&head, link, welcome).await? {
                         Served::Ended(end) => return Ok(end),
                         Served::Lost(reason) => self.lose_head(&reason),
                     }
@@ -196,13 +213,17 @@ impl<R: FnMut(&Report)> Agent<R> {
     }
 
     /// One attempt to reach the head; `None` where something else must be looked at first.
-    async fn connect(&mut self) -> Result<Option<(Link, AgentWelcome)>, LinkError> {
+    async fn connect(&mut self) -> Result<Option<(HeadAddress, Link, AgentWelcome)>, LinkError> {
         if self.asked_to_end {
             return Ok(None);
         }
         let orphaned = sleep_until(self.orphaned_at);
+        let head = self.head();
         tokio::select! {
-            linked = Link::open(&self.setup.head, self.setup.hello.clone()) => linked.map(Some),
+            linked = Link::open(&head, self.setup.hello.clone()) => {
+                linked.map(|(link, welcome)| Some((head.clone(), link, welcome)))
+            }
+            () = moved(&mut self.leading, head.as_str()) => Ok(None),
             () = orphaned => Ok(None),
             () = self.signals.any() => {
                 self.asked_to_end = true;
@@ -211,8 +232,14 @@ impl<R: FnMut(&Report)> Agent<R> {
         }
     }
 
+    /// The head that leads, as far as this agent knows.
+    fn head(&self) -> HeadAddress {
+        // What cannot be read as an address was never dialled either.
+        self.leading.borrow().address.parse().unwrap_or_else(|_| self.setup.head.clone())
+    }
+
     /// The link's life: desired state down, observed state and heartbeats up.
-    async fn serve(&mut self, mut link: Link, welcome: AgentWelcome) -> Result<Served, AgentError> {
+    async fn serve(&mut self, head: &HeadAddress, mut link: Link, welcome: AgentWelcome) -> Result<Served, AgentError> {
         self.joined(&mut link, &welcome).await;
         let mut beats = tokio::time::interval(welcome.heartbeat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -237,6 +264,9 @@ impl<R: FnMut(&Report)> Agent<R> {
                     sequence += 1;
                     link.send(AgentEvent::Heartbeat { sequence }).await
                 }
+                () = moved(&mut self.leading, head.as_str()) => {
+                    return Ok(Served::Lost(format!("the head at {} leads", self.head().as_str())));
+                }
                 () = self.signals.any() => return self.leave(link, End::Signal).await,
             };
             if let Err(error) = sent {
@@ -252,7 +282,7 @@ impl<R: FnMut(&Report)> Agent<R> {
         let is_here = |boot: &str| !boot_id.is_empty() && boot == boot_id;
         let socket = welcome.socket.as_ref().filter(|s| is_here(&s.boot_id)).map(|s| s.path.clone());
         self.head_facts = HeadFacts { socket, grace: welcome.head_grace };
-        info!(head = self.setup.head.as_str(), node_id = %self.setup.hello.node_id, term = %welcome.term, "joined");
+        info!(head = self.leading.borrow().address, node_id = %self.setup.hello.node_id, term = %welcome.term, "joined");
         (self.report)(&Report::Joined);
         // A head that came back learns what runs here.
         for observed in self.observed.values() {
@@ -277,7 +307,7 @@ impl<R: FnMut(&Report)> Agent<R> {
     /// Starts the grace of the ranks.
     fn lose_head(&mut self, reason: &str) {
         let grace = self.head_facts.grace;
-        warn!(head = self.setup.head.as_str(), reason, ?grace, "head is gone");
+        warn!(head = self.leading.borrow().address, reason, ?grace, "head is gone");
         self.orphaned_at = Some(Instant::now() + grace);
     }
 

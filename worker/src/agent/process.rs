@@ -41,6 +41,8 @@ pub struct Launcher {
     pub node_id: NodeId,
     /// The head, `host:port`.
     pub head: String,
+    /// Where it is noted which head leads.
+    pub head_note: PathBuf,
     /// Where logs go.
     pub log_dir: PathBuf,
     /// What the slots are.
@@ -123,6 +125,7 @@ impl Launcher {
             node_id: self.node_id.clone(),
             head: self.head.clone(),
             head_socket: head.socket.clone(),
+            head_note: self.head_note.clone(),
             launch_token: rank.launch_token.clone(),
             device: self.device,
             device_name: slot.name.clone(),

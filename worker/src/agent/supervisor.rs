@@ -200,6 +200,7 @@ mod tests {
             args: vec!["-c".into(), script.into()],
             node_id: NodeId("n".into()),
             head: "127.0.0.1:1".into(),
+            head_note: dir.join("head.json"),
             log_dir: dir.to_path_buf(),
             device: DeviceKind::Cpu,
             slots: vec![DeviceSlot { name: "cpu".into(), env: None }; 2],

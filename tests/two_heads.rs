@@ -1,0 +1,174 @@
+//! Two heads over a real etcd: one leads, one stands by, and each of them, or etcd, is killed, frozen or cut off.
+//!
+//! One machine has two homes: head A with two slots, where the ranks run, and head B with one.
+
+#![expect(clippy::expect_used, reason = "helpers of tests are test code too")]
+
+use std::time::{Duration, Instant};
+
+use harness::{Cluster, Etcd, Http, Node, Processes, StreamEnd, Work, free_ports, golden, wait_for};
+use nix::sys::signal::Signal;
+use phalanx_proto::{HeadStatus, StatusSnapshot};
+use serde_json::{Value, json};
+
+/// A head on ports that stay its own when it is started again.
+struct Head {
+    cluster: Cluster,
+    flags: Vec<String>,
+    slots: u32,
+}
+
+impl Head {
+    fn start(etcd: &Etcd, slots: u32) -> Self {
+        let names = ["--port", "--http-port", "--dashboard-port"];
+        let ports = free_ports(names.len());
+        let mut flags: Vec<String> =
+            names.iter().zip(ports).flat_map(|(name, port)| [(*name).to_owned(), port.to_string()]).collect();
+        flags.extend(["--store".to_owned(), etcd.store()]);
+        let words: Vec<&str> = flags.iter().map(String::as_str).collect();
+        Self { cluster: Cluster::start_on(Node::new(), slots, &words), flags, slots }
+    }
+
+    fn start_again(&self) {
+        let slots = self.slots.to_string();
+        let mut arguments = vec!["start", "--head", "--num-gpus", &slots, "--json"];
+        arguments.extend(self.flags.iter().map(String::as_str));
+        let again = self.cluster.node.run("coordinator", &arguments);
+        assert_eq!(again.code, 0, "{again:?}");
+    }
+
+    fn head(&self) -> HeadStatus {
+        self.cluster.status().head
+    }
+
+    /// The head's state, or none while it does not answer.
+    fn state(&self) -> Option<String> {
+        let status = self.cluster.node.run("coordinator", &["status", "--json"]);
+        serde_json::from_str::<StatusSnapshot>(&status.stdout).ok().map(|snapshot| snapshot.head.state)
+    }
+
+    fn is(&self, state: &str) -> Option<()> {
+        (self.state()? == state).then_some(())
+    }
+}
+
+/// Both heads, with a deployment on A's two slots that A leads.
+struct Two {
+    work: Work,
+    a: Head,
+    b: Head,
+    etcd: Etcd,
+}
+
+impl Two {
+    fn start() -> Self {
+        let etcd = Etcd::start();
+        let a = Head::start(&etcd, 2);
+        let b = Head::start(&etcd, 1);
+        assert_eq!((a.head().state.as_str(), b.head().state.as_str()), ("leading", "standby"));
+        assert_eq!(b.head().leader, a.cluster.address);
+        wait_for("both machines to be there", || (a.cluster.status().nodes.len() == 2).then_some(()));
+        let flags = ["--tensor-parallel-size", "2", "--dtype", "float32", "--max-num-seqs", "16"];
+        a.cluster.serve(&golden("tiny-llama").folder, "m", &flags);
+        let work = Work::ask_alone(&a.cluster.http, 6, 40, 200);
+        Self { work, a, b, etcd }
+    }
+
+    fn rank_pids(&self, head: &Head) -> Vec<u32> {
+        head.cluster.ranks("m").iter().map(|rank| rank.pid).collect()
+    }
+
+    /// Sends the first request until it is answered; gives the time.
+    fn wait_for_answers(&self, http: &Http, since: Instant) -> Duration {
+        let right = wait_for("the other head to answer", || answer(http, &self.work.bodies[0]));
+        assert_eq!(right, self.work.expected[0], "a resend gets the right text");
+        since.elapsed()
+    }
+}
+
+/// Token ids of an answer, where there is one.
+fn answer(http: &Http, body: &Value) -> Option<Value> {
+    let mut stream = http.try_stream("/v1/completions", body)?;
+    (stream.finish() == StreamEnd::Done).then(|| json!(stream.token_ids))
+}
+
+#[test]
+fn a_standby_takes_over_from_a_killed_leader() {
+    let two = Two::start();
+    let (status, refused) = two.b.cluster.http.get("/v1/models");
+    assert_eq!((status, refused.contains("stands by")), (503, true), "{refused}");
+    assert_eq!(two.b.cluster.http.get("/health").0, 503);
+    assert_eq!(two.b.cluster.http.get("/health/live").0, 200);
+    let deploy = two.b.cluster.node.run("coordinator", &["undeploy", "m"]);
+    assert!(deploy.code == 1 && deploy.stderr.contains(&two.a.cluster.address), "{deploy:?}");
+
+    let before = two.rank_pids(&two.a);
+    let company = two.work.start(&two.a.cluster.http);
+    wait_for("streams to run", || (two.a.cluster.status().queue.running > 0).then_some(()));
+    let killed = Instant::now();
+    Processes::kill(two.a.head().pid);
+    for end in company.ends() {
+        assert_ne!(end, StreamEnd::Done, "a head that is killed in the middle ends nothing well");
+    }
+    let closed = killed.elapsed();
+    assert!(closed < Duration::from_secs(1), "connections closed after {closed:?}");
+    let answered = two.wait_for_answers(&two.b.cluster.http, killed);
+    println!("connections closed {closed:?} after the leader was killed, the standby answered after {answered:?}");
+    assert!(answered < Duration::from_secs(10), "the standby answered after {answered:?}");
+    assert_eq!(two.rank_pids(&two.b), before, "ranks went to the other head with their weights");
+    assert_eq!(two.b.head().state, "leading");
+
+    // The machine that was gone comes back, and stands by; its agent has gone on all the time.
+    two.a.start_again();
+    assert_eq!((two.a.head().state, two.a.head().leader), ("standby".to_owned(), two.b.cluster.address.clone()));
+    assert_eq!(two.b.cluster.status().nodes.iter().filter(|node| node.state == "alive").count(), 2);
+    two.work.start(&two.b.cluster.http).check();
+
+    // Told to stop, a leader need not be waited for.
+    let undeployed = two.b.cluster.node.run("coordinator", &["undeploy", "m"]);
+    assert_eq!(undeployed.code, 0, "{undeployed:?}");
+}
+
+#[test]
+fn a_leader_that_was_frozen_stands_by_when_it_wakes() {
+    let two = Two::start();
+    let (before, pid) = (two.rank_pids(&two.a), two.a.head().pid);
+    let frozen = Instant::now();
+    Processes::signal(pid, Signal::SIGSTOP);
+    let answered = two.wait_for_answers(&two.b.cluster.http, frozen);
+    println!("the standby answered {answered:?} after the leader was frozen");
+    assert_eq!(two.rank_pids(&two.b), before, "ranks went to the other head with their weights");
+    let company = two.work.start(&two.b.cluster.http);
+    Processes::signal(pid, Signal::SIGCONT);
+    let woken = Instant::now();
+    wait_for("the old leader to stand by", || two.a.is("standby"));
+    println!("the old leader stood by {:?} after it woke", woken.elapsed());
+    company.check();
+    assert_eq!(two.a.head().pid, pid, "the same process, started anew");
+    assert_eq!(two.rank_pids(&two.b), before, "nothing that the old leader did counts");
+}
+
+#[test]
+fn serving_does_not_need_etcd() {
+    let mut two = Two::start();
+    let before = two.rank_pids(&two.a);
+    // Shorter than the lease: nobody notices.
+    let company = two.work.start(&two.a.cluster.http);
+    two.etcd.signal(Signal::SIGSTOP);
+    std::thread::sleep(Duration::from_secs(3));
+    two.etcd.signal(Signal::SIGCONT);
+    company.check();
+    assert_eq!((two.a.head().state.as_str(), two.b.head().state.as_str()), ("leading", "standby"));
+    // Longer than the lease: what runs goes on, and what would change waits.
+    two.etcd.kill();
+    wait_for("the head to say so", || two.a.head().reason.contains("nothing can be changed").then_some(()));
+    two.work.start(&two.a.cluster.http).check();
+    assert_eq!(two.a.cluster.http.get("/health").0, 200);
+    let arguments = ["undeploy".to_owned(), "m".to_owned()];
+    let waiting = two.a.cluster.node.spawn("coordinator", &arguments);
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(two.rank_pids(&two.a), before, "what is not written down is not told to anybody");
+    two.etcd.start_again();
+    wait_for("one head to lead", || two.a.is("leading").or_else(|| two.b.is("leading")));
+    drop(waiting);
+}
