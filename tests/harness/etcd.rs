@@ -1,7 +1,10 @@
 //! A real etcd of one member, on free ports, with a folder of its own.
 
-use std::net::{TcpListener, TcpStream};
+use std::io;
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -33,6 +36,11 @@ impl Etcd {
     /// What `--store` takes.
     pub fn store(&self) -> String {
         format!("etcd://127.0.0.1:{}", self.client)
+    }
+
+    /// A way to it that can be cut.
+    pub fn cable(&self) -> Cable {
+        Cable::lay(self.client)
     }
 
     /// Starts the member again, with what it had.
@@ -79,6 +87,52 @@ impl Drop for Etcd {
             eprintln!("{}", std::fs::read_to_string(self.folder.path().join("etcd.log")).unwrap_or_default());
         }
         self.kill();
+    }
+}
+
+/// A way to a port of this machine that can be cut.
+pub struct Cable {
+    port: u16,
+    /// Both ends of every connection; none once it is cut.
+    ends: Arc<Mutex<Option<Vec<TcpStream>>>>,
+}
+
+impl Cable {
+    fn lay(target: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        let ends = Arc::new(Mutex::new(Some(Vec::new())));
+        let kept = Arc::clone(&ends);
+        // It ends with the test's process.
+        thread::spawn(move || {
+            for near in listener.incoming().flatten() {
+                let Ok(far) = TcpStream::connect(("127.0.0.1", target)) else { continue };
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(ends) = kept.as_mut() else { continue };
+                let pairs = [(&near, &far), (&far, &near)];
+                for (from, to) in pairs {
+                    let (mut from, mut to) = (from.try_clone().expect("a socket"), to.try_clone().expect("a socket"));
+                    // Its end is that of the connection.
+                    thread::spawn(move || io::copy(&mut from, &mut to).and(to.shutdown(Shutdown::Write)));
+                }
+                ends.extend([near, far]);
+            }
+        });
+        Self { port, ends }
+    }
+
+    /// What `--store` takes, over this way.
+    pub fn store(&self) -> String {
+        format!("etcd://127.0.0.1:{}", self.port)
+    }
+
+    /// Ends all connections, and those to come.
+    pub fn cut(&self) {
+        let ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for end in ends.into_iter().flatten() {
+            // One that has ended already is what is wanted.
+            let _ = end.shutdown(Shutdown::Both);
+        }
     }
 }
 

@@ -21,7 +21,7 @@ pub use client::{Completion, Http, Stream, StreamEnd};
 pub use cluster::{Cluster, Finished, Node, Processes, wait_for};
 pub use company::{Company, Random, Work};
 pub use edited::{check_edited, edited_answers, edited_requests};
-pub use etcd::{Etcd, free_ports};
+pub use etcd::{Cable, Etcd, free_ports};
 pub use golden::{Golden, GoldenPrompt, golden, goldens, smollm2, smollm2_bf16};
 pub use judge::{Precision, check_agreement, check_model, token_ids};
 pub use lasting::Lasting;

@@ -75,12 +75,17 @@ impl Heads {
         led
     }
 
+    /// Whether another head leads by now.
+    pub fn is_superseded(&self, led: &Led) -> bool {
+        let now = self.now();
+        now.term > led.term && now.target.address != led.target.address
+    }
+
     /// Resolves when another head leads.
     pub async fn superseded(&self, led: &Led) {
         loop {
             tokio::time::sleep(LOOK).await;
-            let now = self.now();
-            if now.term > led.term && now.target.address != led.target.address {
+            if self.is_superseded(led) {
                 return;
             }
         }

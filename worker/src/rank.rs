@@ -121,9 +121,9 @@ async fn serve(
     mut device: DeviceHandle,
     grace: Duration,
 ) -> Result<String, SessionError> {
-    let mut led = heads.now();
-    let mut session = Session::open(&led.target, hello.clone(), &mut device).await?;
+    let mut session = Session::open(heads, hello.clone(), &mut device).await?;
     loop {
+        let led = session.led().clone();
         let lost = tokio::select! {
             ended = session.run() => match ended {
                 Err(error @ SessionError::HeadGone { .. }) => error,
@@ -135,7 +135,7 @@ async fn serve(
         let Some(kept) = session.kept().filter(|_| !grace.is_zero()) else { return Err(lost) };
         drop(session);
         warn!(error = %lost, ?grace, "waiting for a head");
-        (session, led) = Session::resume(heads, &hello, &mut device, kept, Instant::now() + grace).await?;
+        session = Session::resume(heads, &hello, &mut device, kept, Instant::now() + grace).await?;
     }
 }
 

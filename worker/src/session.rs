@@ -2,6 +2,7 @@
 //!
 //! Owns the connection, and what came ahead of its plan: token masks, edits of logits, and parts of long prompts. Knows no model and no device.
 //!
+//! **Invariant:** a head that another one has followed ends no rank.
 //! **Invariant:** the device thread sees messages in the order of the head, each whole and checked. Nothing is taken before the
 //! hello, and nothing waits without a bound: a full queue ends the session.
 
@@ -124,6 +125,8 @@ pub struct Kept {
 /// A rank's open stream.
 pub struct Session<'a> {
     device: &'a mut DeviceHandle,
+    heads: Heads,
+    led: Led,
     plans: tonic::Streaming<pb::HeadToRank>,
     results: mpsc::Sender<pb::RankMessage>,
     staging: Staging,
@@ -141,11 +144,12 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// The head does not answer after some attempts, or refuses this rank.
-    pub async fn open(head: &HeadTarget, hello: RankHello, device: &'a mut DeviceHandle) -> Result<Self, SessionError> {
+    pub async fn open(heads: &Heads, hello: RankHello, device: &'a mut DeviceHandle) -> Result<Self, SessionError> {
+        let led = heads.now();
         let mut pause = defaults::RETRY_PAUSE_MIN;
         let mut attempt = 1;
         let channel = loop {
-            match head.dial().await {
+            match led.target.dial().await {
                 Ok(channel) => break channel,
                 Err(error) if attempt == defaults::RANK_CONNECT_ATTEMPTS => return Err(error),
                 Err(error) => debug!(%error, attempt, "head does not answer"),
@@ -154,7 +158,7 @@ impl<'a> Session<'a> {
             (pause, attempt) = (pause * 2, attempt + 1);
         };
         let (plans, results) = greet(channel, hello).await?;
-        Ok(Self::new(head, device, plans, results))
+        Ok(Self::new(heads, led, device, plans, results))
     }
 
     /// Dials until a head is there again, the same or another, that takes this rank with what it has kept.
@@ -167,7 +171,7 @@ impl<'a> Session<'a> {
         device: &'a mut DeviceHandle,
         kept: Kept,
         ends: Instant,
-    ) -> Result<(Self, Led), SessionError> {
+    ) -> Result<Self, SessionError> {
         let hello = RankHello { resumes: Some(kept.resumes), ..hello.clone() };
         loop {
             let led = heads.now();
@@ -179,10 +183,10 @@ impl<'a> Session<'a> {
             };
             match tokio::time::timeout_at(ends, greeted).await.map_err(|_| gone("it did not come back"))? {
                 Ok((plans, results)) => {
-                    let mut session = Self::new(&led.target, device, plans, results);
+                    let mut session = Self::new(heads, led, device, plans, results);
                     session.staging.num_tokens_max = kept.staged_tokens_max;
                     (session.kept, session.is_stale) = (Some(kept.resumes), true);
-                    return Ok((session, led));
+                    return Ok(session);
                 }
                 Err(refused @ SessionError::Refused { .. }) => return Err(refused),
                 Err(error) => debug!(%error, "head does not answer"),
@@ -195,14 +199,20 @@ impl<'a> Session<'a> {
     }
 
     fn new(
-        head: &HeadTarget,
+        heads: &Heads,
+        led: Led,
         device: &'a mut DeviceHandle,
         plans: tonic::Streaming<pb::HeadToRank>,
         results: mpsc::Sender<pb::RankMessage>,
     ) -> Self {
-        info!(head = %head.address, "session open");
-        let (staging, own_ip) = (Staging::default(), own_ip(&head.address));
-        Self { device, plans, results, staging, own_ip, capacity: None, kept: None, is_stale: false }
+        info!(head = %led.target.address, "session open");
+        let (staging, own_ip, heads) = (Staging::default(), own_ip(&led.target.address), heads.clone());
+        Self { device, heads, led, plans, results, staging, own_ip, capacity: None, kept: None, is_stale: false }
+    }
+
+    /// The head that it serves.
+    pub fn led(&self) -> &Led {
+        &self.led
     }
 
     /// What the rank holds that another head can go on with; none before it was ready.
@@ -257,6 +267,8 @@ impl<'a> Session<'a> {
                 self.staging.limit(&load);
                 HeadMessage::Load(self.name_interface(load))
             }
+            // What was asked of this rank is another head's business now.
+            HeadMessage::Shutdown(_) if self.heads.is_superseded(&self.led) => return Err(gone("another head leads")),
             HeadMessage::Shutdown(reason) => {
                 // The thread ends with its channel, whether or not this message finds room.
                 let _ = self.device.commands.try_send(HeadMessage::Shutdown(reason.clone()));

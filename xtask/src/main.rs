@@ -9,6 +9,7 @@ mod demo;
 mod device_code;
 mod fetch;
 mod gpu;
+mod packages;
 mod process;
 mod test;
 
@@ -47,7 +48,7 @@ enum Command {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
-    /// Obtains the model and the tokenizers that tests use, with their checksums.
+    /// Obtains what tests use: a model and tokenizers, with their checksums, and etcd.
     Fetch,
     /// Builds what needs a GPU and runs it, or packs it for a machine without Rust.
     GpuTest {
@@ -86,7 +87,7 @@ fn main() -> anyhow::Result<()> {
         Command::Test => test::run(),
         Command::DeviceCode => device_code::run(),
         Command::Soak { minutes, seed } => test::soak(minutes, seed),
-        Command::Fetch => fetch::model().and(fetch::tokenizers()).map(|_| ()),
+        Command::Fetch => fetch::model().and(fetch::tokenizers()).and(packages::etcd()),
         Command::GpuTest { pack, profile, what } => gpu::run(pack.as_deref(), &profile, &what),
         Command::Bench { pack: Some(folder), profile, .. } => gpu::run(Some(&folder), &profile, &[]),
         Command::Bench { pack: None, profile, flags } => bench::run_here(&flags, &profile),

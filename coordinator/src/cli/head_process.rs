@@ -69,7 +69,7 @@ async fn serve(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outcome
     let head = match &flags.head.store {
         Some(place) => match stand_by(surroundings, flags, place.clone(), bound).await? {
             Some(head) => head,
-            None => return Ok(info!("head ended")),
+            None => return Ok(()),
         },
         None => {
             let head = bound.start()?;
@@ -94,7 +94,10 @@ async fn stand_by(
     let mut standing = bound.stand_by(place, deposed)?;
     end_on_signals(standing.cluster.clone())?;
     let leads_at_once = !flags.again && announce(&mut standing).await?;
-    let Stood::Leads(head) = standing.stand().await? else { return Ok(None) };
+    let Stood::Leads(head) = standing.stand().await? else {
+        info!("head ended");
+        return Ok(None);
+    };
     if leads_at_once {
         say(&StartLine::Listening(head.record.clone()))?;
     }

@@ -58,7 +58,6 @@ impl Lookout {
     async fn run(mut self) {
         self.write();
         loop {
-            tokio::time::sleep(if self.heads.len() > 1 { LOOK } else { LOOK_ALONE }).await;
             for (address, answer) in self.ask_all().await {
                 let Some((client, sight)) = answer else { continue };
                 if let Some(known) = self.heads.get_mut(&address) {
@@ -66,6 +65,7 @@ impl Lookout {
                 }
                 self.take(&address, sight, Instant::now());
             }
+            tokio::time::sleep(if self.heads.len() > 1 { LOOK } else { LOOK_ALONE }).await;
         }
     }
 

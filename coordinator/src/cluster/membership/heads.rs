@@ -49,10 +49,8 @@ impl HeadsDesk {
 #[tonic::async_trait]
 impl pb::heads_server::Heads for HeadsDesk {
     async fn who(&self, request: Request<pb::WhoRequest>) -> Result<Response<pb::WhoReply>, Status> {
-        if let Lead::First(leadership, _) = &self.lead
-            && leadership.term().0 < request.get_ref().seen_term
-        {
-            leadership.doubt();
+        if let Lead::First(leadership, _) = &self.lead {
+            leadership.heard_of(Term(request.get_ref().seen_term));
         }
         Ok(Response::new(self.sight().into()))
     }

@@ -8,7 +8,7 @@
 //! **Invariant:** a head takes up a lead that lapsed only if nobody has led in between; else it is deposed.
 
 use std::io;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -120,6 +120,8 @@ pub struct Leadership {
     /// The revision in which the leader's key was made.
     created: AtomicI64,
     acts_until: Mutex<Instant>,
+    /// The highest term that somebody has seen a head lead by.
+    seen_term: AtomicU64,
     doubted: Notify,
 }
 
@@ -135,9 +137,22 @@ impl Leadership {
         (Instant::now() < until).then(|| self.created.load(Ordering::Acquire))
     }
 
-    /// Somebody has seen that another head may lead: look at once.
-    pub fn doubt(&self) {
+    /// Somebody has seen a head lead by this term: where it is a higher one, look at once.
+    pub fn heard_of(&self, term: Term) {
+        if term > self.term() {
+            self.seen_term.fetch_max(term.0, Ordering::AcqRel);
+            self.doubt();
+        }
+    }
+
+    /// Another head may lead: look at once.
+    pub(super) fn doubt(&self) {
         self.doubted.notify_one();
+    }
+
+    /// Whether a higher term was seen.
+    fn is_outdated(&self) -> bool {
+        self.seen_term.load(Ordering::Acquire) > self.term().0
     }
 
     pub(super) fn client(&self) -> &Client {
@@ -243,6 +258,7 @@ impl Candidate {
             place: self.place.clone(),
             created: AtomicI64::new(created),
             acts_until: Mutex::new(lease.until),
+            seen_term: AtomicU64::new(0),
             doubted: Notify::new(),
         };
         self.look().await?;
@@ -265,6 +281,9 @@ impl Candidate {
                 Err(Lapse::Emptied) => "etcd has lost the records of this cluster".to_owned(),
             };
             let may_act = leadership.fence().is_some();
+            if !may_act && leadership.is_outdated() {
+                return Some("an agent has seen another head lead, and etcd does not answer here".to_owned());
+            }
             if may_act == lapsed {
                 lapsed = !may_act;
                 match lapsed {
