@@ -29,6 +29,7 @@ fn two_hosts_share_a_model() {
     let line: Value = serde_json::from_str(started.stdout.trim()).expect("one object");
     let address = line["address"].as_str().expect("an address");
     assert!(address.starts_with(&head_address), "{address}");
+    let worker = worker.with_token_of(&head);
     let joined = worker.run("worker", &["join", "--address", address, "--num-gpus", "1"]);
     assert_eq!(joined.code, 0, "{joined:?} {}", worker.logs());
     let serve = ["serve", folder, "--served-model-name", "m", "--tensor-parallel-size", "2", "--dtype", "float32"];

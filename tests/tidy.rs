@@ -35,13 +35,14 @@ fn product(text: &str) -> &str {
 
 #[test]
 fn rooms_depend_one_way() {
-    let allowed: [(&str, &[&str]); 6] = [
+    let allowed: [(&str, &[&str]); 7] = [
         ("proto", &[]),
+        ("trust", &[]),
         ("formats", &[]),
         ("nccl-rs", &[]),
         ("kernels", &["phalanx-formats", "nccl-rs"]),
-        ("coordinator", &["phalanx-formats", "phalanx-proto"]),
-        ("worker", &["phalanx-formats", "phalanx-kernels", "phalanx-proto", "nccl-rs"]),
+        ("coordinator", &["phalanx-formats", "phalanx-proto", "phalanx-trust"]),
+        ("worker", &["phalanx-formats", "phalanx-kernels", "phalanx-proto", "phalanx-trust", "nccl-rs"]),
     ];
     for (room, allowed) in allowed {
         let manifest = fs::read_to_string(root().join(room).join("Cargo.toml")).expect("a manifest");
@@ -105,7 +106,9 @@ fn unsafe_code_stays_in_its_rooms() {
         "worker/src/weights/",
         "formats/src/mapping",
     ];
-    for folder in ["proto/src", "formats/src", "coordinator/src", "worker/src", "kernels/src", "nccl-rs/src"] {
+    for folder in
+        ["proto/src", "trust/src", "formats/src", "coordinator/src", "worker/src", "kernels/src", "nccl-rs/src"]
+    {
         for (file, text) in sources(folder) {
             let code: String =
                 text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
@@ -122,9 +125,16 @@ fn unsafe_code_stays_in_its_rooms() {
 
 #[test]
 fn every_module_says_what_it_owns() {
-    for folder in
-        ["proto/src", "formats/src", "kernels/src", "nccl-rs/src", "coordinator/src", "worker/src", "xtask/src"]
-    {
+    for folder in [
+        "proto/src",
+        "trust/src",
+        "formats/src",
+        "kernels/src",
+        "nccl-rs/src",
+        "coordinator/src",
+        "worker/src",
+        "xtask/src",
+    ] {
         for (file, text) in sources(folder) {
             assert!(text.starts_with("//!"), "{file} does not open with //!");
         }
@@ -133,7 +143,7 @@ fn every_module_says_what_it_owns() {
 
 #[test]
 fn tests_are_not_ignored() {
-    for folder in ["proto", "formats", "kernels", "nccl-rs", "coordinator", "worker"] {
+    for folder in ["proto", "trust", "formats", "kernels", "nccl-rs", "coordinator", "worker"] {
         for (file, text) in sources(folder) {
             assert!(!text.contains("#[ignore"), "{file} ignores a test");
         }

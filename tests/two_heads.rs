@@ -4,57 +4,28 @@
 
 use std::time::{Duration, Instant};
 
-use harness::{Cable, Cluster, Etcd, Http, Node, Processes, StreamEnd, Work, free_ports, golden, wait_for};
+use harness::{Cable, Etcd, Http, Lasting, Node, Processes, StreamEnd, Work, golden, wait_for};
 use nix::sys::signal::Signal;
 use phalanx_proto::{HeadStatus, StatusSnapshot};
 use serde_json::{Value, json};
 
-/// A head on ports that stay its own when it is started again.
-struct Head {
-    cluster: Cluster,
-    flags: Vec<String>,
-    slots: u32,
+/// The head's own part of its status.
+fn head(of: &Lasting) -> HeadStatus {
+    of.cluster.status().head
 }
 
-impl Head {
-    fn start(store: String, slots: u32) -> Self {
-        let names = ["--port", "--http-port", "--dashboard-port"];
-        let ports = free_ports(names.len());
-        let mut flags: Vec<String> =
-            names.iter().zip(ports).flat_map(|(name, port)| [(*name).to_owned(), port.to_string()]).collect();
-        flags.extend(["--store".to_owned(), store]);
-        let words: Vec<&str> = flags.iter().map(String::as_str).collect();
-        Self { cluster: Cluster::start_on(Node::new(), slots, &words), flags, slots }
-    }
-
-    fn start_again(&self) {
-        let slots = self.slots.to_string();
-        let mut arguments = vec!["start", "--head", "--num-gpus", &slots, "--json"];
-        arguments.extend(self.flags.iter().map(String::as_str));
-        let again = self.cluster.node.run("coordinator", &arguments);
-        assert_eq!(again.code, 0, "{again:?}");
-    }
-
-    fn head(&self) -> HeadStatus {
-        self.cluster.status().head
-    }
-
-    /// The head's state, or none while it does not answer.
-    fn state(&self) -> Option<String> {
-        let status = self.cluster.node.run("coordinator", &["status", "--json"]);
-        serde_json::from_str::<StatusSnapshot>(&status.stdout).ok().map(|snapshot| snapshot.head.state)
-    }
-
-    fn is(&self, state: &str) -> Option<()> {
-        (self.state()? == state).then_some(())
-    }
+/// Something once a head says that it leads, or stands by.
+fn is(of: &Lasting, state: &str) -> Option<()> {
+    let status = of.cluster.node.run("coordinator", &["status", "--json"]);
+    let snapshot: StatusSnapshot = serde_json::from_str(&status.stdout).ok()?;
+    (snapshot.head.state == state).then_some(())
 }
 
 /// Both heads, with a deployment on A's two slots that A leads.
 struct Two {
     work: Work,
-    a: Head,
-    b: Head,
+    a: Lasting,
+    b: Lasting,
     /// A's way to etcd.
     cable: Cable,
     etcd: Etcd,
@@ -64,10 +35,11 @@ impl Two {
     fn start() -> Self {
         let etcd = Etcd::start();
         let cable = etcd.cable();
-        let a = Head::start(cable.store(), 2);
-        let b = Head::start(etcd.store(), 1);
-        assert_eq!((a.head().state.as_str(), b.head().state.as_str()), ("leading", "standby"));
-        assert_eq!(b.head().leader, a.cluster.address);
+        let a = Lasting::start_on(Node::new(), 2, &["--store", &cable.store()]);
+        let b = Node::new().with_keys_of(&a.cluster.node);
+        let b = Lasting::start_on(b, 1, &["--store", &etcd.store()]);
+        assert_eq!((head(&a).state.as_str(), head(&b).state.as_str()), ("leading", "standby"));
+        assert_eq!(head(&b).leader, a.cluster.address);
         wait_for("both machines to be there", || (a.cluster.status().nodes.len() == 2).then_some(()));
         let flags = ["--tensor-parallel-size", "2", "--dtype", "float32", "--max-num-seqs", "16"];
         a.cluster.serve(&golden("tiny-llama").folder, "m", &flags);
@@ -75,7 +47,7 @@ impl Two {
         Self { work, a, b, cable, etcd }
     }
 
-    fn rank_pids(&self, head: &Head) -> Vec<u32> {
+    fn rank_pids(&self, head: &Lasting) -> Vec<u32> {
         head.cluster.ranks("m").iter().map(|rank| rank.pid).collect()
     }
 
@@ -107,7 +79,7 @@ fn a_standby_takes_over_from_a_killed_leader() {
     let company = two.work.start(&two.a.cluster.http);
     wait_for("streams to run", || (two.a.cluster.status().queue.running > 0).then_some(()));
     let killed = Instant::now();
-    Processes::kill(two.a.head().pid);
+    Processes::kill(head(&two.a).pid);
     for end in company.ends() {
         assert_ne!(end, StreamEnd::Done, "a head that is killed in the middle ends nothing well");
     }
@@ -116,20 +88,20 @@ fn a_standby_takes_over_from_a_killed_leader() {
     let answered = two.wait_for_answers(&two.b.cluster.http, killed);
     println!("connections closed {closed:?} after the leader was killed, the standby answered after {answered:?}");
     assert!(answered < Duration::from_secs(10), "the standby answered after {answered:?}");
-    assert_eq!(two.b.head().state, "leading");
+    assert_eq!(head(&two.b).state, "leading");
     // A plan that reached one rank only, when the head died, leaves a group that must start again; else ranks are kept.
     let now = two.rank_pids(&two.b);
     println!("ranks {}", if now == before { "kept their weights" } else { "were started again" });
 
     // The machine that was gone comes back, and stands by; its agent has gone on all the time.
-    two.a.start_again();
-    assert_eq!((two.a.head().state, two.a.head().leader), ("standby".to_owned(), two.b.cluster.address.clone()));
+    two.a.start_head();
+    assert_eq!((head(&two.a).state, head(&two.a).leader), ("standby".to_owned(), two.b.cluster.address.clone()));
     assert_eq!(two.b.cluster.status().nodes.iter().filter(|node| node.state == "alive").count(), 2);
     two.work.start(&two.b.cluster.http).check();
 
     // And back again, with nothing in flight.
     let killed = Instant::now();
-    Processes::kill(two.b.head().pid);
+    Processes::kill(head(&two.b).pid);
     let answered = two.wait_for_answers(&two.a.cluster.http, killed);
     println!("the first head answered {answered:?} after the second was killed");
     assert!(answered < Duration::from_secs(10), "the first head answered after {answered:?}");
@@ -142,7 +114,7 @@ fn a_standby_takes_over_from_a_killed_leader() {
 #[test]
 fn a_leader_that_was_frozen_stands_by_when_it_wakes() {
     let two = Two::start();
-    let (before, pid) = (two.rank_pids(&two.a), two.a.head().pid);
+    let (before, pid) = (two.rank_pids(&two.a), head(&two.a).pid);
     let frozen = Instant::now();
     Processes::signal(pid, Signal::SIGSTOP);
     let answered = two.wait_for_answers(&two.b.cluster.http, frozen);
@@ -151,10 +123,10 @@ fn a_leader_that_was_frozen_stands_by_when_it_wakes() {
     let company = two.work.start(&two.b.cluster.http);
     Processes::signal(pid, Signal::SIGCONT);
     let woken = Instant::now();
-    wait_for("the old leader to stand by", || two.a.is("standby"));
+    wait_for("the old leader to stand by", || is(&two.a, "standby"));
     println!("the old leader stood by {:?} after it woke", woken.elapsed());
     company.check();
-    assert_eq!(two.a.head().pid, pid, "the same process, started anew");
+    assert_eq!(head(&two.a).pid, pid, "the same process, started anew");
     assert_eq!(two.rank_pids(&two.b), before, "nothing that the old leader did counts");
 }
 
@@ -168,10 +140,10 @@ fn serving_does_not_need_etcd() {
     std::thread::sleep(Duration::from_secs(3));
     two.etcd.signal(Signal::SIGCONT);
     company.check();
-    assert_eq!((two.a.head().state.as_str(), two.b.head().state.as_str()), ("leading", "standby"));
+    assert_eq!((head(&two.a).state.as_str(), head(&two.b).state.as_str()), ("leading", "standby"));
     // Longer than the lease: what runs goes on, and what would change waits.
     two.etcd.kill();
-    wait_for("the head to say so", || two.a.head().reason.contains("nothing can be changed").then_some(()));
+    wait_for("the head to say so", || head(&two.a).reason.contains("nothing can be changed").then_some(()));
     two.work.start(&two.a.cluster.http).check();
     assert_eq!(two.a.cluster.http.get("/health").0, 200);
     let mut waiting = two.a.cluster.node.spawn("coordinator", &["undeploy", "m"]);
@@ -179,23 +151,23 @@ fn serving_does_not_need_etcd() {
     assert_eq!(waiting.try_wait().expect("a process"), None, "what is not written down is not answered");
     two.etcd.start_again();
     assert!(waiting.wait().expect("a process").success(), "what waited for etcd is done when it is back");
-    assert_eq!((two.a.head().state.as_str(), two.a.head().reason.as_str()), ("leading", ""));
+    assert_eq!((head(&two.a).state.as_str(), head(&two.a).reason.as_str()), ("leading", ""));
     Processes::wait_gone(&before);
 }
 
 #[test]
 fn a_leader_without_etcd_hears_from_agents_that_another_leads() {
     let two = Two::start();
-    let (before, pid) = (two.rank_pids(&two.a), two.a.head().pid);
+    let (before, pid) = (two.rank_pids(&two.a), head(&two.a).pid);
     let company = two.work.start(&two.a.cluster.http);
     wait_for("streams to run", || (two.a.cluster.status().queue.running > 0).then_some(()));
     two.cable.cut();
     let cut = Instant::now();
     let answered = two.wait_for_answers(&two.b.cluster.http, cut);
-    wait_for("the old leader to stand by", || two.a.is("standby"));
+    wait_for("the old leader to stand by", || is(&two.a, "standby"));
     println!("cut off, the standby answered after {answered:?}, and the old leader stood by after {:?}", cut.elapsed());
     // Those that ended well before the other head led are right, too.
     company.ends();
-    assert_eq!(two.a.head().pid, pid, "the same process, started anew");
+    assert_eq!(head(&two.a).pid, pid, "the same process, started anew");
     assert_eq!(two.rank_pids(&two.b), before, "ranks went to the other head with their weights");
 }

@@ -32,6 +32,7 @@ fn limits() -> EngineLimits {
         enable_prefix_caching: true,
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
+        policy: phalanx_coordinator::engine::policy::Policy::default(),
         recovery: phalanx_coordinator::engine::RecoveryLimits::default(),
         features: phalanx_proto::SamplerFeatures::default(),
     }
@@ -45,6 +46,7 @@ fn sequence(id: u64, limits: &EngineLimits) -> Result<Sequence, Box<dyn Error>> 
         max_tokens: NonZeroU32::MAX,
         stop_token_ids: vec![TokenId(0)],
         constraint: None,
+        priority: 0,
     };
     let max_tokens = limits.admit(&request)?;
     Ok(Sequence::new(SeqId(id), request, max_tokens))

@@ -35,6 +35,10 @@ pub mod defaults {
     pub const STEPS_IN_FLIGHT_MAX: u32 = 2;
     /// Most ranks in a group.
     pub const WORLD_SIZE_MAX: u32 = 256;
+    /// Most bundles of a placement group.
+    pub const BUNDLES_MAX: usize = 256;
+    /// Most placement groups that are made by hand.
+    pub const GROUPS_MAX: usize = 256;
     /// Most replicas of a deployment.
     pub const REPLICAS_MAX: u32 = 64;
     /// A step's chunks are sized so that it takes about this long.
@@ -49,11 +53,13 @@ pub mod defaults {
     pub const NO_MACHINE_DEADLINE: Duration = Duration::from_secs(30);
 
     /// Time between an agent's heartbeats.
-    pub const HEARTBEAT: Duration = Duration::from_secs(1);
-    /// Silence after which nothing new is placed on a node.
-    pub const SUSPECT_AFTER: Duration = Duration::from_secs(3);
-    /// Silence after which a node's ranks are given up.
-    pub const DEAD_AFTER: Duration = Duration::from_secs(10);
+    pub const HEARTBEAT: Duration = Duration::from_millis(500);
+    /// Silence after which a node's ranks are given up; after half of it nothing new is placed there.
+    pub const NODE_TIMEOUT: Duration = Duration::from_millis(4_500);
+    /// Shortest of these: a busy machine is silent for a moment now and then.
+    pub const NODE_TIMEOUT_MIN: Duration = Duration::from_secs(1);
+    /// The way to a node and back from which it is called slow.
+    pub const SLOW_ROUND_TRIP: Duration = Duration::from_millis(100);
     /// How long agents and ranks outlive the head.
     pub const HEAD_GRACE: Duration = Duration::from_secs(60);
     /// Time for all ranks of a group to be started and to dial the head.
@@ -64,6 +70,8 @@ pub mod defaults {
     pub const END_DEADLINE: Duration = Duration::from_secs(15);
     /// Time for running requests to end when their deployment stops.
     pub const DRAIN: Duration = Duration::from_secs(10);
+    /// The same for a replica whose node leaves while no other has room for it. Less than agents wait for their drain.
+    pub const DRAIN_IN_PLACE: Duration = Duration::from_secs(100);
     /// Most restarts of a replica within [`RESTART_WINDOW`].
     pub const RESTARTS_MAX: usize = 5;
     /// Restarts before a group that has served so long count no more.
@@ -79,6 +87,18 @@ pub mod defaults {
     pub const CALL_CONNECT_DEADLINE: Duration = Duration::from_secs(3);
     /// Time for an answer that needs no work.
     pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
+    /// Events that a head remembers.
+    pub const EVENTS_MAX: usize = 1000;
+    /// Size at which the file of events starts anew; the one before is kept.
+    pub const EVENT_BYTES_MAX: u64 = 4 << 20;
+    /// Most bytes of a log in one answer.
+    pub const LOG_PART_BYTES_MAX: u32 = 256 << 10;
+    /// Answers of agents about their logs that may be waited for.
+    pub const LOG_READS_MAX: usize = 64;
+    /// Time for all replicas of a deployment to be started again, one after the other.
+    pub const RESTART_DEADLINE: Duration = Duration::from_secs(3600);
+    /// Longest wait that one call asks for.
+    pub const WAIT_MAX: Duration = Duration::from_secs(86_400);
     /// Time for all processes of a cluster to end.
     pub const STOP_DEADLINE: Duration = Duration::from_secs(60);
     /// Time between pings on an idle gRPC connection.
@@ -107,10 +127,12 @@ pub struct Environment {
     pub home: Home,
     /// The default log filter, where set.
     pub log: Option<String>,
+    /// What proves to a head elsewhere that it may be asked.
+    pub token: Option<String>,
 }
 
 impl Environment {
-    /// Reads `PHALANX_HOME` and `PHALANX_LOG`.
+    /// Reads `PHALANX_HOME`, `PHALANX_LOG` and `PHALANX_TOKEN`.
     #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the environment")]
     pub fn read() -> Self {
         let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
@@ -119,6 +141,7 @@ impl Environment {
         Self {
             home: Home::new(home.unwrap_or_else(|| std::env::temp_dir().join("phalanx"))),
             log: std::env::var("PHALANX_LOG").ok().filter(|value| !value.is_empty()),
+            token: std::env::var("PHALANX_TOKEN").ok().filter(|value| !value.is_empty()),
         }
     }
 }
@@ -148,9 +171,29 @@ impl Home {
         self.0.join("logs")
     }
 
+    /// Ports that a head with free choice has picked, for the one after it.
+    pub fn ports(&self) -> PathBuf {
+        self.run_dir().join("ports.json")
+    }
+
+    /// What happened, as the last heads of this home told it.
+    pub fn events(&self) -> PathBuf {
+        self.log_dir().join("events.jsonl")
+    }
+
+    /// The log of a head in the background.
+    pub fn head_log(&self) -> PathBuf {
+        self.log_dir().join("head.log")
+    }
+
     /// What survives a restart.
     pub fn store_dir(&self) -> PathBuf {
         self.0.join("store")
+    }
+
+    /// Keys and certificates between machines.
+    pub fn trust_dir(&self) -> PathBuf {
+        self.0.join("trust")
     }
 
     /// The cluster's Unix socket on this machine.

@@ -8,34 +8,41 @@
 
 mod ports;
 mod record;
+mod servers;
 mod serving;
 mod standby;
 
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use phalanx_proto::{HeadSocket, HeadStatus, VERSION};
-use tokio::net::UnixListener;
+use phalanx_trust::{TrustError, rendezvous};
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
+use ports::PickedPorts;
 pub use ports::{PortError, PortWish};
 pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
+use servers::{cluster_servers, http_server, unix_socket, until};
 pub use standby::{StandingHead, Stood};
 
-use crate::api::{self, ApiState, ServedModels};
-use crate::cluster::membership::{ClusterServer, HeadsDesk, Lead};
-use crate::cluster::{self, ClusterHandle, ClusterSettings, DeploymentRecord, StatusBoard};
+use crate::api::{self, AllowedOrigins, ApiState, ServedModels};
+use crate::cluster::membership::{ClusterServer, HeadsDesk, Lead, Story};
+use crate::cluster::{
+    self, Chronicle, ClusterHandle, ClusterSettings, DeploymentRecord, GroupRecord, Patience, Restored, StatusBoard,
+};
 use crate::config::{Home, defaults};
 use crate::dashboard;
+use crate::security::access::Gate;
 use crate::security::key_file::{KeyFile, KeyFileError};
 use crate::security::keys::KeyRing;
+use crate::security::tokens::{TokenBook, TokenBookError};
 use crate::store::etcd::{Campaign, Leadership};
-use crate::store::{Backend, Store, StoreError, StoreWriter};
+use crate::store::{Backend, Store, StoreError, StoreWriter, Table};
 
 /// Time between two writings of what keys have used.
 const USAGE_INTERVAL: Duration = Duration::from_secs(10);
@@ -57,8 +64,18 @@ pub struct HeadOptions {
     pub advertise_address: Option<String>,
     /// How long agents and ranks outlive the head.
     pub head_grace: Duration,
+    /// Silence after which a machine counts as dead.
+    pub node_timeout: Duration,
+    /// Where its log goes; none: to a terminal.
+    pub log: Option<PathBuf>,
     /// Keys that open the API; none: open to all.
     pub api_keys: Vec<String>,
+    /// Plain text between machines, no tokens, no certificates.
+    pub insecure: bool,
+    /// How long a node's certificate is valid.
+    pub certificate_lifetime: Duration,
+    /// Pages that may read the API's answers.
+    pub allowed_origins: AllowedOrigins,
 }
 
 /// Why a head cannot start.
@@ -76,6 +93,12 @@ pub enum HeadError {
     /// The API keys cannot be read: nobody is let in on a guess.
     #[error(transparent)]
     Keys(#[from] KeyFileError),
+    /// Tokens cannot be had.
+    #[error(transparent)]
+    Tokens(#[from] TokenBookError),
+    /// The head's own certificate cannot be made.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// A socket that is bound cannot be served.
     #[error("cannot serve {purpose}: {source}")]
     Socket {
@@ -90,12 +113,14 @@ pub enum HeadError {
 /// A head whose ports are bound and that does nothing yet.
 pub struct BoundHead {
     options: HeadOptions,
+    picked: PickedPorts,
     lock: HomeLock,
     cluster: TcpListener,
     http: TcpListener,
     dashboard: TcpListener,
     status: HeadStatus,
     local_address: String,
+    rendezvous: Option<Rendezvous>,
 }
 
 /// A head at work.
@@ -107,7 +132,9 @@ pub struct RunningHead {
     servers: Vec<tokio::task::JoinHandle<()>>,
     end: watch::Sender<bool>,
     socket: Option<PathBuf>,
+    picked: PickedPorts,
     campaign: Option<Campaign>,
+    _rendezvous: Option<Rendezvous>,
     _lock: HomeLock,
 }
 
@@ -123,9 +150,13 @@ struct Shared {
 /// Another head runs in this home, or a port cannot be had.
 pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
     let lock = HomeLock::take(&options.home)?;
-    let cluster = ports::bind(&options.cluster)?;
-    let http = ports::bind(&options.http)?;
-    let dashboard = ports::bind(&options.dashboard)?;
+    let mut picked = PickedPorts::read(options.home.ports());
+    let cluster = picked.bind(&options.cluster)?;
+    let http = picked.bind(&options.http)?;
+    let dashboard = picked.bind(&options.dashboard)?;
+    if let Err(error) = picked.write() {
+        warn!(%error, "ports are not kept: a head that is started again picks others");
+    }
     let at =
         |listener: &TcpListener, purpose| listener.local_addr().map_err(|source| HeadError::Socket { purpose, source });
     let address = at(&cluster, "the cluster")?;
@@ -135,9 +166,13 @@ pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
         dashboard: url(at(&dashboard, "the dashboard")?),
         version: VERSION.to_owned(),
         pid: std::process::id(),
+        insecure: options.insecure,
         ..HeadStatus::default()
     };
-    Ok(BoundHead { options, lock, cluster, http, dashboard, status, local_address: local(address) })
+    let rendezvous = (!options.insecure && address.ip().is_loopback())
+        .then(|| Rendezvous::announce(address.port(), options.home.path()))
+        .flatten();
+    Ok(BoundHead { options, picked, lock, cluster, http, dashboard, status, local_address: local(address), rendezvous })
 }
 
 /// Where other machines find an address that is listened on: what the user said, `HOST` or `HOST:PORT`, else a guess.
@@ -190,8 +225,9 @@ impl BoundHead {
     /// # Errors
     /// The store or a socket cannot be used.
     pub fn start(self) -> Result<RunningHead, HeadError> {
+        let gate = gate(&self.options)?;
         let store = Store::open(&self.options.home.store_dir())?;
-        self.start_with(Box::new(store), None)
+        self.start_with(gate, Box::new(store), None)
     }
 
     /// The ports of cluster, HTTP and dashboard.
@@ -212,15 +248,22 @@ impl BoundHead {
             socket: Some(self.options.home.head_socket()).filter(|path| path.exists()),
             log_dir: self.options.home.log_dir(),
             stands_by: None,
+            trust_dir: self.options.home.trust_dir(),
+            insecure: self.options.insecure,
         }
     }
 
-    fn start_with(self, mut store: Box<dyn Backend>, shared: Option<Shared>) -> Result<RunningHead, HeadError> {
+    fn start_with(
+        self,
+        gate: Gate,
+        mut store: Box<dyn Backend>,
+        shared: Option<Shared>,
+    ) -> Result<RunningHead, HeadError> {
         let term = store.next_term()?;
         let restored = restored(store.as_mut())?;
         let unix = unix_socket(&self.options.home);
         let record = self.record();
-        let Self { options, lock, cluster, http, dashboard, status, .. } = self;
+        let Self { options, picked, lock, cluster, http, dashboard, status, rendezvous, .. } = self;
         let socket = unix.as_ref().map(|(path, _)| path.clone());
         let head_socket =
             socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
@@ -231,7 +274,11 @@ impl BoundHead {
         };
         let desk = HeadsDesk { address: status.address.clone(), socket: head_socket.clone(), lead };
         let mut settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
+        settings.patience = Patience::of(options.node_timeout);
+        settings.heartbeat = settings.patience.heartbeat();
         let writer = StoreWriter::spawn(store);
+        settings.chronicle = Chronicle::open(&options.home.events());
+        let chronicle = settings.chronicle.clone();
         settings.store = Some(writer.map_err(|source| HeadError::Socket { purpose: "the store", source })?);
         settings.heads = seen;
         let models = ServedModels::default();
@@ -239,12 +286,18 @@ impl BoundHead {
         let (handle, board) = cluster::start(settings, restored, serving);
         tokio::spawn(serving::keep_table(models.clone(), changes));
         let (end, ended) = watch::channel(false);
-        let server = ClusterServer::new(handle.clone(), board.clone()).with_heads(desk);
+        let story = Story { chronicle, head_log: options.log.clone() };
+        let server = ClusterServer::new(handle.clone(), board.clone(), gate, desk, story);
         let mut servers = cluster_servers(&server, cluster, unix.map(|(_, listener)| listener), &ended)?;
         servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
         let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
         servers.push(tokio::spawn(keep_usage(Arc::clone(&keys), ended.clone())));
-        servers.push(http_server("HTTP", http, api_router(models, &board, keys), ended.clone())?);
+        servers.push(http_server(
+            "HTTP",
+            http,
+            api_router(models, &board, keys, options.allowed_origins),
+            ended.clone(),
+        )?);
         servers.push(http_server("the dashboard", dashboard, dashboard::router(board), ended)?);
         lock.write(&record)?;
         info!(
@@ -255,7 +308,8 @@ impl BoundHead {
             "head listens"
         );
         let campaign = shared.map(|shared| shared.campaign);
-        Ok(RunningHead { record, cluster: handle, servers, end, socket, campaign, _lock: lock })
+        let _rendezvous = rendezvous;
+        Ok(RunningHead { record, cluster: handle, servers, end, socket, picked, campaign, _rendezvous, _lock: lock })
     }
 }
 
@@ -263,6 +317,7 @@ impl RunningHead {
     /// Resolves when the cluster has stopped and the servers have ended.
     pub async fn ended(mut self) {
         self.cluster.stopped().await;
+        self.picked.forget();
         let _ = self.end.send(true);
         let closing = async {
             for server in &mut self.servers {
@@ -283,16 +338,63 @@ impl RunningHead {
     }
 }
 
-/// What an earlier head has left. A record that cannot be read is named and passed over: the others come back.
-fn restored(store: &mut dyn Backend) -> Result<Vec<DeploymentRecord>, StoreError> {
-    let mut restored = Vec::new();
-    for (name, bytes) in store.deployments()? {
-        match DeploymentRecord::from_bytes(&bytes) {
-            Ok(record) => restored.push(record),
-            Err(error) => error!(group_id = name, %error, "deployment does not come back: its record cannot be read"),
+/// The file by which other homes of this user find a head on loopback; it goes with the value.
+struct Rendezvous {
+    port: u16,
+    home: PathBuf,
+}
+
+impl Rendezvous {
+    /// `None` where it cannot be written: other homes then give a token.
+    fn announce(port: u16, home: &Path) -> Option<Self> {
+        match rendezvous::announce(port, home) {
+            Ok(()) => Some(Self { port, home: home.to_owned() }),
+            Err(error) => {
+                info!(%error, "other homes of this user do not find this head by themselves");
+                None
+            }
         }
     }
-    Ok(restored)
+}
+
+impl Drop for Rendezvous {
+    fn drop(&mut self) {
+        rendezvous::forget(self.port, &self.home);
+    }
+}
+
+/// Who is let in.
+fn gate(options: &HeadOptions) -> Result<Gate, HeadError> {
+    if options.insecure {
+        warn!("--insecure: plain text between machines; whoever reaches the cluster port joins and commands");
+        return Ok(Gate::Open);
+    }
+    let home = &options.home;
+    let book = TokenBook::open(&home.trust_dir(), &home.store_dir(), options.certificate_lifetime)?;
+    Ok(Gate::guarded(book)?)
+}
+
+/// What an earlier head has left. A record that cannot be read is named and passed over: the others come back.
+fn restored(store: &mut dyn Backend) -> Result<Restored, StoreError> {
+    Ok(Restored {
+        deployments: readable(store, Table::Deployments, DeploymentRecord::from_bytes)?,
+        groups: readable(store, Table::PlacementGroups, GroupRecord::from_bytes)?,
+    })
+}
+
+fn readable<T>(
+    store: &mut dyn Backend,
+    table: Table,
+    read: impl Fn(&[u8]) -> Result<T, serde_json::Error>,
+) -> Result<Vec<T>, StoreError> {
+    let mut records = Vec::new();
+    for (name, bytes) in store.records(table)? {
+        match read(&bytes) {
+            Ok(record) => records.push(record),
+            Err(error) => error!(?table, name, %error, "a record does not come back: it cannot be read"),
+        }
+    }
+    Ok(records)
 }
 
 /// Writes lines of throughput and queues until the end.
@@ -315,70 +417,12 @@ async fn keep_usage(keys: Arc<KeyRing>, mut ended: watch::Receiver<bool>) {
     }
 }
 
-fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>) -> axum::Router {
+fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>, origins: AllowedOrigins) -> axum::Router {
     let board = board.clone();
     let mut state = ApiState::new(models, Arc::new(move || board.snapshot()));
     state.keys = keys;
+    state.origins = origins;
     api::router(state)
-}
-
-fn cluster_servers(
-    server: &ClusterServer,
-    tcp: TcpListener,
-    unix: Option<UnixListener>,
-    ended: &watch::Receiver<bool>,
-) -> Result<Vec<tokio::task::JoinHandle<()>>, HeadError> {
-    let purpose = "the cluster";
-    let tcp = tokio::net::TcpListener::from_std(tcp).map_err(|source| HeadError::Socket { purpose, source })?;
-    let mut servers = Vec::new();
-    let (tcp_server, end) = (server.clone(), until(ended.clone()));
-    servers.push(tokio::spawn(async move { log_end(purpose, tcp_server.serve_tcp(tcp, end).await) }));
-    if let Some(unix) = unix {
-        let (server, end) = (server.clone(), until(ended.clone()));
-        servers.push(tokio::spawn(async move { log_end("this machine", server.serve_unix(unix, end).await) }));
-    }
-    Ok(servers)
-}
-
-fn http_server(
-    purpose: &'static str,
-    listener: TcpListener,
-    router: axum::Router,
-    ended: watch::Receiver<bool>,
-) -> Result<tokio::task::JoinHandle<()>, HeadError> {
-    use axum::serve::ListenerExt;
-    let listener =
-        tokio::net::TcpListener::from_std(listener).map_err(|source| HeadError::Socket { purpose, source })?;
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            warn!(%error, "a connection keeps its delay");
-        }
-    });
-    let serve = axum::serve(listener, router).with_graceful_shutdown(until(ended));
-    Ok(tokio::spawn(async move { log_end(purpose, serve.await) }))
-}
-
-async fn until(mut ended: watch::Receiver<bool>) {
-    let _ = ended.wait_for(|ended| *ended).await;
-}
-
-fn log_end<E: std::fmt::Display>(purpose: &'static str, result: Result<(), E>) {
-    if let Err(error) = result {
-        error!(purpose, %error, "server ended");
-    }
-}
-
-/// The socket for this machine; where its path is too long, agents and ranks use TCP.
-fn unix_socket(home: &Home) -> Option<(PathBuf, UnixListener)> {
-    let path = home.head_socket();
-    let _ = fs::remove_file(&path);
-    match UnixListener::bind(&path) {
-        Ok(listener) => Some((path, listener)),
-        Err(error) => {
-            info!(path = %path.display(), %error, "no Unix socket: ranks of this machine use TCP");
-            None
-        }
-    }
 }
 
 fn boot_id() -> String {

@@ -4,7 +4,7 @@
 //! Never sees a device: device work is asked of the `worker` binary.
 //!
 //! Rooms: `api -> text, constraint, engine`; `constraint -> text, engine`; `cluster -> engine`; `engine` knows none of them;
-//! `dashboard` only reads.
+//! `dashboard` only reads. `heavy` is where `api` and `constraint` do what takes long.
 #![forbid(unsafe_code)]
 
 pub mod api;
@@ -15,6 +15,7 @@ pub mod constraint;
 pub mod dashboard;
 pub mod engine;
 pub mod head;
+pub mod heavy;
 pub mod logging;
 pub mod metrics;
 mod security;

@@ -80,6 +80,33 @@ fn strings(value: &Value) -> Vec<String> {
     value.as_array().unwrap().iter().map(|s| s.as_str().unwrap().to_owned()).collect()
 }
 
+/// Every text of the reference to ids and back, whole and piece by piece.
+fn check_round_trips(name: &str, tokenizer: Tokenizer, texts: &[String], golden: &Value) -> usize {
+    let tokenizer = std::sync::Arc::new(tokenizer);
+    let rows = golden["rows"].as_array().unwrap();
+    for (text, row) in texts.iter().zip(rows) {
+        let expected = ids(&row["ids"]);
+        assert_eq!(tokenizer.encode(text, false).unwrap(), expected, "{name}: {text:?}");
+        if let Some(with_special) = row.get("with_special").filter(|v| v.is_array()) {
+            assert_eq!(tokenizer.encode(text, true).unwrap(), ids(with_special), "{name}: {text:?}");
+        }
+        let decoded = row.get("decoded").and_then(Value::as_str).unwrap_or(text);
+        assert_eq!(tokenizer.decode(&expected, false), decoded, "{name}: {text:?}");
+        if let Some(skipped) = row.get("decoded_skip_special").and_then(Value::as_str) {
+            assert_eq!(tokenizer.decode(&expected, true), skipped, "{name}: {text:?}");
+        }
+        let (stream, tail) = pieces(&tokenizer, &expected);
+        assert_eq!(stream, strings(&row["stream"]), "{name}: {text:?}");
+        assert_eq!(tail, row["stream_tail"].as_str().unwrap(), "{name}: {text:?}");
+    }
+    for cut in golden["cut"].as_array().unwrap() {
+        let (stream, tail) = pieces(&tokenizer, &ids(&cut["ids"]));
+        assert_eq!(stream, strings(&cut["stream"]), "{name}");
+        assert_eq!(tail, cut["held_back_tail"].as_str().unwrap(), "{name}");
+    }
+    rows.len()
+}
+
 #[test]
 fn texts_survive_the_tokenizers_and_stream_in_whole_characters() {
     let goldens = read_json(&root().join("tests/goldens/text/tokenizer_roundtrip.json"));
@@ -87,32 +114,58 @@ fn texts_survive_the_tokenizers_and_stream_in_whole_characters() {
     let mut checked = 0;
     for name in TOKENIZERS {
         let Some(tokenizer) = tokenizer(name) else { continue };
-        let tokenizer = std::sync::Arc::new(tokenizer);
-        let golden = &goldens["tokenizers"][name];
-        for (text, row) in texts.iter().zip(golden["rows"].as_array().unwrap()) {
-            let expected = ids(&row["ids"]);
-            assert_eq!(tokenizer.encode(text, false).unwrap(), expected, "{name}: {text:?}");
-            if let Some(with_special) = row.get("with_special").filter(|v| v.is_array()) {
-                assert_eq!(tokenizer.encode(text, true).unwrap(), ids(with_special), "{name}: {text:?}");
-            }
-            let decoded = row.get("decoded").and_then(Value::as_str).unwrap_or(text);
-            assert_eq!(tokenizer.decode(&expected, false), decoded, "{name}: {text:?}");
-            if let Some(skipped) = row.get("decoded_skip_special").and_then(Value::as_str) {
-                assert_eq!(tokenizer.decode(&expected, true), skipped, "{name}: {text:?}");
-            }
-            let (stream, tail) = pieces(&tokenizer, &expected);
-            assert_eq!(stream, strings(&row["stream"]), "{name}: {text:?}");
-            assert_eq!(tail, row["stream_tail"].as_str().unwrap(), "{name}: {text:?}");
-            checked += 1;
-        }
-        for cut in golden["cut"].as_array().unwrap() {
-            let (stream, tail) = pieces(&tokenizer, &ids(&cut["ids"]));
-            assert_eq!(stream, strings(&cut["stream"]), "{name}");
-            assert_eq!(tail, cut["held_back_tail"].as_str().unwrap(), "{name}");
-        }
+        checked += check_round_trips(name, tokenizer, &texts, &goldens["tokenizers"][name]);
     }
     println!("{checked} round trips checked");
     assert!(checked >= 46);
+}
+
+/// The vocabulary of `tiny-spm` as SentencePiece writes it: what merges first has the better score.
+fn sentencepiece_model() -> Vec<u8> {
+    let message = |number: u8, content: &[u8]| [&[number << 3 | 2, content.len() as u8], content].concat();
+    let tokenizer = read_json(&root().join("tests/goldens/tokenizers/tiny-spm/tokenizer.json"));
+    let merges: Vec<String> =
+        tokenizer["model"]["merges"].as_array().unwrap().iter().map(|m| strings(m).concat()).collect();
+    let mut vocab: Vec<(u64, &String)> = tokenizer["model"]["vocab"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(text, id)| (id.as_u64().unwrap(), text))
+        .collect();
+    vocab.sort_unstable();
+    let mut model = Vec::new();
+    for (_, text) in vocab {
+        let rank = merges.iter().position(|merged| merged == text).unwrap_or(merges.len());
+        let kind = match text.as_str() {
+            "<unk>" => 2,
+            "<s>" | "</s>" => 3,
+            byte if byte.starts_with("<0x") => 6,
+            _ => 1,
+        };
+        let score = [&[0x15], &(-(rank as f32)).to_le_bytes()[..]].concat();
+        model.extend(message(1, &[message(1, text.as_bytes()), score, vec![0x18, kind]].concat()));
+    }
+    // BPE, and spaces stay.
+    model.extend([message(2, &[0x18, 2]), message(3, &[0x20, 0])].concat());
+    model
+}
+
+#[test]
+fn a_folder_with_tokenizer_model_needs_no_tokenizer_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let goldens = root().join("tests/goldens");
+    for file in ["tiny-internlm2/config.json", "tokenizers/tiny-spm/tokenizer_config.json"] {
+        let file = goldens.join(file);
+        fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
+    }
+    fs::write(folder.path().join("tokenizer.model"), sentencepiece_model()).unwrap();
+    let source = ModelFiles::open_config(folder.path()).unwrap().tokenizer_source().unwrap();
+    let (tokenizer, template) = Tokenizer::from_source(&source).unwrap();
+    assert!(template.unwrap().contains("<|im_start|>"));
+    assert_eq!(tokenizer.token_id("<|im_end|>"), Some(TokenId(592)));
+    let round_trips = read_json(&goldens.join("text/tokenizer_roundtrip.json"));
+    let golden = &round_trips["tokenizers"]["tiny-spm"];
+    assert_eq!(check_round_trips("tiny-spm", tokenizer, &strings(&round_trips["texts"]), golden), 23);
 }
 
 /// Grammars see a text as the bytes of its tokens.

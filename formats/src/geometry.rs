@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ModelError;
+use crate::{Architecture, ModelError};
 
 /// Largest width, vocabulary or position that is believed.
 const SIZE_MAX: usize = 1 << 28;
@@ -16,36 +16,6 @@ const LAYERS_MAX: usize = 1 << 12;
 const HEADS_MAX: usize = 1 << 14;
 /// Widest head that is believed.
 const HEAD_DIM_MAX: usize = 1 << 12;
-
-/// Model family, by what its code needs to know.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Architecture {
-    /// Llama 2 and 3, SmolLM2.
-    Llama,
-    /// Qwen1.5, Qwen2, Qwen2.5: bias on QKV.
-    Qwen2,
-}
-
-impl Architecture {
-    /// All that can be read, in the order in which messages list them.
-    pub const ALL: [Self; 2] = [Self::Llama, Self::Qwen2];
-
-    /// Name of the class in a Hugging Face `config.json`.
-    pub const fn class_name(self) -> &'static str {
-        match self {
-            Self::Llama => "LlamaForCausalLM",
-            Self::Qwen2 => "Qwen2ForCausalLM",
-        }
-    }
-
-    /// `model_type` in a `config.json`, and `general.architecture` in a GGUF file.
-    pub const fn model_type(self) -> &'static str {
-        match self {
-            Self::Llama => "llama",
-            Self::Qwen2 => "qwen2",
-        }
-    }
-}
 
 /// How rotary frequencies are stretched beyond the trained length.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

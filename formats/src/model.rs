@@ -7,9 +7,13 @@ use std::path::{Path, PathBuf};
 use crate::gguf::{self, GgufFile};
 use crate::huggingface::{self, Folder};
 use crate::mapping::Mapping;
+use crate::row_order::RowOrder;
 use crate::tensors::EMBEDDING;
 use crate::texts::ModelTexts;
-use crate::{GenerationDefaults, Geometry, ModelError, ShardPlan, Sharding, StoredType, TokenizerSource, weight_bytes};
+use crate::{
+    EmbeddingSettings, GenerationDefaults, Geometry, ModelError, ShardPlan, Sharding, StoredType, TokenizerSource,
+    weight_bytes,
+};
 
 /// What kind of files a model is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +25,7 @@ pub enum FileKind {
 }
 
 /// Where a tensor lies, and how.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct TensorEntry {
     /// Its type, or the word for a type that is not known.
     pub dtype: Result<StoredType, String>,
@@ -33,32 +37,6 @@ pub(crate) struct TensorEntry {
     pub range: Range<usize>,
     /// How its rows lie.
     pub row_order: RowOrder,
-}
-
-/// In which order a tensor's rows are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum RowOrder {
-    /// As Hugging Face has them.
-    AsStored,
-    /// Rows of a head alternate between its two rotary halves, as GGUF files of the Llama family have Q and K.
-    Interleaved {
-        /// Rows of a head.
-        head_dim: usize,
-    },
-}
-
-impl RowOrder {
-    /// Stored place of a row.
-    const fn stored(self, row: usize) -> usize {
-        match self {
-            Self::AsStored => row,
-            Self::Interleaved { head_dim } => {
-                let (head, within) = (row / head_dim, row % head_dim);
-                let half = head_dim / 2;
-                head * head_dim + within % half * 2 + within / half
-            }
-        }
-    }
 }
 
 /// A model's files: headers were read and checked, tensors are mapped and read where they are touched.
@@ -84,7 +62,7 @@ impl ModelFiles {
         match &model.gguf {
             Some(gguf) => model.tensors = gguf.tensors(&mut model.files)?,
             None => {
-                let found = huggingface::open_tensors(path)?;
+                let found = huggingface::open_tensors(path, &model.geometry)?;
                 (model.tensors, model.files) = (found.tensors, found.files);
             }
         }
@@ -166,7 +144,8 @@ impl ModelFiles {
     /// # Errors
     /// It is absent, or of a type that is not supported.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError> {
-        let entry = self.tensors.get(name).ok_or_else(|| ModelError::tensor(name, "is not in the model's files"))?;
+        let absent = || ModelError::tensor(&self.name_in_files(name), "is not in the model's files");
+        let entry = self.tensors.get(name).ok_or_else(absent)?;
         let dtype = match &entry.dtype {
             Ok(dtype) => *dtype,
             Err(found) => {
@@ -179,7 +158,9 @@ impl ModelFiles {
             return Err(ModelError::tensor(name, "lies outside of its file"));
         };
         let (num_rows, cols) = matrix_shape(&entry.shape);
-        let Some(row_bytes) = dtype.row_bytes(cols).filter(|row| row.checked_mul(num_rows) == Some(data.len())) else {
+        let num_stored = entry.row_order.num_stored(num_rows);
+        let Some(row_bytes) = dtype.row_bytes(cols).filter(|row| row.checked_mul(num_stored) == Some(data.len()))
+        else {
             return Err(ModelError::tensor(name, format!("of shape {:?} cannot be stored as {dtype:?}", entry.shape)));
         };
         Ok(TensorView {
@@ -203,6 +184,11 @@ impl ModelFiles {
     /// Sampling parameters that the model's authors recommend.
     pub fn generation_defaults(&self) -> GenerationDefaults {
         self.texts.defaults
+    }
+
+    /// How hidden states become embeddings.
+    pub fn embedding_settings(&self) -> EmbeddingSettings {
+        self.texts.embedding.clone()
     }
 
     /// Where the tokenizer is; `None` where the model has none and serves token ids only.
@@ -236,6 +222,14 @@ impl ModelFiles {
         ShardPlan::new(&self.geometry, world_size, rank, self.attention_block(), self.inner_block())
     }
 
+    /// What the model's files call a tensor, for messages.
+    fn name_in_files(&self, name: &str) -> String {
+        match self.kind {
+            FileKind::HuggingFace => self.geometry.architecture.family().names.in_files(name),
+            FileKind::Gguf => gguf::NAMES.in_files(name),
+        }
+    }
+
     fn stored_type(&self, name: &str) -> Option<StoredType> {
         self.tensors.get(name).and_then(|entry| entry.dtype.as_ref().ok().copied())
     }
@@ -251,7 +245,7 @@ impl ModelFiles {
             let view = self.tensor(&spec.name)?;
             if view.shape != spec.shape() {
                 let reason = format!("has the shape {:?}, but the configuration says {:?}", view.shape, spec.shape());
-                return Err(ModelError::tensor(&spec.name, reason));
+                return Err(ModelError::tensor(&self.name_in_files(&spec.name), reason));
             }
         }
         Ok(())
@@ -266,7 +260,10 @@ impl ModelFiles {
                 }
                 let name = format!("model.layers.{layer}.{part}.bias");
                 if self.has_tensor(&name) && !self.tensor(&name)?.is_zero() {
-                    return Err(ModelError::tensor(&name, "is not zero; this architecture has no such bias here"));
+                    return Err(ModelError::tensor(
+                        &self.name_in_files(&name),
+                        "is not zero; this architecture has no such bias here",
+                    ));
                 }
             }
         }
@@ -357,7 +354,8 @@ impl<'a> TensorView<'a> {
     pub fn release(&self, rows: Range<usize>) {
         let end = rows.end.min(self.num_rows);
         if rows.start < end {
-            self.file.release(self.start + rows.start * self.row_bytes..self.start + end * self.row_bytes);
+            let stored = self.row_order.span(rows.start..end);
+            self.file.release(self.start + stored.start * self.row_bytes..self.start + stored.end * self.row_bytes);
         }
     }
 }

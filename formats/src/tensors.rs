@@ -1,6 +1,6 @@
 //! Which tensors an architecture has: their names, shapes, and which dimension of them a rank holds.
 //!
-//! Names are those of Hugging Face checkpoints, whatever file a model comes from.
+//! Names are those of Hugging Face's Llama, whatever family a model is of and whatever file it comes from.
 //!
 //! **Invariant:** the check at open, the loader, dummy weights and memory arithmetic all use this list.
 
@@ -12,6 +12,41 @@ pub const EMBEDDING: &str = "model.embed_tokens.weight";
 pub const FINAL_NORM: &str = "model.norm.weight";
 /// Name of the output head; models with tied embeddings have none.
 pub const HEAD: &str = "lm_head.weight";
+
+/// Names of the tensors of one layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerNames {
+    /// Norm before attention.
+    pub input_norm: String,
+    /// Query, key and value projections, without `.weight` and `.bias`.
+    pub qkv: [String; 3],
+    /// Output projection of attention.
+    pub attention_output: String,
+    /// Norm before the MLP.
+    pub mlp_norm: String,
+    /// Gate.
+    pub gate: String,
+    /// Up.
+    pub up: String,
+    /// Down.
+    pub down: String,
+}
+
+impl LayerNames {
+    /// Those of a layer, counted from 0.
+    pub fn new(layer: usize) -> Self {
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        Self {
+            input_norm: name("input_layernorm.weight"),
+            qkv: [name("self_attn.q_proj"), name("self_attn.k_proj"), name("self_attn.v_proj")],
+            attention_output: name("self_attn.o_proj.weight"),
+            mlp_norm: name("post_attention_layernorm.weight"),
+            gate: name("mlp.gate_proj.weight"),
+            up: name("mlp.up_proj.weight"),
+            down: name("mlp.down_proj.weight"),
+        }
+    }
+}
 
 /// Which part of a tensor a rank holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,24 +95,24 @@ impl Geometry {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let mut specs = vec![matrix(EMBEDDING.to_owned(), self.vocab_size, hidden, Sharding::VocabRows)];
         for layer in 0..self.num_layers {
-            let name = |part: &str| format!("model.layers.{layer}.{part}");
-            specs.push(vector(name("input_layernorm.weight"), hidden, Sharding::Whole));
-            let projections = [
-                ("q", self.query_width(), Sharding::QueryRows),
-                ("k", self.kv_width(), Sharding::KvRows),
-                ("v", self.kv_width(), Sharding::KvRows),
+            let names = LayerNames::new(layer);
+            specs.push(vector(names.input_norm, hidden, Sharding::Whole));
+            let widths = [
+                (self.query_width(), Sharding::QueryRows),
+                (self.kv_width(), Sharding::KvRows),
+                (self.kv_width(), Sharding::KvRows),
             ];
-            for (part, rows, sharding) in projections {
-                specs.push(matrix(name(&format!("self_attn.{part}_proj.weight")), rows, hidden, sharding));
+            for (name, (rows, sharding)) in names.qkv.into_iter().zip(widths) {
+                specs.push(matrix(format!("{name}.weight"), rows, hidden, sharding));
                 if self.qkv_bias {
-                    specs.push(vector(name(&format!("self_attn.{part}_proj.bias")), rows, sharding));
+                    specs.push(vector(format!("{name}.bias"), rows, sharding));
                 }
             }
-            specs.push(matrix(name("self_attn.o_proj.weight"), hidden, self.query_width(), Sharding::AttentionCols));
-            specs.push(vector(name("post_attention_layernorm.weight"), hidden, Sharding::Whole));
-            specs.push(matrix(name("mlp.gate_proj.weight"), inner, hidden, Sharding::InnerRows));
-            specs.push(matrix(name("mlp.up_proj.weight"), inner, hidden, Sharding::InnerRows));
-            specs.push(matrix(name("mlp.down_proj.weight"), hidden, inner, Sharding::InnerCols));
+            specs.push(matrix(names.attention_output, hidden, self.query_width(), Sharding::AttentionCols));
+            specs.push(vector(names.mlp_norm, hidden, Sharding::Whole));
+            specs.push(matrix(names.gate, inner, hidden, Sharding::InnerRows));
+            specs.push(matrix(names.up, inner, hidden, Sharding::InnerRows));
+            specs.push(matrix(names.down, hidden, inner, Sharding::InnerCols));
         }
         specs.push(vector(FINAL_NORM.to_owned(), hidden, Sharding::Whole));
         if !self.tied_embeddings {

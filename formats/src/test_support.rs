@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::architecture::{GgufRows, Switch};
 use crate::{Architecture, Geometry, RopeScaling, StoredType};
 
 /// A metadata value to write.
@@ -215,7 +216,7 @@ pub fn small_geometry(architecture: Architecture) -> Geometry {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
         tied_embeddings: false,
-        qkv_bias: architecture == Architecture::Qwen2,
+        qkv_bias: matches!(architecture.family().qkv_bias, Switch::On),
         sliding_window: None,
     }
 }
@@ -224,7 +225,7 @@ pub fn small_geometry(architecture: Architecture) -> Geometry {
 ///
 /// Rows lie as the architecture's files have them, so each byte of Hugging Face row `i` is [`byte_at`] of row `i`.
 pub fn gguf_model(geometry: &Geometry, dtype: StoredType) -> GgufBuilder {
-    let name = geometry.architecture.model_type();
+    let name = geometry.architecture.family().model_type;
     let key = |part: &str| format!("{name}.{part}");
     let mut builder = GgufBuilder::default()
         .entry("general.architecture", Entry::Text(name.to_owned()))
@@ -268,7 +269,7 @@ fn seeded_byte(seed: u32, row: usize, at: usize) -> u8 {
 /// The row of a head that lies at `place`: the two halves alternate in files of the Llama family.
 fn hugging_face_row(geometry: &Geometry, gguf_name: &str, place: usize) -> usize {
     let is_rotated = gguf_name.contains("attn_q.") || gguf_name.contains("attn_k.");
-    if geometry.architecture != Architecture::Llama || !is_rotated {
+    if geometry.architecture.family().gguf != Some(GgufRows::Interleaved) || !is_rotated {
         return place;
     }
     let (head, within) = (place / geometry.head_dim, place % geometry.head_dim);

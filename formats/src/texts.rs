@@ -6,6 +6,9 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
+use crate::SentencePieceFiles;
+use crate::embedding::EmbeddingSettings;
+
 /// Tokens that end a turn of a chat. One that a chat template writes is an end token of its model, whatever the config says.
 pub(crate) const CHAT_END_TOKENS: [&str; 6] =
     ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>"];
@@ -19,6 +22,8 @@ pub(crate) struct ModelTexts {
     pub defaults: GenerationDefaults,
     /// Where the tokenizer is; a GGUF file's own vocabulary is read only when it is asked for.
     pub tokenizer: Option<TokenizerSource>,
+    /// How hidden states become embeddings.
+    pub embedding: EmbeddingSettings,
 }
 
 /// Ids that end a sequence, each once, in the order in which they were found.
@@ -68,6 +73,8 @@ pub enum TokenizerSource {
     },
     /// The metadata of a GGUF file.
     Gguf(GgufVocab),
+    /// A Hugging Face folder that has `tokenizer.model` and no `tokenizer.json`.
+    SentencePiece(SentencePieceFiles),
 }
 
 /// A vocabulary as GGUF metadata has it (`tokenizer.ggml.*`).

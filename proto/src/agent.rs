@@ -90,6 +90,8 @@ pub struct AgentHello {
     pub pid: u32,
     /// One name for each slot.
     pub device_names: Vec<String>,
+    /// What it was labelled with, for placement.
+    pub labels: BTreeMap<String, String>,
 }
 
 /// What became of one rank process.
@@ -121,6 +123,57 @@ pub enum RankProcess {
     },
 }
 
+/// Which log of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LogSource {
+    /// The agent's own.
+    Agent,
+    /// A rank's, of whatever incarnation.
+    Rank {
+        /// Its deployment.
+        deployment: DeploymentName,
+        /// Its replica.
+        replica: u32,
+        /// Its place.
+        rank: Rank,
+    },
+}
+
+/// Where to begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogStart {
+    /// So many lines before the end.
+    Tail(u32),
+    /// Behind so many bytes; what is not there any more is passed over.
+    Offset(u64),
+}
+
+/// Asks for a part of a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogRequest {
+    /// Told again with the answer.
+    pub id: u64,
+    /// Which log.
+    pub source: LogSource,
+    /// Where to begin.
+    pub start: LogStart,
+    /// Most bytes of the answer.
+    pub bytes_max: u32,
+}
+
+/// Part of a log.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct LogPart {
+    /// Of the request.
+    pub id: u64,
+    /// Whole lines where there are any.
+    pub text: Vec<u8>,
+    /// Where the next part begins.
+    pub next_offset: u64,
+    /// Why it cannot be read, else empty.
+    pub error: String,
+}
+
 /// What an agent tells the head.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AgentEvent {
@@ -130,11 +183,17 @@ pub enum AgentEvent {
     Heartbeat {
         /// Which.
         sequence: u64,
+        /// How long the answer to an earlier one took, where one came since the last heartbeat.
+        round_trip: Option<Duration>,
     },
     /// A rank process began or ended.
     Rank(RankObserved),
     /// It ends on purpose, for this reason.
     Leaving(String),
+    /// It wants to leave, for this reason, and stays until it is told to end.
+    Draining(String),
+    /// Part of a log.
+    Log(LogPart),
 }
 
 /// A Unix socket of the head, of use only on the head's machine.
@@ -194,6 +253,13 @@ pub enum AgentCommand {
     Desired(DesiredRanks),
     /// End all ranks, then the agent.
     End(String),
+    /// A heartbeat has arrived; said at once, so that the agent knows how long the way is.
+    Seen {
+        /// Which.
+        sequence: u64,
+    },
+    /// Read a log.
+    ReadLog(LogRequest),
 }
 
 fn missing(message: &'static str) -> WireError {
@@ -221,6 +287,7 @@ impl From<AgentHello> for pb::AgentHello {
             memory_bytes: h.memory_bytes,
             pid: h.pid,
             device_names: h.device_names,
+            labels: h.labels.into_iter().collect(),
         }
     }
 }
@@ -250,6 +317,7 @@ impl TryFrom<pb::AgentHello> for AgentHello {
             memory_bytes: h.memory_bytes,
             pid: h.pid,
             device_names: h.device_names,
+            labels: h.labels.into_iter().collect(),
         })
     }
 }
@@ -307,9 +375,16 @@ impl From<AgentEvent> for pb::AgentMessage {
         use pb::agent_message::Message as M;
         let message = match event {
             AgentEvent::Hello(hello) => M::Hello(hello.into()),
-            AgentEvent::Heartbeat { sequence } => M::Heartbeat(pb::AgentHeartbeat { sequence }),
+            AgentEvent::Heartbeat { sequence, round_trip } => {
+                let round_trip_us = round_trip.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+                M::Heartbeat(pb::AgentHeartbeat { sequence, round_trip_us })
+            }
             AgentEvent::Rank(observed) => M::Rank(observed.into()),
             AgentEvent::Leaving(reason) => M::Leaving(pb::AgentLeaving { reason }),
+            AgentEvent::Draining(reason) => M::Draining(pb::AgentLeaving { reason }),
+            AgentEvent::Log(LogPart { id, text, next_offset, error }) => {
+                M::Log(pb::LogPart { id, text: text.into(), next_offset, error })
+            }
         };
         Self { message: Some(message) }
     }
@@ -322,9 +397,15 @@ impl TryFrom<pb::AgentMessage> for AgentEvent {
         use pb::agent_message::Message as M;
         Ok(match message.message.ok_or_else(|| missing("AgentMessage"))? {
             M::Hello(hello) => Self::Hello(hello.try_into()?),
-            M::Heartbeat(beat) => Self::Heartbeat { sequence: beat.sequence },
+            M::Heartbeat(beat) => {
+                Self::Heartbeat { sequence: beat.sequence, round_trip: beat.round_trip_us.map(Duration::from_micros) }
+            }
             M::Rank(observed) => Self::Rank(observed.try_into()?),
             M::Leaving(leaving) => Self::Leaving(leaving.reason),
+            M::Draining(leaving) => Self::Draining(leaving.reason),
+            M::Log(pb::LogPart { id, text, next_offset, error }) => {
+                Self::Log(LogPart { id, text: text.into(), next_offset, error })
+            }
         })
     }
 }
@@ -377,6 +458,34 @@ fn is_env_name(name: &str) -> bool {
     !name.is_empty() && !name.contains(['=', '\0'])
 }
 
+impl From<LogRequest> for pb::ReadLog {
+    fn from(LogRequest { id, source, start, bytes_max }: LogRequest) -> Self {
+        let rank = match source {
+            LogSource::Agent => None,
+            LogSource::Rank { deployment, replica, rank } => {
+                Some(pb::RankLog { deployment: deployment.0, replica, rank: rank.0 })
+            }
+        };
+        let (tail_lines, offset) = match start {
+            LogStart::Tail(lines) => (Some(lines), None),
+            LogStart::Offset(offset) => (None, Some(offset)),
+        };
+        Self { id, rank, tail_lines, offset, bytes_max }
+    }
+}
+
+impl From<pb::ReadLog> for LogRequest {
+    fn from(pb::ReadLog { id, rank, tail_lines, offset, bytes_max }: pb::ReadLog) -> Self {
+        let source = rank.map_or(LogSource::Agent, |log| LogSource::Rank {
+            deployment: DeploymentName(log.deployment),
+            replica: log.replica,
+            rank: Rank(log.rank),
+        });
+        let start = offset.map_or(LogStart::Tail(tail_lines.unwrap_or_default()), LogStart::Offset);
+        Self { id, source, start, bytes_max }
+    }
+}
+
 impl From<AgentCommand> for pb::HeadToAgent {
     fn from(command: AgentCommand) -> Self {
         use pb::head_to_agent::Message as M;
@@ -394,6 +503,8 @@ impl From<AgentCommand> for pb::HeadToAgent {
                 ranks: d.ranks.into_iter().map(Into::into).collect(),
             }),
             AgentCommand::End(reason) => M::End(pb::AgentEnd { reason }),
+            AgentCommand::Seen { sequence } => M::Seen(pb::HeartbeatSeen { sequence }),
+            AgentCommand::ReadLog(request) => M::ReadLog(request.into()),
         };
         Self { message: Some(message) }
     }
@@ -417,6 +528,8 @@ impl TryFrom<pb::HeadToAgent> for AgentCommand {
                 ranks: d.ranks.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             }),
             M::End(end) => Self::End(end.reason),
+            M::Seen(seen) => Self::Seen { sequence: seen.sequence },
+            M::ReadLog(request) => Self::ReadLog(request.into()),
         })
     }
 }
@@ -441,6 +554,7 @@ mod tests {
             memory_bytes: 1,
             pid: 7,
             device_names: vec!["cpu".into(), "cpu".into()],
+            labels: BTreeMap::from([("zone".into(), "a".into())]),
         }
     }
 
@@ -449,10 +563,13 @@ mod tests {
         let exited = RankProcess::Exited { code: None, signal: Some(9), by_agent: true, last_lines: "x".into() };
         let events = [
             AgentEvent::Hello(hello()),
-            AgentEvent::Heartbeat { sequence: 3 },
+            AgentEvent::Heartbeat { sequence: 3, round_trip: None },
+            AgentEvent::Heartbeat { sequence: 4, round_trip: Some(Duration::from_micros(250)) },
             AgentEvent::Rank(RankObserved { key: key(), pid: 5, state: RankProcess::Spawned }),
             AgentEvent::Rank(RankObserved { key: key(), pid: 5, state: exited }),
             AgentEvent::Leaving("asked".into()),
+            AgentEvent::Draining("asked".into()),
+            AgentEvent::Log(LogPart { id: 4, text: b"x".to_vec(), next_offset: 9, error: "none".into() }),
         ];
         for event in events {
             assert_eq!(AgentEvent::try_from(pb::AgentMessage::from(event.clone())), Ok(event));
@@ -479,6 +596,19 @@ mod tests {
             AgentCommand::Welcome(welcome),
             AgentCommand::Desired(DesiredRanks { revision: 8, ranks: vec![rank] }),
             AgentCommand::End("stop".into()),
+            AgentCommand::Seen { sequence: 4 },
+            AgentCommand::ReadLog(LogRequest {
+                id: 4,
+                source: LogSource::Rank { deployment: DeploymentName("m".into()), replica: 1, rank: Rank(2) },
+                start: LogStart::Offset(0),
+                bytes_max: 10,
+            }),
+            AgentCommand::ReadLog(LogRequest {
+                id: 5,
+                source: LogSource::Agent,
+                start: LogStart::Tail(7),
+                bytes_max: 10,
+            }),
         ];
         for command in commands {
             assert_eq!(AgentCommand::try_from(pb::HeadToAgent::from(command.clone())), Ok(command));

@@ -59,7 +59,8 @@ impl LogitEdits {
     pub(crate) fn digest(&self) -> u64 {
         let mut hash = Fnv::new(1);
         for number in [self.presence_penalty, self.frequency_penalty, self.repetition_penalty] {
-            hash.add(number.to_bits().into());
+            // A zero loses its sign on the wire.
+            hash.add((number + 0.0).to_bits().into());
         }
         hash.add(self.min_tokens.into());
         for list in [&self.end_tokens, &self.allowed].into_iter().chain(&self.bad_words) {
@@ -244,6 +245,12 @@ mod tests {
         assert_ne!(received.chain(0), plan.chain(0), "the chain sees edits");
         staging.complete(&mut received).unwrap();
         assert_eq!(received, plan);
+        assert_eq!(received.chain(0), plan.chain(0));
+    }
+
+    #[test]
+    fn a_zero_that_loses_its_sign_is_the_same_plan() {
+        check(LogitEdits { presence_penalty: -0.0, frequency_penalty: 0.5, ..LogitEdits::default() }, 1);
     }
 
     #[test]

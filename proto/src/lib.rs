@@ -13,12 +13,13 @@ mod heads;
 mod ids;
 mod masks;
 mod plan;
+mod pooling;
 mod session;
 mod status;
 
 pub use agent::{
-    AgentCommand, AgentEvent, AgentHello, AgentWelcome, DesiredRank, DesiredRanks, DeviceKind, HeadSocket, RankKey,
-    RankObserved, RankProcess,
+    AgentCommand, AgentEvent, AgentHello, AgentWelcome, DesiredRank, DesiredRanks, DeviceKind, HeadSocket, LogPart,
+    LogRequest, LogSource, LogStart, RankKey, RankObserved, RankProcess,
 };
 pub use edits::{EditStaging, LogitEdits, edit_messages};
 pub use error::WireError;
@@ -29,6 +30,7 @@ pub use plan::{
     Fnv, NewSequence, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SamplingParams, StepOutput, StepPlan,
     TokenLogprobs,
 };
+pub use pooling::{POOLED_ROWS_MAX, PooledRow, Pooling};
 pub use session::{
     HeadMessage, LoadModel, Phase, RankCapacity, RankEvent, RankFailure, RankHello, RankResumes, SamplerFeatures,
 };

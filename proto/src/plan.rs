@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BlockId, Epoch, Incarnation, LogitEdits, SeqId, SeqSlot, StepId, Term, TokenId, TokenMask, WireError, pb};
+use crate::{
+    BlockId, Epoch, Incarnation, LogitEdits, PooledRow, Pooling, SeqId, SeqSlot, StepId, Term, TokenId, TokenMask,
+    WireError, pb,
+};
 
 /// Which sampler a step runs; the same on every rank, since it changes the sequence of collectives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -37,6 +40,8 @@ pub struct SamplingParams {
     pub prompt_logprobs: Option<u32>,
     /// How logits are edited before a token is drawn. They travel ahead of the plan.
     pub edits: Option<Arc<LogitEdits>>,
+    /// Where set, no token is drawn: the prompt's hidden states are pooled when all of it is computed.
+    pub pooling: Option<Pooling>,
 }
 
 impl Default for SamplingParams {
@@ -50,6 +55,7 @@ impl Default for SamplingParams {
             logprobs: None,
             prompt_logprobs: None,
             edits: None,
+            pooling: None,
         }
     }
 }
@@ -95,10 +101,12 @@ pub struct PlanRow {
     pub num_tokens: u32,
     /// Blocks appended to the sequence's table.
     pub new_blocks: Vec<BlockId>,
-    /// True where the row ends at the last known token, so that one is sampled behind it.
+    /// True where the row ends at the last known token, so that one is sampled behind it; never of a sequence that is pooled.
     pub samples: bool,
     /// The step whose sampled token this row consumes; it may still be in flight.
     pub consumes: Option<StepId>,
+    /// True where the row ends at the last token of a sequence that is pooled, so that its vector is given.
+    pub pools: bool,
 }
 
 /// One step for every rank of a group: a delta against the batch that the ranks hold.
@@ -182,6 +190,8 @@ pub struct StepOutput {
     pub rows: Vec<SampledRow>,
     /// Log-probabilities of prompt chunks computed in this step.
     pub prompt_logprobs: Vec<PromptLogprobs>,
+    /// Prompts that are pooled and ended in this step, at most [`crate::POOLED_ROWS_MAX`].
+    pub pooled: Vec<PooledRow>,
 }
 
 /// 64-bit FNV-1a, over integers: enough to see a divergence, not a defence.
@@ -221,6 +231,7 @@ impl StepPlan {
         for new in &self.new_sequences {
             hash.add(u64::from(new.slot.0)).add(new.seq_id.0).add(u64::from(new.num_prompt_tokens));
             hash.add(new.sampling.edits.as_ref().map_or(0, |edits| edits.digest()));
+            hash.add(u64::from(Pooling::to_wire(new.sampling.pooling)));
             hash.add(new.tokens.len() as u64);
             for token in &new.tokens {
                 hash.add(u64::from(token.0));
@@ -232,7 +243,7 @@ impl StepPlan {
         hash.add(self.rows.len() as u64);
         for row in &self.rows {
             hash.add(u64::from(row.slot.0)).add(u64::from(row.start)).add(u64::from(row.num_tokens));
-            hash.add(u64::from(row.samples)).add(row.consumes.map_or(0, |step| step.0));
+            hash.add(u64::from(row.samples) | u64::from(row.pools) << 1).add(row.consumes.map_or(0, |step| step.0));
             for block in &row.new_blocks {
                 hash.add(u64::from(block.0));
             }
@@ -278,6 +289,7 @@ impl From<&SamplingParams> for pb::Sampling {
             logprobs: s.logprobs,
             prompt_logprobs: s.prompt_logprobs,
             edits: s.edits.is_some(),
+            pooling: Pooling::to_wire(s.pooling),
         }
     }
 }
@@ -298,6 +310,7 @@ impl TryFrom<pb::Sampling> for SamplingParams {
             logprobs: s.logprobs,
             prompt_logprobs: s.prompt_logprobs,
             edits: s.edits.then(Arc::default),
+            pooling: Pooling::from_wire(s.pooling)?,
         })
     }
 }
@@ -357,6 +370,7 @@ impl From<&PlanRow> for pb::PlanRow {
             new_blocks: raw(&r.new_blocks, |b| b.0),
             samples: r.samples,
             consumes: r.consumes.map(|step| step.0),
+            pools: r.pools,
         }
     }
 }
@@ -375,6 +389,7 @@ impl TryFrom<pb::PlanRow> for PlanRow {
             new_blocks: raw(&r.new_blocks, BlockId),
             samples: r.samples,
             consumes: r.consumes.map(StepId),
+            pools: r.pools,
         })
     }
 }
@@ -475,6 +490,7 @@ impl From<&StepOutput> for pb::StepOutput {
                     tokens: p.tokens.iter().map(Into::into).collect(),
                 })
                 .collect(),
+            pooled: o.pooled.iter().map(Into::into).collect(),
         }
     }
 }
@@ -505,6 +521,7 @@ impl From<pb::StepOutput> for StepOutput {
                     tokens: p.tokens.into_iter().map(Into::into).collect(),
                 })
                 .collect(),
+            pooled: o.pooled.into_iter().map(Into::into).collect(),
         }
     }
 }
@@ -531,6 +548,7 @@ mod tests {
                 new_blocks: vec![BlockId(6)],
                 samples: true,
                 consumes: None,
+                pools: false,
             }],
             ..StepPlan::default()
         }
@@ -575,6 +593,7 @@ mod tests {
             new_blocks: vec![],
             samples: true,
             consumes: Some(StepId(6)),
+            pools: false,
         }];
         assert!(pb::Plan::from(&small).encoded_len() < 80);
     }

@@ -48,6 +48,9 @@ pub struct HeadStatus {
     /// What is wrong with the store, else empty.
     #[serde(default)]
     pub reason: String,
+    /// Plain text between machines, and everybody may join and command (`--insecure`).
+    #[serde(default)]
+    pub insecure: bool,
 }
 
 /// One machine.
@@ -67,8 +70,14 @@ pub struct NodeStatus {
     pub device: String,
     /// The agent's process id.
     pub pid: u32,
-    /// Why it is not alive, else empty.
+    /// Why it is not alive, or what is wrong with it; else empty.
     pub reason: String,
+    /// The way to the head and back, milliseconds; none before it was measured.
+    #[serde(default)]
+    pub round_trip_ms: Option<f64>,
+    /// What it was labelled with.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// One placement group.
@@ -82,8 +91,20 @@ pub struct PlacementGroupStatus {
     pub state: String,
     /// The arithmetic of what is not met, else empty.
     pub reason: String,
-    /// One for each rank.
+    /// One for each rank, or as they were asked for.
     pub bundles: Vec<BundleStatus>,
+    /// Its name, where it was made by hand; else empty.
+    #[serde(default)]
+    pub name: String,
+    /// What runs in it.
+    #[serde(default)]
+    pub deployments: Vec<String>,
+    /// Words of whoever made it.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// When it was made, or got its slots, as words.
+    #[serde(default)]
+    pub since: String,
 }
 
 /// One bundle.
@@ -97,6 +118,12 @@ pub struct BundleStatus {
     pub resources: BTreeMap<String, f64>,
     /// `pending` or `created`.
     pub state: String,
+    /// The slots that it holds there.
+    #[serde(default)]
+    pub slots: Vec<u32>,
+    /// Labels that its node must have.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// One deployment.
@@ -110,6 +137,9 @@ pub struct DeploymentStatus {
     pub state: String,
     /// Why it is not ready, else empty.
     pub reason: String,
+    /// While it starts: which rank is furthest behind, and in which phase; else empty.
+    #[serde(default)]
+    pub progress: String,
     /// Ranks of one replica.
     pub tensor_parallel_size: u32,
     /// Copies.
@@ -168,4 +198,44 @@ pub struct QueueStatus {
     pub running: u32,
     /// Not yet.
     pub waiting: u32,
+}
+
+/// Something that happened to the cluster, in plain words.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EventRecord {
+    /// Grows with each event of a cluster.
+    pub sequence: u64,
+    /// When, `2026-11-22T10:02:11.123Z`.
+    pub at: String,
+    /// `info`, `warn` or `error`.
+    pub level: String,
+    /// Which kind, a word for scripts.
+    pub kind: String,
+    /// What happened.
+    pub text: String,
+    /// The deployment, where it is about one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deployment: Option<String>,
+    /// Its replica.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replica: Option<u32>,
+    /// The replica's set of processes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<u64>,
+    /// The replica's life of sequences.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<u64>,
+    /// The rank.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank: Option<u32>,
+    /// Steps that had been taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step: Option<u64>,
+    /// The machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// The placement group that was made by hand.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement_group: Option<String>,
 }

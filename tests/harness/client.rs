@@ -42,11 +42,11 @@ pub struct Stream {
     pub text: String,
     /// Token ids of choice 0 so far, where asked for.
     pub token_ids: Vec<u32>,
-    /// When the stream was opened.
+    /// When it was asked for.
     pub started: Instant,
     /// When the first text came.
     pub first: Option<Instant>,
-    /// Longest time between two events.
+    /// Longest time between two events, the first wait with them.
     pub longest_gap: Duration,
     error: Option<Value>,
     last: Instant,
@@ -95,11 +95,11 @@ impl Http {
     pub fn try_stream(&self, path: &str, body: &Value) -> Option<Stream> {
         let mut body = body.clone();
         body["stream"] = true.into();
+        let now = Instant::now();
         let response = self.agent.post(format!("{}{path}", self.base)).send_json(&body).ok()?;
         if response.status().as_u16() != 200 {
             return None;
         }
-        let now = Instant::now();
         Some(Stream {
             lines: BufReader::new(response.into_body().into_reader()).lines(),
             text: String::new(),

@@ -13,16 +13,19 @@ use phalanx_proto::{RankStatus, StatusSnapshot};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::Http;
+use crate::{Http, TinyDisk};
 
 /// Longest wait for anything that should be quick.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One machine of a test: a `PHALANX_HOME` and the programs that use it.
 pub struct Node {
+    /// Goes before the home that it lies in.
+    store: Option<TinyDisk>,
     home: TempDir,
     namespace: Option<String>,
     env: Vec<(&'static str, String)>,
+    token: Option<String>,
 }
 
 /// What a command of ours did.
@@ -49,8 +52,10 @@ impl Node {
     pub fn new() -> Self {
         Self {
             home: tempfile::Builder::new().prefix("phalanx-").tempdir().expect("a temporary folder"),
+            store: None,
             namespace: None,
             env: Vec::new(),
+            token: None,
         }
     }
 
@@ -66,6 +71,66 @@ impl Node {
         let mut node = Self::new();
         node.namespace = Some(namespace.to_owned());
         node
+    }
+
+    /// Gives its programs a join token of a head's machine, as a user does for machines that are not the head's own.
+    ///
+    /// # Panics
+    /// If that head makes none.
+    #[must_use]
+    pub fn with_token_of(mut self, head: &Self) -> Self {
+        self.token = Some(head.make_token(&[]));
+        self
+    }
+
+    /// Gives its head, before it is first started, the keys of another, as an operator does for a second head.
+    ///
+    /// # Panics
+    /// If that head has none, or they cannot be copied.
+    #[must_use]
+    pub fn with_keys_of(self, head: &Self) -> Self {
+        for file in ["trust/authority.json", "store/tokens.json"] {
+            let copy = self.home().join(file);
+            fs::create_dir_all(copy.parent().expect("a folder")).expect("a folder");
+            fs::copy(head.home().join(file), copy).expect("its keys");
+        }
+        self
+    }
+
+    /// The same machine without one.
+    #[must_use]
+    pub fn without_token(mut self) -> Self {
+        self.token = None;
+        self
+    }
+
+    /// A token that the head of this home makes.
+    ///
+    /// # Panics
+    /// If it makes none.
+    pub fn make_token(&self, flags: &[&str]) -> String {
+        let made = self.run("coordinator", &[&["token", "create", "--json"], flags].concat());
+        assert_eq!(made.code, 0, "{made:?}");
+        let line: Value = serde_json::from_str(made.stdout.trim()).expect("one object");
+        line["token"].as_str().expect("a token").to_owned()
+    }
+
+    /// A node whose store is a disk of its own, of so many bytes; `None` where this machine lets nobody mount one.
+    pub fn with_store(bytes: u64) -> Option<Self> {
+        let mut node = Self::new();
+        node.store = Some(TinyDisk::mount(&node.home.path().join("store"), bytes)?);
+        Some(node)
+    }
+
+    /// The disk of its store, where that has one.
+    pub fn store(&self) -> Option<&TinyDisk> {
+        self.store.as_ref()
+    }
+
+    /// The process that its agent is, or was at last.
+    pub fn agent_pid(&self) -> Option<u32> {
+        let record = fs::read_to_string(self.home.path().join("run/agent.json")).ok()?;
+        serde_json::from_str::<Value>(&record).ok()?["pid"].as_u64()?.try_into().ok()
     }
 
     /// Its `PHALANX_HOME`.
@@ -85,6 +150,10 @@ impl Node {
         };
         command.args(arguments).env("PHALANX_HOME", self.home.path()).stdin(Stdio::null());
         command.envs(self.env.iter().map(|(name, value)| (*name, value)));
+        match &self.token {
+            Some(token) => command.env("PHALANX_TOKEN", token),
+            None => command.env_remove("PHALANX_TOKEN"),
+        };
         command
     }
 
@@ -249,7 +318,24 @@ impl Processes {
 
     /// Sends a signal.
     pub fn signal(pid: u32, signal: Signal) {
-        kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("the process is there");
+        assert!(Self::try_signal(pid, signal), "process {pid} is there");
+    }
+
+    /// Sends a signal to a process that may have ended; true where it was there.
+    pub fn try_signal(pid: u32, signal: Signal) -> bool {
+        kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).is_ok()
+    }
+
+    /// Resident memory, bytes; 0 where it has ended.
+    pub fn resident_bytes(pid: u32) -> u64 {
+        let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+        line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
+    }
+
+    /// Open files; 0 where it has ended.
+    pub fn num_files(pid: u32) -> usize {
+        fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
     }
 
     /// Waits until all are gone; returns how long it took.

@@ -55,7 +55,10 @@ impl Work {
         let read = |body: &Value| {
             let (http, body) = (http.clone(), body.clone());
             std::thread::spawn(move || {
-                let mut stream = http.stream("/v1/completions", &body);
+                // A head that ends before the first token has not even answered.
+                let Some(mut stream) = http.try_stream("/v1/completions", &body) else {
+                    return (StreamEnd::Cut, Vec::new(), Duration::ZERO);
+                };
                 let end = stream.finish();
                 (end, stream.token_ids, stream.longest_gap)
             })

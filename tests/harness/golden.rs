@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use phalanx_formats::ModelFiles;
 use serde_json::Value;
 
 use crate::places;
@@ -35,14 +36,29 @@ pub struct GoldenPrompt {
     pub margins: Vec<f64>,
 }
 
+impl Golden {
+    /// Whether so many ranks each get a head: more are refused.
+    pub fn splits_into(&self, size: &str) -> bool {
+        let files = ModelFiles::open_config(&self.folder).expect("a model");
+        files.geometry().num_heads >= size.parse().expect("a size")
+    }
+}
+
 fn read(path: &Path) -> Value {
     let bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
+/// Reference values of more than one prompt's, by their path.
+pub fn reference(path: &str) -> Value {
+    read(&places::goldens().join(path))
+}
+
 /// The tiny models of the architectures that are served.
 pub fn goldens() -> Vec<Golden> {
-    ["tiny-llama", "tiny-llama3-rope", "tiny-qwen2", "tiny-qwen2-tied-sharded"].map(golden).into()
+    ["tiny-llama", "tiny-llama3-rope", "tiny-qwen2", "tiny-qwen2-tied-sharded", "tiny-internlm2", "tiny-mistral"]
+        .map(golden)
+        .into()
 }
 
 /// One tiny model.

@@ -2,14 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{Cluster, Processes, wait_for};
+use crate::{Cluster, Node, Processes, free_ports, wait_for};
 
 /// A cluster on ports that it keeps.
 pub struct Lasting {
     /// The cluster.
     pub cluster: Cluster,
-    /// The flags of its ports.
+    /// The flags of its ports, and what else it was started with.
     pub ports: Vec<String>,
+    num_slots: String,
 }
 
 impl Lasting {
@@ -18,15 +19,20 @@ impl Lasting {
     /// # Panics
     /// If there are no ports.
     pub fn start(slots: u32) -> Self {
-        let free = |_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let listeners: Vec<_> = (0..3).map(free).collect();
-        let port = |listener: &std::net::TcpListener| listener.local_addr().expect("an address").port().to_string();
-        let numbers = listeners.iter().map(port);
+        Self::start_on(Node::new(), slots, &[])
+    }
+
+    /// The same on a node that was readied for it, with further flags.
+    ///
+    /// # Panics
+    /// If there are no ports.
+    pub fn start_on(node: Node, slots: u32, more: &[&str]) -> Self {
         let flags = ["--port", "--http-port", "--dashboard-port"];
+        let numbers = free_ports(flags.len()).into_iter().map(|port| port.to_string());
         let ports: Vec<String> = flags.into_iter().zip(numbers).flat_map(|(flag, port)| [flag.into(), port]).collect();
-        drop(listeners);
+        let ports: Vec<String> = ports.into_iter().chain(more.iter().map(|&word| word.to_owned())).collect();
         let words: Vec<&str> = ports.iter().map(String::as_str).collect();
-        Self { cluster: Cluster::start_with(slots, &words), ports }
+        Self { cluster: Cluster::start_on(node, slots, &words), num_slots: slots.to_string(), ports }
     }
 
     /// `kill -9` of the head.
@@ -41,7 +47,7 @@ impl Lasting {
     /// # Panics
     /// If it does not start.
     pub fn start_head(&self) {
-        let mut arguments = vec!["start", "--head", "--num-gpus", "2", "--json"];
+        let mut arguments = vec!["start", "--head", "--num-gpus", &self.num_slots, "--json"];
         arguments.extend(self.ports.iter().map(String::as_str));
         let again = self.cluster.node.run("coordinator", &arguments);
         assert_eq!(again.code, 0, "{again:?}");

@@ -6,7 +6,7 @@
 //! **Invariant:** nothing else in this crate reads the environment, and nothing changes a `Config` later. A key or a value
 //! that is not understood stops the start.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,8 @@ use std::str::FromStr;
 
 use phalanx_proto::DeviceKind;
 use serde::Deserialize;
+
+use crate::agent::credentials::TrustWish;
 
 /// Defaults and limits.
 pub mod defaults {
@@ -33,12 +35,26 @@ pub mod defaults {
     pub const RETRY_PAUSE_MAX: Duration = Duration::from_secs(3);
     /// Longest pause between attempts to reach a head that ranks wait for.
     pub const RETRY_PAUSE_ORPHANED: Duration = Duration::from_millis(200);
+    /// Looks for the token of a head on this machine that listens already.
+    pub const TOKEN_LOOKS: u32 = 20;
+    /// Time between two of them.
+    pub const TOKEN_LOOK_PAUSE: Duration = Duration::from_millis(100);
+    /// Shortest time between two looks at when this node's certificate ends.
+    pub const RENEWAL_LOOK: Duration = Duration::from_secs(1);
+    /// Longest time between two looks at when this node's certificate ends.
+    pub const RENEWAL_PAUSE: Duration = Duration::from_secs(600);
+    /// Rest before a renewal that failed is tried again.
+    pub const RENEWAL_RETRY: Duration = Duration::from_secs(5);
     /// Attempts of a rank to reach the head that asked for it.
     pub const RANK_CONNECT_ATTEMPTS: u32 = 5;
     /// How long `worker join` waits for its background process to have joined before it returns.
     pub const JOIN_REPORT_DEADLINE: Duration = Duration::from_secs(4);
     /// Time for a rank to end after SIGTERM; then comes SIGKILL.
     pub const RANK_END_DEADLINE: Duration = Duration::from_secs(3);
+    /// Most bytes of a log in one answer.
+    pub const LOG_PART_BYTES_MAX: u32 = 256 << 10;
+    /// Longest wait for the work of this machine to move elsewhere; then the agent is asked to end at once.
+    pub const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
     /// Time for an agent to end after SIGTERM, its ranks included; then comes SIGKILL.
     pub const AGENT_END_DEADLINE: Duration = Duration::from_secs(15);
     /// Time for the last messages of a stream to reach the head.
@@ -141,6 +157,16 @@ pub enum LogFormat {
     Json,
 }
 
+impl LogFormat {
+    /// The word of the flag.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        }
+    }
+}
+
 impl FromStr for LogFormat {
     type Err = ConfigError;
 
@@ -205,6 +231,17 @@ impl Home {
         self.0.join("run")
     }
 
+    /// Keys and certificates between machines.
+    pub fn trust_dir(&self) -> PathBuf {
+        self.0.join("trust")
+    }
+
+    /// Whether the head at this address is the one that runs in this home.
+    pub fn is_head_at(&self, head: &HeadAddress) -> bool {
+        let Some(record) = head_of_home(self) else { return false };
+        [&record["address"], &record["local_address"]].into_iter().any(|known| known.as_str() == Some(head.as_str()))
+    }
+
     /// Logs.
     pub fn log_dir(&self) -> PathBuf {
         self.0.join("logs")
@@ -245,6 +282,11 @@ struct File {
     #[serde(default)]
     device: Option<DeviceChoice>,
     advertise_address: Option<String>,
+    token: Option<String>,
+    token_file: Option<PathBuf>,
+    insecure: Option<bool>,
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
     log_level: Option<String>,
     log_format: Option<LogFormat>,
 }
@@ -255,7 +297,11 @@ pub struct Environment {
     home: Option<PathBuf>,
     state: Option<PathBuf>,
     address: Option<String>,
+    token: Option<String>,
+    token_file: Option<PathBuf>,
     log_level: Option<String>,
+    /// Names of variables that hold secrets of others: no rank gets them.
+    pub secrets: Vec<String>,
     /// `CUDA_VISIBLE_DEVICES`.
     pub cuda_visible: Option<String>,
     /// `HIP_VISIBLE_DEVICES`.
@@ -271,20 +317,21 @@ impl Environment {
     #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the environment")]
     pub fn read() -> Self {
         let text = |name| std::env::var(name).ok().filter(|value: &String| !value.is_empty());
+        let names = || std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
         let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         Self {
             home: path("PHALANX_HOME"),
             state: path("XDG_STATE_HOME").or_else(|| path("HOME").map(|home| home.join(".local/state"))),
             address: text("PHALANX_ADDRESS"),
+            token: text("PHALANX_TOKEN"),
+            token_file: path("PHALANX_TOKEN_FILE"),
+            secrets: names().filter(|name| phalanx_trust::variables::is_secret(name)).collect(),
             log_level: text("PHALANX_LOG"),
             // Empty is a value here: it hides all devices.
             cuda_visible: std::env::var("CUDA_VISIBLE_DEVICES").ok(),
             hip_visible: std::env::var("HIP_VISIBLE_DEVICES").ok(),
             cuda_home: text("CUDA_HOME").map(PathBuf::from),
-            nccl: std::env::vars_os()
-                .filter_map(|(name, _)| name.into_string().ok())
-                .filter(|name| name.starts_with("NCCL_"))
-                .collect(),
+            nccl: names().filter(|name| name.starts_with("NCCL_")).collect(),
         }
     }
 }
@@ -304,6 +351,14 @@ pub struct Flags {
     pub device: Option<DeviceChoice>,
     /// `--advertise-address`.
     pub advertise_address: Option<String>,
+    /// `--token`.
+    pub token: Option<String>,
+    /// `--token-file`.
+    pub token_file: Option<PathBuf>,
+    /// `--insecure`.
+    pub insecure: bool,
+    /// `--label`.
+    pub labels: BTreeMap<String, String>,
     /// `--log-level`.
     pub log_level: Option<String>,
     /// `--log-format`.
@@ -323,6 +378,12 @@ pub struct Config {
     pub device: DeviceChoice,
     /// Where other machines reach this one, where said.
     pub advertise_address: Option<String>,
+    /// What the user said about trust.
+    pub trust: TrustWish,
+    /// Names of variables that hold secrets of others.
+    pub secrets: Vec<String>,
+    /// What this machine is labelled with, for placement.
+    pub labels: BTreeMap<String, String>,
     /// Log filter.
     pub log_level: String,
     /// Look of log lines.
@@ -353,7 +414,13 @@ impl Config {
             },
         };
         let named = flags.address.or(environment.address).or(file.address);
-        let address = named.or_else(|| head_of_home(&home));
+        let own = head_of_home(&home).unwrap_or_default();
+        let is_own_insecure =
+            own["insecure"] == true && named.as_deref().is_none_or(|named| own["local_address"] == named);
+        let address = named.or_else(|| own["local_address"].as_str().map(str::to_owned));
+        let token = flags.token.or(environment.token).or(file.token);
+        let token_file = flags.token_file.or(environment.token_file).or(file.token_file);
+        let insecure = flags.insecure || file.insecure.unwrap_or_default() || is_own_insecure;
         let log_level = flags.log_level.or(environment.log_level).or(file.log_level);
         Ok(Self {
             home,
@@ -361,6 +428,9 @@ impl Config {
             num_gpus: flags.num_gpus.or(file.num_gpus),
             device: flags.device.or(file.device).unwrap_or_default(),
             advertise_address: flags.advertise_address.or(file.advertise_address),
+            trust: trust(insecure, token, token_file)?,
+            secrets: environment.secrets,
+            labels: file.labels.into_iter().chain(flags.labels).collect(),
             log_level: log_level.unwrap_or_else(|| "info".into()),
             log_format: flags.log_format.or(file.log_format).unwrap_or_default(),
             cuda_visible: environment.cuda_visible,
@@ -390,11 +460,28 @@ impl Config {
     }
 }
 
-/// Address of the head that runs in this home, as its record there says.
-fn head_of_home(home: &Home) -> Option<String> {
+/// What the head that runs in this home says of itself.
+fn head_of_home(home: &Home) -> Option<serde_json::Value> {
     let text = std::fs::read_to_string(home.path().join("run/head.json")).ok()?;
-    let record: serde_json::Value = serde_json::from_str(&text).ok()?;
-    record["local_address"].as_str().map(str::to_owned)
+    serde_json::from_str(&text).ok()
+}
+
+fn trust(insecure: bool, token: Option<String>, token_file: Option<PathBuf>) -> Result<TrustWish, ConfigError> {
+    let expected = "a token (phxt-ID-SECRET-PIN), as `coordinator token create` prints it";
+    Ok(match (insecure, token, token_file) {
+        (true, _, _) => TrustWish::Insecure,
+        (false, Some(text), _) => {
+            let parsed = text.parse();
+            // What was given may be a secret with a letter too few: it is not shown.
+            TrustWish::Token(parsed.map_err(|_| ConfigError::Value {
+                key: "--token",
+                value: "...".into(),
+                expected,
+            })?)
+        }
+        (false, None, Some(path)) => TrustWish::TokenFile(path),
+        (false, None, None) => TrustWish::Home,
+    })
 }
 
 fn read_file(path: &Path) -> Result<File, ConfigError> {

@@ -95,13 +95,15 @@ impl Heads {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::session::HeadTrust;
 
     #[tokio::test]
     async fn ranks_follow_the_note() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("head.json");
         let note = |term, address: &str| HeadNote { term, address: address.into(), socket: None }.write(&path).unwrap();
-        let first = HeadTarget { address: "a:1".into(), socket: Some("/a.sock".into()) };
+        let trust = HeadTrust::Plain;
+        let first = HeadTarget { address: "a:1".into(), socket: Some("/a.sock".into()), trust };
         let heads = Heads::new(first, path.clone());
         let before = heads.now();
         assert_eq!((before.target.address.as_str(), before.term), ("a:1", 0));

@@ -16,9 +16,12 @@ use phalanx_kernels::ops::edit::{LogitEdits, TokenHistory};
 use phalanx_kernels::{
     LAST_TOKEN, SCORED_TOP_MAX, SampleEdits, SampleMask, SampleRow, ScoreRow, SeqInputs, StepInputs,
 };
-use phalanx_proto::{NewSequence, PlanRow, SamplingParams, SeqSlot, StepId, StepPlan, TokenId};
+use phalanx_proto::{
+    NewSequence, POOLED_ROWS_MAX, PlanRow, Pooling, SamplingParams, SeqSlot, StepId, StepPlan, TokenId,
+};
 
 use crate::error::Divergence;
+use crate::pooling::PoolChunk;
 
 /// What was agreed when the group started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +91,8 @@ pub struct StepWork {
     pub inputs: StepInputs,
     /// Prompt chunks to score, in plan order.
     pub prompts: Vec<PromptChunk>,
+    /// Rows whose hidden states are pooled, in plan order.
+    pub pools: Vec<PoolChunk>,
 }
 
 impl StepWork {
@@ -113,6 +118,7 @@ impl StepWork {
         edits.clear();
         scores.clear();
         self.prompts.clear();
+        self.pools.clear();
     }
 }
 
@@ -158,6 +164,7 @@ impl Batch {
         }
         at_most("rows", plan.rows.len(), self.limits.max_num_seqs)?;
         let num_tokens = plan.rows.iter().fold(0usize, |sum, row| sum.saturating_add(row.num_tokens as usize));
+        at_most("pooled rows", plan.rows.iter().filter(|row| row.pools).count(), POOLED_ROWS_MAX)?;
         at_most("tokens in a step", num_tokens, self.limits.max_num_batched_tokens)?;
         let first_of = |(index, row): (usize, &PlanRow)| !plan.rows[..index].iter().any(|other| other.slot == row.slot);
         if let Some(twice) = plan.rows.iter().enumerate().find(|entry| !first_of(*entry)) {
@@ -170,7 +177,9 @@ impl Batch {
             if row.samples {
                 sequence.expect_token(plan.step);
             }
-            if row.samples && sequence.sampling.variant() as u32 > plan.sampler as u32 {
+            let pools = sequence.sampling.pooling.is_some();
+            let serves = sequence.sampling.variant() as u32 <= plan.sampler as u32 && !pools;
+            if (row.samples && !serves) || (row.pools && !pools) {
                 return Err(Divergence::Sampler(row.slot));
             }
         }
@@ -250,6 +259,9 @@ impl Sequence {
             Some(expected) if row.start != expected => {
                 return Err(Divergence::Start { slot, expected, found: row.start });
             }
+            None if row.start > 0 && self.sampling.pooling == Some(Pooling::Mean) => {
+                return Err(Divergence::Start { slot, expected: 0, found: row.start });
+            }
             None if row.start > cached => return Err(Divergence::Start { slot, expected: cached, found: row.start }),
             _ => {}
         }
@@ -259,7 +271,7 @@ impl Sequence {
         let end = u64::from(row.start) + u64::from(row.num_tokens);
         let reaches_last = end == self.tokens.len() as u64;
         let fits = end <= self.tokens.len() as u64 && end <= limits.max_model_len as u64 && row.num_tokens > 0;
-        if !fits || ((row.samples || row.consumes.is_some()) && !reaches_last) {
+        if !fits || ((row.samples || row.pools || row.consumes.is_some()) && !reaches_last) {
             return Err(Divergence::End { slot, end, num_tokens: self.tokens.len() });
         }
         self.extend_table(slot, row.new_blocks.iter().map(|block| block.0), limits)?;
@@ -300,6 +312,7 @@ impl Sequence {
             inputs.samples.push(self.sample_row(row.slot));
         }
         self.write_prompt(row, query_start, work);
+        work.pools.extend(self.sampling.pooling.and_then(|pooling| PoolChunk::new(pooling, row, query_start)));
     }
 
     /// Gives the next sampled row its edits; the first one of a sequence brings the tokens, which are all known then.
@@ -407,7 +420,7 @@ mod tests {
 
     fn row(start: u32, num_tokens: u32, new_blocks: &[u32], samples: bool) -> PlanRow {
         let new_blocks = new_blocks.iter().copied().map(BlockId).collect();
-        PlanRow { slot: SLOT, start, num_tokens, new_blocks, samples, consumes: None }
+        PlanRow { slot: SLOT, start, num_tokens, new_blocks, samples, consumes: None, pools: false }
     }
 
     fn plan(new: Option<NewSequence>, rows: &[PlanRow]) -> StepPlan {

@@ -1,11 +1,12 @@
 //! The node agent and the ranks.
 //!
-//! Inside a rank: `session -> device_thread -> runner -> models -> layers -> collective, kernels`, never backwards.
+//! Inside a rank: `session -> device_thread -> runner -> decoder -> layers -> collective, kernels`, never backwards.
 
 pub mod agent;
 pub mod backend;
 pub mod collective;
 pub mod config;
+pub mod decoder;
 pub mod device_thread;
 pub mod epoch;
 pub mod error;
@@ -14,7 +15,7 @@ pub mod inputs;
 pub mod kv_cache;
 pub mod layers;
 pub mod logging;
-pub mod models;
+pub mod pooling;
 pub mod rank;
 pub mod reduce_bench;
 pub mod runner;

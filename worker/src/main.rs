@@ -1,5 +1,6 @@
 //! The `worker` binary: `join` (node agent), `leave`, and `rank` (one device, one shard; started by the agent).
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -9,12 +10,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, setsid};
 use phalanx_kernels::cuda;
 use phalanx_proto::{AgentHello, NodeId, VERSION};
 use phalanx_worker::agent::background::{self, Started};
+use phalanx_worker::agent::credentials::{Credentials, TrustWish};
 use phalanx_worker::agent::devices::{Devices, Machine};
 use phalanx_worker::agent::doctor::{self, Doctor};
+use phalanx_worker::agent::log_reader;
 use phalanx_worker::agent::process::Launcher;
 use phalanx_worker::agent::record::{self, AgentLock, AgentRecord, Claim};
 use phalanx_worker::agent::{Agent, AgentSetup, End, Report, node, supervisor};
@@ -61,10 +65,10 @@ struct CommonArgs {
 #[derive(Subcommand)]
 enum Subcommands {
     /// Adds this machine's devices to a cluster; waits for a head that is not there yet
-    #[command(after_help = "Example:\n  worker join --address 10.0.0.5:8001 --num-gpus 2")]
+    #[command(after_help = "Example:\n  worker join --address 10.0.0.5:8001 --num-gpus 2 --token phxt-...")]
     Join(JoinArgs),
     /// Takes this machine out of its cluster: its ranks end, then its agent
-    #[command(after_help = "Example:\n  worker leave")]
+    #[command(after_help = "Example:\n  worker leave\n  worker leave --drain")]
     Leave(LeaveArgs),
     /// Tries what a rank needs of a CUDA device, one line for each thing; fails if one fails
     #[command(hide = true)]
@@ -107,6 +111,18 @@ struct JoinArgs {
     /// Address under which other machines reach this one [default: where the head sees it come from]
     #[arg(long, value_name = "IP")]
     advertise_address: Option<String>,
+    /// Token that the head has made for this cluster [default: PHALANX_TOKEN, else what lies in this home]
+    #[arg(long, value_name = "TOKEN")]
+    token: Option<String>,
+    /// File that holds the token, or soon will [default: PHALANX_TOKEN_FILE]
+    #[arg(long, value_name = "FILE", conflicts_with = "token")]
+    token_file: Option<PathBuf>,
+    /// Plain text and no token: for a head that was started with --insecure
+    #[arg(long)]
+    insecure: bool,
+    /// Label of this machine, for placement groups that ask for it; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_label)]
+    labels: Vec<(String, String)>,
     /// Stay in the foreground
     #[arg(long)]
     block: bool,
@@ -143,6 +159,9 @@ struct LeaveArgs {
     /// Only if this is the node's id
     #[arg(long, value_name = "ID")]
     node: Option<String>,
+    /// First let what runs here end, or go on elsewhere: no request is lost where another machine has room
+    #[arg(long)]
+    drain: bool,
 }
 
 fn main() -> ExitCode {
@@ -176,16 +195,32 @@ fn main() -> ExitCode {
 
 // ---- join ----
 
+fn parse_label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text} is not KEY=VALUE")),
+    }
+}
+
 fn join(args: &JoinArgs, flags: Flags) -> anyhow::Result<()> {
     let flags = Flags {
         address: args.address.clone(),
         num_gpus: args.num_gpus,
         device: args.device,
         advertise_address: args.advertise_address.clone(),
+        token: args.token.clone(),
+        token_file: args.token_file.clone(),
+        insecure: args.insecure,
+        labels: args.labels.iter().cloned().collect(),
         ..flags
     };
     let config = Config::load(flags, Environment::read())?;
     config.head()?;
+    // What it writes is for its owner.
+    umask(Mode::S_IRWXG | Mode::S_IRWXO);
+    if config.trust == TrustWish::Insecure {
+        say(args, "INSECURE: plain text to the head; whoever is on the way reads and changes what goes by");
+    }
     if args.block || args.detached { run_agent(args, &config) } else { join_in_background(args, &config) }
 }
 
@@ -198,9 +233,9 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
     let head = config.head()?.clone();
     let hostname = node::hostname();
     let node_id = node::id(&config.home, &hostname).context("the node's id")?;
-    let _lock = claim(config, &node_id)?;
+    let _lock = claim(config, &node_id, args.with_head)?;
     std::fs::create_dir_all(config.home.log_dir())?;
-    let log = BoundedLog::open(&config.home.log_dir().join("agent.log"), defaults::LOG_BYTES_MAX)?;
+    let log = BoundedLog::open(&config.home.log_dir().join(log_reader::AGENT_LOG), defaults::LOG_BYTES_MAX)?;
     start_logging(config, LogTarget::file(log, !args.detached))?;
     let devices = offer(config)?;
     if let Some(note) = &devices.note {
@@ -209,10 +244,16 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
     let hello = describe(config, node_id.clone(), hostname, &devices);
     let launcher = Launcher {
         program: std::env::current_exe().context("this program's path")?,
-        args: vec!["rank".into()],
+        args: vec![
+            "rank".into(),
+            format!("--log-format={}", config.log_format.as_str()),
+            format!("--log-level={}", config.log_level),
+        ],
         node_id: node_id.clone(),
         head: head.as_str().into(),
         head_note: config.home.head_note(),
+        trust_dir: (config.trust != TrustWish::Insecure).then(|| config.home.trust_dir()),
+        secrets: config.secrets.clone(),
         log_dir: config.home.log_dir(),
         device: devices.kind,
         num_threads: (node::num_cpus() / devices.slots.len() as u32).max(1),
@@ -222,8 +263,11 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
         cuda_home: config.cuda_home.clone(),
     };
     let supervisor = supervisor::spawn(launcher)?;
+    let credentials =
+        Credentials { home: config.home.clone(), head, node_id: node_id.clone(), wish: config.trust.clone() };
+    let log_dir = config.home.log_dir();
     let head_note = config.home.head_note();
-    let setup = AgentSetup { head, head_note, hello, with_head: args.with_head, supervisor };
+    let setup = AgentSetup { credentials, head_note, hello, with_head: args.with_head, log_dir, supervisor };
     let mut reporter = Reporter { args, config, node_id, num_waits: 0, has_printed: false };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let end = runtime.block_on(async { Agent::new(setup, |report: &Report| reporter.take(report))?.run().await })?;
@@ -234,8 +278,9 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn claim(config: &Config, node_id: &NodeId) -> anyhow::Result<AgentLock> {
-    let ours = AgentRecord { pid: std::process::id(), node_id: node_id.clone(), head: config.head()?.as_str().into() };
+fn claim(config: &Config, node_id: &NodeId, with_head: bool) -> anyhow::Result<AgentLock> {
+    let head = config.head()?.as_str().into();
+    let ours = AgentRecord { pid: std::process::id(), node_id: node_id.clone(), head, with_head };
     match record::claim(&config.home, &ours).context("the home's record")? {
         Claim::Ours(lock) => Ok(lock),
         Claim::Taken(Some(other)) => bail!(
@@ -271,6 +316,7 @@ fn describe(config: &Config, node_id: NodeId, hostname: String, devices: &Device
         memory_bytes: node::memory_bytes(),
         pid: std::process::id(),
         device_names: devices.slots.iter().map(|slot| slot.name.clone()).collect(),
+        labels: config.labels.clone(),
     }
 }
 
@@ -318,7 +364,9 @@ fn join_in_background(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
     }
     let node_id = node::id(&config.home, &node::hostname()).context("the node's id")?;
     let mut command = Command::new(std::env::current_exe().context("this program's path")?);
-    command.args(std::env::args_os().skip(1)).arg("--detached");
+    command.args(without_token(std::env::args_os().skip(1))).arg("--detached");
+    // Arguments are seen by every user of the machine, the environment by this one.
+    command.envs(args.token.iter().map(|token| ("PHALANX_TOKEN", token)));
     let (pid, started) = background::start(command, &config.home, defaults::JOIN_REPORT_DEADLINE)?;
     match started {
         Started::Joined => {}
@@ -331,6 +379,23 @@ fn join_in_background(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
     }
     print_joined(args, config, pid, &node_id);
     Ok(())
+}
+
+/// The same arguments without `--token TOKEN`.
+fn without_token(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut kept = Vec::new();
+    let mut skips_value = false;
+    for arg in args {
+        let text = arg.to_string_lossy();
+        if std::mem::take(&mut skips_value) || text.starts_with("--token=") {
+            continue;
+        }
+        skips_value = text == "--token";
+        if !skips_value {
+            kept.push(arg);
+        }
+    }
+    kept
 }
 
 fn print_joined(args: &JoinArgs, config: &Config, pid: u32, node_id: &NodeId) {
@@ -366,9 +431,12 @@ fn leave(args: &LeaveArgs, flags: Flags) -> anyhow::Result<()> {
     if args.node.as_ref().is_some_and(|wanted| *wanted != agent.node_id.0) {
         bail!("this home's node is {}; `worker leave` acts on its own home only (--home, PHALANX_HOME)", agent.node_id);
     }
-    for (signal, patience) in
-        [(Signal::SIGTERM, defaults::AGENT_END_DEADLINE), (Signal::SIGKILL, defaults::RANK_END_DEADLINE)]
-    {
+    let mut ways =
+        vec![(Signal::SIGTERM, defaults::AGENT_END_DEADLINE), (Signal::SIGKILL, defaults::RANK_END_DEADLINE)];
+    if args.drain {
+        ways.insert(0, (Signal::SIGUSR2, defaults::DRAIN_DEADLINE));
+    }
+    for (signal, patience) in ways {
         // The lock is held, so the record is of a living process. One that ends right now is what is wanted.
         let _ = kill(Pid::from_raw(agent.pid.cast_signed()), signal);
         let started = Instant::now();

@@ -6,21 +6,22 @@
 use std::io::{self, BufRead, Read};
 use std::time::Duration;
 
-use nix::sys::prctl::set_pdeathsig;
+use nix::sys::prctl::{set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::{Signal, raise};
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::getppid;
 use phalanx_kernels::cuda::ModuleSettings;
 use phalanx_proto::{DeviceKind, RankHello, VERSION};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
-use tracing::{error, info, warn};
+use tracing::{error, error_span, info, warn};
 
 use crate::agent::launch::RankLaunch;
 use crate::backend;
 use crate::device_thread::{self, DeviceHandle, RankSetup};
 use crate::error::WorkerError;
 use crate::head_note::Heads;
-use crate::session::{HeadTarget, Session, SessionError};
+use crate::session::{HeadTarget, HeadTrust, Session, SessionError};
 
 /// Longest launch line, bytes.
 const LAUNCH_BYTES_MAX: u64 = 64 * 1024;
@@ -60,6 +61,9 @@ pub fn bind_to_agent() -> Result<RankLaunch, RankError> {
 pub fn bind_to_parent<T: DeserializeOwned>(parent: impl Fn(&T) -> u32) -> Result<T, RankError> {
     let refused = |reason: String| RankError::NotLaunched { reason };
     set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)?;
+    // It runs nothing that has more rights than itself, and what it writes is for its owner.
+    set_no_new_privs().map_err(io::Error::from)?;
+    umask(Mode::S_IRWXG | Mode::S_IRWXO);
     let mut line = String::new();
     io::stdin().lock().take(LAUNCH_BYTES_MAX).read_line(&mut line).map_err(|e| refused(e.to_string()))?;
     let launch: T = serde_json::from_str(&line).map_err(|e| refused(format!("no launch line ({e})")))?;
@@ -86,6 +90,12 @@ fn end_with_pipe() {
 /// Everything but an end that the head asked for.
 pub fn run(launch: RankLaunch) -> Result<(), RankError> {
     let grace = launch.head_grace();
+    let key = &launch.key;
+    // Of the highest level, so that what it says stands beside every line that is written at all.
+    let span = error_span!("rank", deployment = %key.deployment, replica = key.replica, rank = key.rank.0,
+        incarnation = key.incarnation.0, node_id = %launch.node_id);
+    // One thread, one task: whatever runs here is this rank's.
+    let _entered = span.enter();
     let setup = RankSetup {
         rank: launch.key.rank,
         incarnation: launch.key.incarnation,
@@ -97,8 +107,9 @@ pub fn run(launch: RankLaunch) -> Result<(), RankError> {
         ModuleSettings::new(launch.kernel_cache_dir.clone(), launch.cuda_home.as_deref()),
         launch.cuda_home.as_deref(),
     );
-    let first = HeadTarget { address: launch.head.clone(), socket: launch.head_socket.clone().map(Into::into) };
-    let heads = Heads::new(first, launch.head_note.clone());
+    let trust = launch.trust_dir.clone().map_or(HeadTrust::Plain, HeadTrust::Certificate);
+    let socket = launch.head_socket.clone().map(Into::into);
+    let heads = Heads::new(HeadTarget { address: launch.head.clone(), socket, trust }, launch.head_note.clone());
     let device = device_thread::spawn(setup)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ended = runtime.block_on(serve(&heads, hello(launch), device, grace));

@@ -16,22 +16,23 @@ use phalanx_kernels::{
     WarmUpStep,
 };
 use phalanx_proto::{
-    Epoch, PromptLogprobs, Rank, SampledRow, SamplerVariant, SeqSlot, StepId, StepOutput, StepPlan, TokenId,
+    Epoch, PooledRow, PromptLogprobs, Rank, SampledRow, SamplerVariant, SeqSlot, StepId, StepOutput, StepPlan, TokenId,
     TokenLogprobs,
 };
 
+use crate::decoder::Decoder;
 use crate::epoch::EpochRecord;
 use crate::error::WorkerError;
 use crate::inputs::{Batch, PromptChunk, StepWork};
 use crate::kv_cache::KvCache;
-use crate::models::Model;
+use crate::pooling::Pools;
 use crate::warm_up;
 
 /// Executes plans.
 pub struct Runner<B: Ops> {
     rank: Rank,
     ops: B,
-    model: Box<dyn Model<B>>,
+    model: Decoder<B>,
     kv: KvCache<B>,
     inputs: B::Inputs,
     limits: InputLimits,
@@ -42,6 +43,7 @@ pub struct Runner<B: Ops> {
     in_flight: VecDeque<Launched>,
     /// Results of the oldest of them that had to be taken early.
     taken: VecDeque<StepResult>,
+    pools: Pools,
     last_finish: Instant,
 }
 
@@ -56,6 +58,7 @@ struct Launched {
     /// Which of them are scored.
     scored: Vec<u32>,
     prompt_logprobs: Vec<PromptLogprobs>,
+    pooled: Vec<PooledRow>,
 }
 
 /// What a runner is made of.
@@ -65,7 +68,7 @@ pub struct RunnerParts<B: Ops> {
     /// The backend.
     pub ops: B,
     /// The model's shard.
-    pub model: Box<dyn Model<B>>,
+    pub model: Decoder<B>,
     /// Its cache.
     pub kv: KvCache<B>,
     /// The step's inputs.
@@ -97,6 +100,7 @@ impl<B: Ops> Runner<B> {
             record,
             in_flight: VecDeque::new(),
             taken: VecDeque::new(),
+            pools: Pools::default(),
             last_finish: Instant::now(),
         }
     }
@@ -110,6 +114,7 @@ impl<B: Ops> Runner<B> {
             self.take()?;
         }
         self.batch.clear();
+        self.pools = Pools::default();
         self.record = record;
         Ok(())
     }
@@ -154,6 +159,9 @@ impl<B: Ops> Runner<B> {
         self.forward()?;
         self.sample(kind(plan.sampler))?;
         self.ops.submit(&self.inputs)?;
+        if self.rank == Rank(0) {
+            launched.pooled = self.pool()?;
+        }
         if !self.work.prompts.is_empty() {
             launched.prompt_logprobs = self.score_prompts()?;
         }
@@ -218,6 +226,18 @@ impl<B: Ops> Runner<B> {
         Ok(ops.score(inputs, model.logits(), vocab)?)
     }
 
+    /// Takes in the hidden states of the step's rows that are pooled, and gives the vectors that are whole now.
+    ///
+    /// Waits for the device where there are such rows, as the next step writes over them. All ranks hold the same ones: one reads.
+    fn pool(&mut self) -> Result<Vec<PooledRow>, WorkerError> {
+        let Self { ops, model, work, pools, .. } = self;
+        let mut pooled = Vec::new();
+        for chunk in &work.pools {
+            pooled.extend(pools.add(chunk, ops.read_rows(model.hidden(), chunk.rows.clone())?));
+        }
+        Ok(pooled)
+    }
+
     /// Log-probabilities of the prompt tokens that the step's chunks predict, in passes of as many rows as logits have room.
     ///
     /// Waits for the device, as the hidden states are those of this step: prompts that want this are rare.
@@ -268,6 +288,7 @@ impl Launched {
             slots: inputs.samples.iter().map(|sample| SeqSlot(sample.slot)).collect(),
             scored: inputs.scores.iter().map(|score| score.row).collect(),
             prompt_logprobs: Vec::new(),
+            pooled: Vec::new(),
         }
     }
 
@@ -289,7 +310,7 @@ impl Launched {
         tokens: &[(SeqSlot, TokenId)],
         scores: Vec<Scored>,
     ) -> StepOutput {
-        let Self { epoch, step, plan_hash, scored, prompt_logprobs, .. } = self;
+        let Self { epoch, step, plan_hash, scored, prompt_logprobs, pooled, .. } = self;
         let mut output = StepOutput { epoch, step, elapsed_us, plan_hash, token_hash, ..StepOutput::default() };
         if rank != Rank(0) {
             return output;
@@ -305,6 +326,7 @@ impl Launched {
             }
         }
         output.prompt_logprobs = prompt_logprobs;
+        output.pooled = pooled;
         output
     }
 }

@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::TrySendError;
 
 use phalanx_proto::pb::rank_sessions_client::RankSessionsClient;
@@ -16,6 +16,7 @@ use phalanx_proto::{
     EditStaging, Epoch, HeadMessage, LoadModel, MaskStaging, RankCapacity, RankEvent, RankHello, RankResumes, SeqId,
     Term, WireError, pb,
 };
+use phalanx_trust::{DialError, Identity, Trust};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -69,6 +70,15 @@ pub enum SessionError {
     DeviceEnded,
 }
 
+/// How a head is known, and what is shown to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HeadTrust {
+    /// Neither (`--insecure`).
+    Plain,
+    /// TLS, with the certificate that lies in this folder at the time of dialling: the agent renews it.
+    Certificate(PathBuf),
+}
+
 /// Where a rank finds its head.
 #[derive(Debug, Clone)]
 pub struct HeadTarget {
@@ -76,6 +86,8 @@ pub struct HeadTarget {
     pub address: String,
     /// The Unix socket, where the head is on this machine.
     pub socket: Option<PathBuf>,
+    /// How it is known.
+    pub trust: HeadTrust,
 }
 
 impl HeadTarget {
@@ -85,32 +97,58 @@ impl HeadTarget {
     /// Neither answers within its deadline.
     pub async fn dial(&self) -> Result<Channel, SessionError> {
         if let Some(socket) = &self.socket {
-            match dial(format!("unix://{}", socket.display())).await {
+            match dial_unix(socket).await {
                 Ok(channel) => return Ok(channel),
                 Err(error) => debug!(%error, "unix socket does not answer, trying tcp"),
             }
         }
-        dial(format!("http://{}", self.address)).await
+        let trust = match &self.trust {
+            HeadTrust::Plain => Trust::Plain,
+            HeadTrust::Certificate(folder) => match Identity::read(folder) {
+                Ok(Some(identity)) => Trust::Known(Box::new(identity)),
+                Ok(None) => return Err(SessionError::Refused { message: "this node has no certificate".into() }),
+                Err(error) => return Err(SessionError::Refused { message: error.to_string() }),
+            },
+        };
+        dial_tcp(&self.address, &trust).await
     }
 }
 
-async fn dial(uri: String) -> Result<Channel, SessionError> {
-    let unreachable = |error: tonic::transport::Error| SessionError::Unreachable {
-        head: uri.clone(),
-        reason: std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string),
-    };
-    let endpoint = Endpoint::from_shared(uri.clone()).map_err(unreachable)?;
-    endpoint
+async fn dial_unix(socket: &Path) -> Result<Channel, SessionError> {
+    let uri = format!("unix://{}", socket.display());
+    let endpoint = endpoint(&uri).map_err(|error| unreachable(&uri, &error))?;
+    endpoint.connect().await.map_err(|error| unreachable(&uri, &error))
+}
+
+/// Connects to the head at `host:port`, if it is the one that is trusted.
+///
+/// # Errors
+/// Nobody answers within the deadline, or somebody else does.
+pub async fn dial_tcp(address: &str, trust: &Trust) -> Result<Channel, SessionError> {
+    // The connection is made first; the name only stands in each request.
+    let endpoint = endpoint("http://head.phalanx").map_err(|error| unreachable(address, &error))?;
+    let stream = phalanx_trust::dial(address, trust, defaults::CONNECT_DEADLINE).await;
+    let stream = stream.map_err(|error| match error {
+        DialError::Unreachable(reason) => SessionError::Unreachable { head: address.into(), reason },
+        other => SessionError::Refused { message: other.to_string() },
+    })?;
+    phalanx_trust::channel(&endpoint, stream).await.map_err(|error| unreachable(address, &error))
+}
+
+fn unreachable(head: &str, error: &tonic::transport::Error) -> SessionError {
+    let reason = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+    SessionError::Unreachable { head: head.into(), reason }
+}
+
+fn endpoint(uri: &str) -> Result<Endpoint, tonic::transport::Error> {
+    Ok(Endpoint::from_shared(uri.to_owned())?
         .connect_timeout(defaults::CONNECT_DEADLINE)
         .initial_stream_window_size(defaults::STREAM_WINDOW_BYTES)
         .initial_connection_window_size(defaults::CONNECTION_WINDOW_BYTES)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(defaults::KEEPALIVE)
         .keep_alive_timeout(defaults::KEEPALIVE_TIMEOUT)
-        .keep_alive_while_idle(true)
-        .connect()
-        .await
-        .map_err(unreachable)
+        .keep_alive_while_idle(true))
 }
 
 /// What outlives a lost head.

@@ -10,12 +10,12 @@ use phalanx_formats::{FileKind, Geometry, ModelFiles, ShardPlan, StoredType};
 use phalanx_kernels::{AttentionLimits, InputLimits, KvShape, Ops, VocabSlice};
 use phalanx_proto::{Incarnation, LoadModel, NodeId, Rank, RankCapacity, SamplerFeatures};
 
+use crate::decoder::Decoder;
 use crate::epoch::EpochRecord;
 use crate::error::WorkerError;
 use crate::inputs::{Batch, BatchLimits};
 use crate::kv_cache::{KvBudget, KvCache, kv_dtype};
 use crate::layers::Build;
-use crate::models::{self, Model};
 use crate::runner::{Runner, RunnerParts};
 use crate::weights::ShardLoader;
 
@@ -26,7 +26,7 @@ const LOGIT_ROWS_MIN: u32 = 64;
 pub struct Shard<B: Ops> {
     rank: Rank,
     ops: B,
-    model: Box<dyn Model<B>>,
+    model: Decoder<B>,
     inputs: B::Inputs,
     limits: InputLimits,
     geometry: Geometry,
@@ -61,7 +61,7 @@ impl<B: Ops + 'static> Shard<B> {
                 max_model_len: load.max_model_len as usize,
                 weight_bytes: 0,
             };
-            (models::load(&mut build)?, build.weight_bytes)
+            (Decoder::load(&mut build)?, build.weight_bytes)
         };
         // Planned before memory is counted for the cache.
         let inputs = ops.inputs(limits)?;

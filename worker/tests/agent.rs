@@ -190,7 +190,9 @@ struct Worker(Child);
 impl Worker {
     fn join(home: &Path, address: &str, more: &[&str]) -> Self {
         let mut command = command(home);
-        command.args(["join", "--address", address, "--num-gpus", "2", "--device", "cpu", "--block"]).args(more);
+        command
+            .args(["join", "--insecure", "--address", address, "--num-gpus", "2", "--device", "cpu", "--block"])
+            .args(more);
         Self(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
     }
 
@@ -386,14 +388,14 @@ fn a_worker_may_come_before_its_head() {
 fn a_background_worker_joins_and_leaves() {
     let home = tempfile::tempdir().unwrap();
     let mut head = Head::start(0, None);
-    let joined = run(home.path(), &["join", "--address", &head.address, "--num-gpus", "2", "--json"]);
+    let joined = run(home.path(), &["join", "--insecure", "--address", &head.address, "--num-gpus", "2", "--json"]);
     assert!(joined.status.success(), "{}", text(&joined.stderr));
     let object: serde_json::Value = serde_json::from_slice(&joined.stdout).unwrap();
     let pid = object["pid"].as_u64().unwrap() as u32;
     assert_eq!(head.joined().pid, pid);
     let pids = two_ranks(&mut head);
 
-    let again = run(home.path(), &["join", "--address", &head.address]);
+    let again = run(home.path(), &["join", "--insecure", "--address", &head.address]);
     assert_eq!(again.status.code(), Some(1));
     assert!(text(&again.stderr).contains(&format!("pid {pid}")), "{}", text(&again.stderr));
     assert_eq!(run(home.path(), &["leave", "--node", "another"]).status.code(), Some(1));
@@ -412,7 +414,7 @@ fn a_background_worker_joins_and_leaves() {
 fn a_background_worker_that_waits_says_so_and_stays() {
     let home = tempfile::tempdir().unwrap();
     let port = free_port();
-    let joined = run(home.path(), &["join", "--address", &format!("127.0.0.1:{port}")]);
+    let joined = run(home.path(), &["join", "--insecure", "--address", &format!("127.0.0.1:{port}")]);
     assert!(joined.status.success() && text(&joined.stderr).contains("keeps trying"), "{}", text(&joined.stderr));
     let mut head = Head::start(port, None);
     let pid = head.joined().pid;
@@ -443,8 +445,8 @@ fn wrong_usage_refusals_and_missing_devices_have_their_exit_codes() {
         check(&["join", "--address", "127.0.0.1:1", "--device", "cuda", "--json"], 1, "\"error\"");
     }
     let head = Head::start(0, Some("install the same version"));
-    check(&["join", "--address", &head.address, "--block"], 1, "install the same version");
-    check(&["join", "--address", &head.address], 1, "install the same version");
+    check(&["join", "--insecure", "--address", &head.address, "--block"], 1, "install the same version");
+    check(&["join", "--insecure", "--address", &head.address], 1, "install the same version");
 }
 
 /// The report ends with its count whatever the machine has, and a machine without a GPU is measured between two processes.

@@ -1,4 +1,4 @@
-//! The commands of this repository: `cargo xtask demo | test | device-code | soak | fetch | gpu-test | bench`.
+//! The commands of this repository: `cargo xtask demo | test | device-code | soak | simulate | tool-calls | document | fetch | gpu-test | bench`.
 //!
 //! Knows how to build, obtain what tests need, and drive the two binaries as a user does. Holds no product code.
 //!
@@ -39,14 +39,41 @@ enum Command {
     Test,
     /// Compiles all device code for every architecture, and fails on register spills that are not declared.
     DeviceCode,
-    /// A cluster under load whose processes are killed and frozen at random; every answer is compared.
+    /// A cluster under load whose processes are killed and frozen and whose network is cut at random; every answer is compared.
     Soak {
-        /// How long.
+        /// How long; 0: no load, only what else is asked for.
         #[arg(long, default_value_t = 60.0)]
         minutes: f64,
         /// Repeats a run: which process is hit when.
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        /// First every cell of the fault matrix: each fault against each process at each moment.
+        #[arg(long)]
+        matrix: bool,
+        /// Where all figures are written [default: .cache/soak.json]
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// Plays clusters that go wrong as their seeds say, in one thread and without a clock; ends at the first that goes wrong.
+    Simulate {
+        /// How many.
+        #[arg(long, default_value_t = 100_000)]
+        seeds: u64,
+        /// The first one.
+        #[arg(long, default_value_t = 0)]
+        first: u64,
+    },
+    /// Holds a server to its own `/openapi.json` with thousands of requests, allowed and forbidden ones.
+    Document {
+        /// Cases for each operation and phase, at the most.
+        #[arg(long, default_value_t = 400)]
+        examples: u32,
+    },
+    /// A thousand answers that have to be tool calls, in every format, from random weights: each is held against its schema.
+    ToolCalls {
+        /// Write every call here as well, one JSON object a line, for another validator.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
     },
     /// Obtains what tests use: a model and tokenizers, with their checksums, and etcd.
     Fetch,
@@ -86,7 +113,10 @@ fn main() -> anyhow::Result<()> {
         Command::Demo { keep, question } => demo::run(keep, &question),
         Command::Test => test::run(),
         Command::DeviceCode => device_code::run(),
-        Command::Soak { minutes, seed } => test::soak(minutes, seed),
+        Command::Soak { minutes, seed, matrix, json } => test::soak(minutes, seed, matrix, json),
+        Command::Simulate { seeds, first } => test::simulate(seeds, first),
+        Command::Document { examples } => test::document(examples),
+        Command::ToolCalls { out } => test::tool_calls(out.as_deref()),
         Command::Fetch => fetch::model().and(fetch::tokenizers()).and(packages::etcd()),
         Command::GpuTest { pack, profile, what } => gpu::run(pack.as_deref(), &profile, &what),
         Command::Bench { pack: Some(folder), profile, .. } => gpu::run(Some(&folder), &profile, &[]),

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: what CI runs, in the order in which it fails soonest.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
@@ -50,11 +51,40 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds the programs, and runs the soak beside them.
-pub fn soak(minutes: f64, seed: u64) -> anyhow::Result<()> {
+/// Builds the programs, and runs the soak beside them, behind the fault matrix where that is wanted.
+pub fn soak(minutes: f64, seed: u64, matrix: bool, json: Option<PathBuf>) -> anyhow::Result<()> {
     check(cargo().args(["build", "--workspace", "--bins", "--examples"]))?;
     let soak = build_binaries()?.join("examples/soak");
-    check(Command::new(soak).args([minutes.to_string(), seed.to_string()]))
+    let json = json.unwrap_or_else(|| cache().join("soak.json"));
+    if let Some(folder) = json.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let matrix = if matrix { "matrix" } else { "no-matrix" };
+    check(Command::new(soak).args([&minutes.to_string(), &seed.to_string(), matrix]).arg(json))
+}
+
+/// Plays so many seeds of the simulated cluster, in the release profile.
+pub fn simulate(seeds: u64, first: u64) -> anyhow::Result<()> {
+    let test = ["test", "--release", "--package", "phalanx-coordinator", "--lib", "--quiet", "--"];
+    let which = ["stories_end_well", "--nocapture"];
+    let mut command = cargo();
+    command.args(test).args(which);
+    command.env("PHALANX_SIMULATION_SEEDS", seeds.to_string()).env("PHALANX_SIMULATION_FIRST", first.to_string());
+    check(&mut command)
+}
+
+/// Builds the programs, and runs schemathesis against them.
+pub fn document(examples: u32) -> anyhow::Result<()> {
+    check(cargo().args(["build", "--workspace", "--bins", "--examples"]))?;
+    let document = build_binaries()?.join("examples/document");
+    check(Command::new(document).arg(examples.to_string()))
+}
+
+/// Builds the programs, and runs the tool calls beside them.
+pub fn tool_calls(out: Option<&Path>) -> anyhow::Result<()> {
+    check(cargo().args(["build", "--workspace", "--bins", "--examples"]))?;
+    let tool_calls = build_binaries()?.join("examples/tool_calls_1000");
+    check(Command::new(tool_calls).args(out))
 }
 
 /// `cargo deny`, installed below `.cache` on first use. Advisories are left out: their database is not a package.

@@ -3,6 +3,8 @@
 //! Owns the fields of a chat request and the shapes of its answers. Sampling, sequences and streams are shared with
 //! completions.
 
+mod chunks;
+
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
@@ -13,23 +15,25 @@ use phalanx_proto::TokenId;
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use self::chunks::ChunkWriter;
 use super::body::Body;
 use super::caller::Caller;
-use super::choice::{self, Choice, Delta, EndReason, Output};
+use super::choice::{self, Choice, Output};
 use super::error::ApiError;
 use super::fields::{Fields, Neutral};
 use super::finish::{FinishWord, StopReason};
 use super::logprobs::{ChatLogprobs, PromptLogprobs, TokenNames};
-use super::message::{CallPiece, CallRules, Message, MessageParser, MessagePiece, MessageRules, ThoughtRules};
+use super::message::{CallRules, Message, MessageParser, MessageRules, ThoughtRules};
 use super::messages;
-use super::options::{self, Options, StreamOptions};
-use super::sse::{self, Frames, WriteFrames};
+use super::options::{self, Options};
+use super::sse;
 use super::structured::{self, Structure};
 use super::submission::{Accepted, Submission, with_text};
 use super::tools::{ToolChoice, ToolUse};
 use super::usage::Usage;
 use super::{ApiState, SYSTEM_FINGERPRINT, body, reply};
 use crate::constraint::{call_grammar, free_grammar};
+use crate::engine::Constraint;
 use crate::text::tools::{self, Tool};
 use crate::text::{ChatPrompt, TextModel, ThoughtParser};
 
@@ -90,7 +94,7 @@ impl ChatRequest {
             return Err(ApiError::Conflict { param: structure.param, rule });
         }
         let max_tokens = limit.or(older_limit).and_then(NonZeroU32::new);
-        let ignored = fields.into_ignored();
+        let ignored = options.without_effect(fields.into_ignored());
         Ok(Self { model, prompt, max_tokens, tools, effort, include_reasoning, options, ignored })
     }
 
@@ -171,7 +175,13 @@ fn take_effort(fields: &mut Fields) -> Result<Option<String>, ApiError> {
 async fn create(State(state): State<ApiState>, request: Request) -> Result<Response, ApiError> {
     let caller = Caller::of(&request);
     let body = body::read(request, state.limits.body).await?;
-    let Begun { answer, choices, usage, ignored } = begin(&state, caller, body, "chatcmpl-").await?;
+    let prepared = Prepared::new(&state, caller, body, "chatcmpl-").await?;
+    if let Some(beam) = prepared.chat.options.beam {
+        let outputs = prepared.submission().search(&prepared.accepted, beam)?.run().await?;
+        let (answer, usage, ignored) = prepared.into_answer();
+        return Ok(reply::with_ignored(answer.whole(outputs, usage), &ignored));
+    }
+    let Begun { answer, choices, usage, ignored } = prepared.submit()?;
     let response = match answer.options.stream {
         Some(stream) => {
             let writer = ChunkWriter::new(answer, stream, usage, choices.len());
@@ -195,30 +205,60 @@ pub(super) struct Begun {
 /// # Errors
 /// A field that cannot be obeyed, a model that does not answer, or an engine that refuses.
 pub(super) async fn begin(state: &ApiState, caller: Caller, body: Body, prefix: &str) -> Result<Begun, ApiError> {
-    let mut chat = ChatRequest::parse(body.fields)?;
-    let id = format!("{prefix}{}", chat.options.request_id.as_ref().unwrap_or(&caller.request_id));
-    let accepted = Accepted::new(state, chat.model.as_deref(), id, caller)?;
-    let text = Arc::clone(accepted.text("messages")?);
-    let rendered = chat.render(&accepted, body.num_bytes).await?;
-    let rules = chat.rules(&text, rendered.opens_thoughts);
-    let structure = chat.structure(&text);
-    let thoughts = rules.thoughts.and_then(ThoughtRules::as_tokens);
-    let constraint = structured::compile(structure.as_ref(), &accepted, thoughts).await?;
-    let prompts = [rendered.tokens];
-    let submission = Submission {
-        prompts: &prompts,
-        param: "messages",
-        max_tokens: chat.max_tokens,
-        echo_logprobs: None,
-        constraint,
-        keeps_special: rules.calls.as_ref().is_some_and(|calls| calls.format.keeps_special),
-        options: &chat.options,
-    };
-    let choices = submission.submit(&accepted)?;
-    let usage = Usage::of_prompts(&prompts);
-    let [prompt] = prompts;
-    let answer = Answer { accepted, prompt, rules, options: chat.options };
-    Ok(Begun { answer, choices, usage, ignored: chat.ignored })
+    let prepared = Prepared::new(state, caller, body, prefix).await?;
+    if prepared.chat.options.beam.is_some() {
+        return Err(ApiError::Unsupported { param: "use_beam_search".into(), feature: "beam search at this address" });
+    }
+    prepared.submit()
+}
+
+/// A conversation that was let in, as tokens.
+struct Prepared {
+    chat: ChatRequest,
+    accepted: Accepted,
+    prompts: [Vec<TokenId>; 1],
+    rules: MessageRules,
+    constraint: Option<Constraint>,
+}
+
+impl Prepared {
+    async fn new(state: &ApiState, caller: Caller, body: Body, prefix: &str) -> Result<Self, ApiError> {
+        let mut chat = ChatRequest::parse(body.fields)?;
+        let id = format!("{prefix}{}", chat.options.request_id.as_ref().unwrap_or(&caller.request_id));
+        let accepted = Accepted::new(state, chat.model.as_deref(), id, caller)?;
+        let text = Arc::clone(accepted.text("messages")?);
+        let rendered = chat.render(&accepted, body.num_bytes).await?;
+        let rules = chat.rules(&text, rendered.opens_thoughts);
+        let structure = chat.structure(&text);
+        let thoughts = rules.thoughts.and_then(ThoughtRules::as_tokens);
+        let constraint = structured::compile(structure.as_ref(), &accepted, thoughts).await?;
+        Ok(Self { chat, accepted, prompts: [rendered.tokens], rules, constraint })
+    }
+
+    fn submission(&self) -> Submission<'_> {
+        Submission {
+            prompts: &self.prompts,
+            param: "messages",
+            max_tokens: self.chat.max_tokens,
+            echo_logprobs: None,
+            constraint: self.constraint.clone(),
+            keeps_special: self.rules.calls.as_ref().is_some_and(|calls| calls.format.keeps_special),
+            options: &self.chat.options,
+        }
+    }
+
+    fn submit(self) -> Result<Begun, ApiError> {
+        let choices = self.submission().submit(&self.accepted)?;
+        let (answer, usage, ignored) = self.into_answer();
+        Ok(Begun { answer, choices, usage, ignored })
+    }
+
+    fn into_answer(self) -> (Answer, Usage, Vec<String>) {
+        let usage = Usage::of_prompts(&self.prompts);
+        let [prompt] = self.prompts;
+        let answer = Answer { accepted: self.accepted, prompt, rules: self.rules, options: self.chat.options };
+        (answer, usage, self.chat.ignored)
+    }
 }
 
 /// Tokens of a conversation, which is not answered.
@@ -326,7 +366,7 @@ impl Answer {
             parser.num_reasoning_tokens()
         });
         usage.set_reasoning(parsers.sum());
-        let (made, kept) = (self.options.best_of.get() as usize, self.options.num_choices.get() as usize);
+        let (made, kept) = (self.options.num_made(), self.options.num_choices.get() as usize);
         let mut outputs = choice::keep_best(outputs, made, kept);
         let prompt_logprobs = self.options.prompt_logprobs.map(|best| {
             let entries = outputs.first_mut().and_then(|output| output.prompt_logprobs.take()).unwrap_or_default();
@@ -358,143 +398,6 @@ impl Answer {
             finish_reason: reason.as_ref().map(|reason| parser.finish_word(reason)),
             stop_reason: reason.and_then(StopReason::new),
             token_ids: self.options.return_token_ids.then_some(output.tokens),
-        }
-    }
-}
-
-/// Writes the chunks of a streamed answer.
-struct ChunkWriter {
-    answer: Answer,
-    stream: StreamOptions,
-    usage: Usage,
-    /// Per choice: whether its role was sent.
-    opened: Vec<bool>,
-    /// Per choice: what became of its text.
-    parsers: Vec<MessageParser>,
-    prompt_sent: bool,
-}
-
-#[derive(Serialize)]
-struct Chunk<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    choices: &'a [ChunkChoice<'a>],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Usage>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    system_fingerprint: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_token_ids: Option<&'a [TokenId]>,
-}
-
-#[derive(Serialize)]
-struct ChunkChoice<'a> {
-    index: usize,
-    delta: MessageDelta<'a>,
-    logprobs: Option<ChatLogprobs>,
-    finish_reason: Option<FinishWord>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    stop_reason: Option<StopReason>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    token_ids: Option<&'a [TokenId]>,
-}
-
-#[derive(Default, Serialize)]
-struct MessageDelta<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    role: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reasoning: Option<&'a str>,
-    /// The older name of the same.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reasoning_content: Option<&'a str>,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    tool_calls: &'a [CallPiece],
-}
-
-impl<'a> MessageDelta<'a> {
-    /// The delta of a piece. One that brings nothing else has an empty content, unless it ends the choice.
-    fn of(piece: &'a MessagePiece, is_last: bool) -> Self {
-        let filled = |text: &'a String| (!text.is_empty()).then_some(text.as_str());
-        let says_nothing = piece.is_empty() && !is_last;
-        Self {
-            role: None,
-            content: filled(&piece.content).or(says_nothing.then_some("")),
-            reasoning: filled(&piece.reasoning),
-            reasoning_content: filled(&piece.reasoning),
-            tool_calls: &piece.calls,
-        }
-    }
-}
-
-impl ChunkWriter {
-    fn new(answer: Answer, stream: StreamOptions, usage: Usage, num_choices: usize) -> Self {
-        let parsers = (0..num_choices).map(|_| MessageParser::new(&answer.rules)).collect();
-        Self { answer, stream, usage, opened: vec![false; num_choices], parsers, prompt_sent: false }
-    }
-
-    fn push(&self, choices: &[ChunkChoice<'_>], usage: Option<Usage>, first: bool, frames: &mut Frames) {
-        let ends = choices.iter().any(|choice| choice.finish_reason.is_some());
-        frames.push(&Chunk {
-            id: &self.answer.accepted.id,
-            object: "chat.completion.chunk",
-            created: self.answer.accepted.created,
-            model: &self.answer.accepted.model.name,
-            choices,
-            usage: usage.or(self.stream.continuous_usage.then_some(self.usage)),
-            system_fingerprint: ends.then_some(SYSTEM_FINGERPRINT),
-            prompt_token_ids: (first && self.answer.options.return_token_ids).then_some(&self.answer.prompt),
-        });
-    }
-
-    /// The first chunk of a choice: its role, once something of it is there.
-    fn open(&mut self, index: usize, frames: &mut Frames) {
-        match self.opened.get_mut(index) {
-            Some(opened) if !*opened => *opened = true,
-            _ => return,
-        }
-        let first = !std::mem::replace(&mut self.prompt_sent, true);
-        let delta = MessageDelta { role: Some("assistant"), content: Some(""), ..MessageDelta::default() };
-        let choice =
-            ChunkChoice { index, delta, logprobs: None, finish_reason: None, stop_reason: None, token_ids: None };
-        self.push(&[choice], None, first, frames);
-    }
-}
-
-impl WriteFrames for ChunkWriter {
-    fn delta(&mut self, delta: Delta, frames: &mut Frames) {
-        self.open(delta.index, frames);
-        self.usage.add_delta(&delta);
-        let Some(parser) = self.parsers.get_mut(delta.index) else { return };
-        parser.count(&delta.tokens);
-        let piece = parser.push(&delta.text, delta.end.is_some());
-        let reason: Option<EndReason> = delta.end.map(|end| end.reason);
-        let finish_reason = reason.as_ref().map(|reason| parser.finish_word(reason));
-        self.usage.set_reasoning(self.parsers.iter().map(MessageParser::num_reasoning_tokens).sum());
-        let options = &self.answer.options;
-        let tokens_wanted = options.return_token_ids && !delta.tokens.is_empty();
-        let logprobs_wanted = options.logprobs.is_some() && !delta.logprobs.is_empty();
-        if piece.is_empty() && reason.is_none() && !tokens_wanted && !logprobs_wanted {
-            return;
-        }
-        let choice = ChunkChoice {
-            index: delta.index,
-            delta: MessageDelta::of(&piece, reason.is_some()),
-            logprobs: logprobs_wanted.then(|| ChatLogprobs::new(&delta.logprobs, self.answer.names())),
-            finish_reason,
-            stop_reason: reason.and_then(StopReason::new),
-            token_ids: options.return_token_ids.then_some(&delta.tokens),
-        };
-        self.push(&[choice], None, false, frames);
-    }
-
-    fn end(&mut self, frames: &mut Frames) {
-        if self.stream.include_usage {
-            self.push(&[], Some(self.usage), false, frames);
         }
     }
 }

@@ -88,7 +88,8 @@ impl StopTokens {
         self.model.contains(&token) || self.request.contains(&token)
     }
 
-    fn cause(&self, token: TokenId) -> StopCause {
+    /// What it means that one of them came.
+    pub fn cause(&self, token: TokenId) -> StopCause {
         if self.request.contains(&token) { StopCause::Token(token) } else { StopCause::EndOfText }
     }
 }
@@ -104,6 +105,13 @@ impl OutputText {
     pub fn new(detokenizer: Detokenizer, stops: &[String], include_stop: bool) -> Self {
         let stops = (!stops.is_empty()).then(|| StopMatcher::new(stops.to_vec(), include_stop));
         Self { detokenizer, stops }
+    }
+
+    /// The text of tokens that are all known, whatever stops it.
+    pub fn whole(mut self, tokens: &[TokenId]) -> String {
+        let mut text: String = tokens.iter().map(|token| self.push(*token, false).0).collect();
+        text.push_str(&self.finish().0);
+        text
     }
 
     /// The text that a token makes certain, and the stop string that it completed where it may stop.
@@ -167,6 +175,7 @@ impl Choice {
                 Ok(Delta { index: self.index, prompt_logprobs: Some(logprobs), ..Delta::default() })
             }
             Some(TokenEvent::Token { token, logprobs, .. }) => Ok(self.on_token(token, logprobs)),
+            Some(TokenEvent::Pooled(_)) => Ok(Delta { index: self.index, ..Delta::default() }),
             Some(TokenEvent::Finished { reason, usage }) => Ok(self.on_finished(reason, usage.cached_tokens)),
             Some(TokenEvent::Failed(error)) => Err(self.on_failed(error.into())),
             None => Err(self.on_failed(ApiError::EngineGone)),

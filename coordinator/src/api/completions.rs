@@ -11,6 +11,7 @@ use phalanx_proto::{TokenId, TokenLogprobs};
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::body::Body;
 use super::caller::Caller;
 use super::choice::{self, Delta, End, EndReason, Output};
 use super::error::ApiError;
@@ -55,7 +56,7 @@ struct CompletionRequest {
 impl CompletionRequest {
     fn parse(mut fields: Fields) -> Result<Self, ApiError> {
         let model = fields.text("model")?;
-        let prompts = Prompts::take(&mut fields)?;
+        let prompts = Prompts::take(&mut fields, "prompt")?;
         let echo = fields.flag("echo", false)?;
         let max_tokens = options::take_max_tokens(&mut fields, "max_tokens", if echo { 0 } else { 1 })?;
         for field in NOT_SUPPORTED {
@@ -63,7 +64,12 @@ impl CompletionRequest {
         }
         let logprobs = options::take_logprob_count(&mut fields, "logprobs")?;
         let options = Options::take(&mut fields, logprobs)?;
-        Ok(Self { model, prompts, max_tokens, echo, options, ignored: fields.into_ignored() })
+        if echo && options.beam.is_some() {
+            let rule = "echo cannot be combined with use_beam_search";
+            return Err(ApiError::Conflict { param: "echo", rule });
+        }
+        let ignored = options.without_effect(fields.into_ignored());
+        Ok(Self { model, prompts, max_tokens, echo, options, ignored })
     }
 
     fn submission<'a>(&'a self, prompts: &'a [Vec<TokenId>], constraint: Option<Constraint>) -> Submission<'a> {
@@ -83,17 +89,23 @@ impl CompletionRequest {
 
 async fn create(State(state): State<ApiState>, request: Request) -> Result<Response, ApiError> {
     let caller = Caller::of(&request);
-    let body = body::read(request, state.limits.body).await?;
-    let mut completion = CompletionRequest::parse(body.fields)?;
+    let Body { fields, num_bytes, room } = body::read(request, state.limits.body).await?;
+    let mut completion = CompletionRequest::parse(fields)?;
     let id = format!("cmpl-{}", completion.options.request_id.as_ref().unwrap_or(&caller.request_id));
     let accepted = Accepted::new(&state, completion.model.as_deref(), id, caller)?;
     let add_special = completion.options.add_special_tokens.unwrap_or(true);
     let asked = std::mem::take(&mut completion.prompts);
-    let prompts = asked.tokenize(&accepted, add_special, body.num_bytes).await?;
+    let prompts = asked.tokenize(&accepted, "prompt", add_special, num_bytes).await?;
+    drop(room);
     let constraint = structured::compile(completion.options.structure.as_ref(), &accepted, None).await?;
-    let choices = completion.submission(&prompts, constraint).submit(&accepted)?;
     let usage = Usage::of_prompts(&prompts);
     let ignored = std::mem::take(&mut completion.ignored);
+    if let Some(beam) = completion.options.beam {
+        let outputs = completion.submission(&prompts, constraint).search(&accepted, beam)?.run().await?;
+        let answer = Answer { accepted, prompts, request: completion };
+        return Ok(reply::with_ignored(answer.whole(outputs, usage), &ignored));
+    }
+    let choices = completion.submission(&prompts, constraint).submit(&accepted)?;
     let answer = Answer { accepted, prompts, request: completion };
     let response = match answer.request.options.stream {
         Some(stream) => {
@@ -188,7 +200,7 @@ impl Answer {
         }
         usage.add_outputs(&outputs);
         let options = &self.request.options;
-        let outputs = choice::keep_best(outputs, options.best_of.get() as usize, options.num_choices.get() as usize);
+        let outputs = choice::keep_best(outputs, options.num_made(), options.num_choices.get() as usize);
         let choices: Vec<_> =
             outputs.into_iter().enumerate().map(|(at, output)| self.whole_choice(at, output)).collect();
         Json(Completion {

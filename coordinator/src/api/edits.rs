@@ -57,7 +57,7 @@ impl EditFields {
     }
 
     /// The first field that changes something.
-    fn asked(&self) -> Option<&'static str> {
+    pub fn asked(&self) -> Option<&'static str> {
         let asked = [
             ("presence_penalty", self.presence_penalty != 0.0),
             ("frequency_penalty", self.frequency_penalty != 0.0),

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::constraint::GrammarError;
 use crate::engine::EngineError;
+use crate::heavy::HeavyError;
 use crate::text::TextError;
 
 /// When to try again where nothing better is known.
@@ -33,6 +34,12 @@ pub enum ApiError {
     /// The body claims to be something else.
     #[error("the content type must be application/json; it is {given:?} (curl: -H 'Content-Type: application/json')")]
     ContentType {
+        /// What the header says.
+        given: String,
+    },
+    /// The body is compressed.
+    #[error("the body must not be compressed; its content encoding is {given:?}")]
+    ContentEncoding {
         /// What the header says.
         given: String,
     },
@@ -116,6 +123,14 @@ pub enum ApiError {
         /// The served name.
         model: String,
     },
+    /// The model's embeddings are made in a way that is not built.
+    #[error("the model `{model}` makes embeddings by {what}, which is not supported by this server")]
+    NoEmbeddings {
+        /// The served name.
+        model: String,
+        /// The way.
+        what: String,
+    },
     /// The prompt leaves no room for an answer.
     #[error(
         "This model's maximum context length is {max_model_len} tokens, but the prompt has {prompt_tokens}. Shorten the prompt."
@@ -144,9 +159,9 @@ pub enum ApiError {
         /// Why.
         source: GrammarError,
     },
-    /// A blocking thread ended early.
-    #[error("the tokenizer's thread ended early")]
-    TokenizerThread(#[source] tokio::task::JoinError),
+    /// A long text could not be worked on.
+    #[error(transparent)]
+    Heavy(#[from] HeavyError),
     /// The engine refused the request or gave it up.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -263,7 +278,7 @@ impl ApiError {
     /// The HTTP status.
     pub fn status(&self) -> StatusCode {
         match self {
-            Self::ContentType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::ContentType { .. } | Self::ContentEncoding { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyLate { .. } => StatusCode::REQUEST_TIMEOUT,
             Self::UnknownModel { .. } | Self::UnknownRoute { .. } => StatusCode::NOT_FOUND,
@@ -278,7 +293,8 @@ impl ApiError {
             | Self::Standby { .. }
             | Self::Unhealthy { .. }
             | Self::EngineGone => StatusCode::SERVICE_UNAVAILABLE,
-            Self::TokenizerThread(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Heavy(HeavyError::Busy) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Heavy(HeavyError::Broke) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Grammar { source: GrammarError::Busy, .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Engine(error) => engine_status(error),
             _ => StatusCode::BAD_REQUEST,
@@ -312,7 +328,7 @@ impl ApiError {
             | Self::NoTokenizer { param, .. }
             | Self::ContextLength { param, .. }
             | Self::Text { param, .. } => Some(param),
-            Self::UnknownModel { .. } | Self::NotReady { .. } => Some("model"),
+            Self::UnknownModel { .. } | Self::NotReady { .. } | Self::NoEmbeddings { .. } => Some("model"),
             Self::NoChatTemplate { .. } => Some("messages"),
             Self::Engine(EngineError::EmptyPrompt | EngineError::UnknownToken { .. }) => Some("prompt"),
             _ => None,

@@ -101,7 +101,8 @@ impl Fields {
         let Some(number) = value.as_f64() else { return Err(self.wrong(name, "a number", &value)) };
         let low = if bounds.above_min { number > bounds.min } else { number >= bounds.min };
         if low && number <= bounds.max {
-            return Ok(Some(number as f32));
+            // There is one zero.
+            return Ok(Some(number as f32 + 0.0));
         }
         Err(self.out_of_range(name, &value, bounds.words.into()))
     }
@@ -146,6 +147,20 @@ impl Fields {
     fn out_of_range(&self, name: &str, value: &Value, expected: String) -> ApiError {
         ApiError::OutOfRange { param: self.param(name), value: value.to_string(), expected }
     }
+}
+
+/// A string that is one of some words, as what the word stands for.
+///
+/// # Errors
+/// It is no string, or another one.
+pub fn text_of<T: Copy>(fields: &mut Fields, name: &str, words: &[(&str, T)]) -> Result<Option<T>, ApiError> {
+    let Some(text) = fields.text(name)? else { return Ok(None) };
+    if let Some((_, meaning)) = words.iter().find(|(word, _)| *word == text) {
+        return Ok(Some(*meaning));
+    }
+    let expected = words.iter().map(|(word, _)| format!("\"{word}\"")).collect::<Vec<_>>().join(" or ");
+    let shown: String = text.chars().take(40).collect();
+    Err(ApiError::OutOfRange { param: fields.param(name), value: format!("{shown:?}"), expected })
 }
 
 /// A field of a feature that does not exist here: accepted only where it changes nothing.
@@ -209,6 +224,9 @@ mod tests {
                 "x must be a boolean; it is a number",
             ],
         );
+        let signed = Bounds { min: -1.0, above_min: false, max: 1.0, words: "between -1 and 1" };
+        let zero = fields(r#"{"x":-0.0}"#).number("x", signed).unwrap().unwrap();
+        assert!(zero.is_sign_positive());
         check(
             r#"{"x":"1"}"#,
             [

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use axum::body::HttpBody;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use tracing::Instrument;
@@ -26,6 +27,7 @@ pub async fn pass(State(state): State<ApiState>, mut request: Request, next: Nex
     }
     let span = tracing::info_span!("request", %request_id, endpoint);
     let method = request.method().clone();
+    let brings_body = brings_body(&request);
     let caller = allow(&state, endpoint, request.headers()).and_then(|key| {
         let caller = Caller::new(request_id.clone(), request.headers(), started)?;
         Ok(Caller { key, ..caller })
@@ -41,6 +43,10 @@ pub async fn pass(State(state): State<ApiState>, mut request: Request, next: Nex
     if let Ok(value) = HeaderValue::from_str(&request_id) {
         response.headers_mut().insert(reply::REQUEST_ID, value);
     }
+    if brings_body && is_early(response.status()) {
+        // The body may never have been read, and the connection is of no use then: a client must not send on it again.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     count(endpoint, &response, started);
     let key = key.as_ref().map_or("", |key| key.name());
     let (status, elapsed_us) = (response.status().as_u16(), started.elapsed().as_micros() as u64);
@@ -51,6 +57,16 @@ pub async fn pass(State(state): State<ApiState>, mut request: Request, next: Nex
         tracing::info!(parent: &span, %method, status, elapsed_us, key, "answered");
     }
     response
+}
+
+/// Whether a body comes with it over a connection that takes one request after the other.
+fn brings_body(request: &Request) -> bool {
+    request.version() <= Version::HTTP_11 && !request.body().is_end_stream()
+}
+
+/// Whether a request may be refused so before its body is looked at.
+fn is_early(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 401 | 403 | 404 | 405 | 413 | 415 | 429 | 503)
 }
 
 /// The endpoint as metrics name it: few words, whatever clients ask for.

@@ -8,12 +8,14 @@
 
 mod admission;
 mod anthropic;
+mod beam;
 mod body;
 mod caller;
 mod chat;
 mod choice;
 mod completions;
 mod edits;
+mod embeddings;
 mod error;
 mod fields;
 mod finish;
@@ -27,6 +29,7 @@ mod metrics;
 mod models;
 mod openapi;
 mod options;
+mod origins;
 mod patience;
 mod prompts;
 mod reply;
@@ -41,11 +44,13 @@ mod submission;
 mod tests;
 mod tokenize;
 mod tools;
+mod truncation;
 mod usage;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::extract::Request;
 use axum::http::{Method, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::{Router, middleware};
@@ -56,7 +61,9 @@ use crate::security::keys::KeyRing;
 pub use admission::Admission;
 pub use body::BodyLimits;
 pub use error::ApiError;
+pub use origins::AllowedOrigins;
 pub use served_models::{ServedModel, ServedModels};
+pub use sse::Frames;
 
 /// What the deployment is, as OpenAI's answers tell it.
 const SYSTEM_FINGERPRINT: &str = concat!("phalanx-", env!("CARGO_PKG_VERSION"));
@@ -88,6 +95,8 @@ pub struct ApiState {
     pub status: Arc<dyn Fn() -> StatusSnapshot + Send + Sync>,
     /// Keys that open all routes but health; none: open to all.
     pub keys: Arc<KeyRing>,
+    /// Pages that may read answers.
+    pub origins: AllowedOrigins,
     /// Limits.
     pub limits: ApiLimits,
 }
@@ -95,7 +104,7 @@ pub struct ApiState {
 impl ApiState {
     /// A state with default limits and no keys.
     pub fn new(models: ServedModels, status: Arc<dyn Fn() -> StatusSnapshot + Send + Sync>) -> Self {
-        Self { models, status, keys: Arc::default(), limits: ApiLimits::default() }
+        Self { models, status, keys: Arc::default(), origins: AllowedOrigins::default(), limits: ApiLimits::default() }
     }
 }
 
@@ -104,10 +113,12 @@ pub fn router(state: ApiState) -> Router {
     if let Err(error) = crate::metrics::recorder() {
         tracing::warn!(%error, "metrics are not recorded");
     }
-    Router::new()
+    let origins = state.origins.clone();
+    let routes = Router::new()
         .merge(chat::routes())
         .merge(completions::routes())
         .merge(responses::routes())
+        .merge(embeddings::routes())
         .merge(anthropic::routes())
         .merge(models::routes())
         .merge(tokenize::routes())
@@ -117,7 +128,27 @@ pub fn router(state: ApiState) -> Router {
         .fallback(unknown_route)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(state.clone(), guard::pass))
-        .with_state(state)
+        .with_state(state);
+    // What stands around a router sees an address before it is looked up.
+    Router::new()
+        .fallback_service(routes)
+        .layer(middleware::from_fn_with_state(origins, origins::pass))
+        .layer(middleware::map_request(tidy_path))
+}
+
+/// An address without slashes at its end and with one at its beginning: what `http://host:8000/` and `/v1/models/` make together
+/// is meant to be found.
+async fn tidy_path(mut request: Request) -> Request {
+    let path = request.uri().path();
+    let tidied = format!("/{}", path.trim_matches('/'));
+    if tidied != path {
+        let query = request.uri().query().map(|query| format!("?{query}")).unwrap_or_default();
+        // It was an address before, so it is one now.
+        if let Ok(uri) = Uri::try_from(format!("{tidied}{query}")) {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
 }
 
 async fn unknown_route(uri: Uri) -> Response {

@@ -10,6 +10,7 @@ use phalanx_formats::GenerationDefaults;
 use phalanx_proto::{SamplingParams, TokenId};
 use serde_json::Value;
 
+use super::beam::{self, BeamFields};
 use super::edits::EditFields;
 use super::error::ApiError;
 use super::fields::{Bounds, Fields, Neutral, type_name};
@@ -87,13 +88,14 @@ pub struct Options {
     pub request_id: Option<String>,
     /// What outputs are held to.
     pub structure: Option<Structure>,
+    /// Lower runs first.
+    pub priority: i32,
+    /// Outputs are searched for, not drawn.
+    pub beam: Option<BeamFields>,
 }
 
 /// Fields of features that come later: each is accepted only where it changes nothing.
 const NOT_SUPPORTED: &[Neutral] = &[
-    Neutral { name: "use_beam_search", feature: "beam search", changes_nothing: is_false },
-    Neutral { name: "length_penalty", feature: "beam search", changes_nothing: is_one },
-    Neutral { name: "early_stopping", feature: "beam search", changes_nothing: is_false },
     Neutral { name: "logprob_token_ids", feature: "scoring of given tokens", changes_nothing: is_empty },
     Neutral { name: "prompt_logprob_token_ids", feature: "scoring of given tokens", changes_nothing: is_empty },
     Neutral { name: "prompt_logprob_start", feature: "scoring of part of a prompt", changes_nothing: is_zero },
@@ -102,7 +104,6 @@ const NOT_SUPPORTED: &[Neutral] = &[
     Neutral { name: "repetition_detection", feature: "detection of loops", changes_nothing: never },
     Neutral { name: "logits_processors", feature: "code from clients", changes_nothing: is_empty },
     Neutral { name: "cache_salt", feature: "a separate prefix cache", changes_nothing: never },
-    Neutral { name: "priority", feature: "a priority", changes_nothing: is_zero },
     Neutral { name: "watermarking", feature: "watermarking", changes_nothing: is_false },
     Neutral { name: "kv_transfer_params", feature: "transfer of KV blocks", changes_nothing: is_empty },
     Neutral { name: "vllm_xargs", feature: "an extension of another server", changes_nothing: is_empty },
@@ -133,6 +134,8 @@ impl Options {
             stream: take_stream(fields)?,
             request_id: take_request_id(fields)?,
             structure: structured::take(fields)?,
+            priority: take_priority(fields)?,
+            beam: BeamFields::take(fields)?,
         };
         // Tokenizers of this kind put no spaces of their own between special tokens: both values mean the same.
         fields.boolean("spaces_between_special_tokens")?;
@@ -141,6 +144,9 @@ impl Options {
     }
 
     fn check_combinations(&self) -> Result<(), ApiError> {
+        if self.beam.is_some() {
+            self.check_beam()?;
+        }
         if self.stream.is_some() && self.prompt_logprobs.is_some() {
             let rule = "prompt_logprobs cannot be streamed; set stream to false";
             return Err(ApiError::Conflict { param: "prompt_logprobs", rule });
@@ -150,6 +156,43 @@ impl Options {
             return Err(ApiError::Conflict { param: "best_of", rule });
         }
         Ok(())
+    }
+
+    /// What a search cannot do: its outputs are known at its end only, and it takes log-probabilities as the model gives them.
+    fn check_beam(&self) -> Result<(), ApiError> {
+        const RULE: &str = "this cannot be combined with use_beam_search";
+        if self.best_of.get() > beam::WIDTH_MAX {
+            let expected = format!("at most {} with use_beam_search", beam::WIDTH_MAX);
+            let param = if self.best_of > self.num_choices { "best_of" } else { "n" };
+            return Err(ApiError::OutOfRange { param: param.into(), value: self.best_of.to_string(), expected });
+        }
+        let asked = [
+            (self.stream.is_some(), "stream"),
+            (!self.stops.is_empty(), "stop"),
+            (self.prompt_logprobs.is_some(), "prompt_logprobs"),
+        ];
+        let asked = asked.into_iter().find(|(is_asked, _)| *is_asked).map(|(_, param)| param);
+        match asked.or(self.edits.asked()).or(self.structure.as_ref().map(|structure| structure.param)) {
+            Some("stream") => {
+                let rule = "a beam search cannot be streamed: its outputs are known only at the end";
+                Err(ApiError::Conflict { param: "stream", rule })
+            }
+            Some(param) => Err(ApiError::Conflict { param, rule: RULE }),
+            None => Ok(()),
+        }
+    }
+
+    /// Outputs of each prompt from which the best are chosen once they are there.
+    pub fn num_made(&self) -> usize {
+        if self.beam.is_some() { self.num_choices.get() as usize } else { self.best_of.get() as usize }
+    }
+
+    /// The fields that were given and have no effect on a search, beside those that nobody took.
+    pub fn without_effect(&self, mut untaken: Vec<String>) -> Vec<String> {
+        if self.beam.is_some() {
+            untaken.extend(self.sampling.given().map(str::to_owned));
+        }
+        untaken
     }
 
     /// Log-probabilities that the engine must report: those asked for, or what the choice of the best needs.
@@ -171,6 +214,7 @@ impl Options {
             seed: own.seed.map_or_else(random_seed, |seed| seed as u64),
             logprobs: self.engine_logprobs(),
             prompt_logprobs: self.prompt_logprobs,
+            pooling: None,
             edits: None,
         };
         if params.temperature < TEMPERATURE_GREEDY {
@@ -178,7 +222,7 @@ impl Options {
         } else {
             params.temperature = params.temperature.max(TEMPERATURE_MIN);
         }
-        if params.temperature == 0.0 && self.best_of.get() > 1 {
+        if params.temperature == 0.0 && self.best_of.get() > 1 && self.beam.is_none() {
             let rule = "n and best_of must be 1 at temperature 0: all outputs would be the same";
             return Err(ApiError::Conflict { param: "n", rule });
         }
@@ -198,8 +242,33 @@ impl SamplingFields {
     }
 }
 
+impl SamplingFields {
+    /// The names of the fields that the request has.
+    fn given(&self) -> impl Iterator<Item = &'static str> {
+        let given = [
+            ("temperature", self.temperature.is_some()),
+            ("top_k", self.top_k.is_some()),
+            ("top_p", self.top_p.is_some()),
+            ("min_p", self.min_p.is_some()),
+            ("seed", self.seed.is_some()),
+        ];
+        given.into_iter().filter(|(_, is_given)| *is_given).map(|(name, _)| name)
+    }
+}
+
+/// Its place among other requests; lower runs first.
+///
+/// # Errors
+/// It is no such number.
+pub fn take_priority(fields: &mut Fields) -> Result<i32, ApiError> {
+    Ok(fields.integer("priority", i32::MIN.into(), i32::MAX.into())?.unwrap_or(0) as i32)
+}
+
 /// A name that is fit for logs and headers; an empty one is none.
-fn take_request_id(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+///
+/// # Errors
+/// It is no text, or too long.
+pub fn take_request_id(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     let Some(id) = fields.text("request_id")?.filter(|id| !id.is_empty()) else { return Ok(None) };
     if id.len() > REQUEST_ID_BYTES_MAX {
         let expected = format!("at most {REQUEST_ID_BYTES_MAX} bytes long");
@@ -320,7 +389,8 @@ pub fn is_zero(value: &Value) -> bool {
     value.as_f64() == Some(0.0)
 }
 
-fn is_one(value: &Value) -> bool {
+/// 1.
+pub fn is_one(value: &Value) -> bool {
     value.as_f64() == Some(1.0)
 }
 

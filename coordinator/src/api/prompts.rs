@@ -1,4 +1,4 @@
-//! The `prompt` of a completion: text or token ids, one or many.
+//! The `prompt` of a completion and the `input` of embeddings: text or token ids, one or many.
 
 use phalanx_proto::TokenId;
 use serde_json::Value;
@@ -29,33 +29,33 @@ impl Default for Prompts {
 const EXPECTED: &str = "a string, a list of strings, a list of token ids or a list of such lists";
 
 impl Prompts {
-    /// Takes `prompt`.
+    /// Takes them from the field `name`.
     ///
     /// # Errors
     /// It is missing, empty, too many, or a mixture.
-    pub fn take(fields: &mut Fields) -> Result<Self, ApiError> {
-        match fields.take("prompt") {
-            None => Err(ApiError::Missing { param: "prompt".into() }),
+    pub fn take(fields: &mut Fields, name: &'static str) -> Result<Self, ApiError> {
+        match fields.take(name) {
+            None => Err(ApiError::Missing { param: name.into() }),
             Some(Value::String(text)) => Ok(Self::Texts(vec![text])),
-            Some(Value::Array(items)) => Self::from_list(items),
+            Some(Value::Array(items)) => Self::from_list(items, name),
             Some(other) => {
-                Err(ApiError::WrongType { param: "prompt".into(), expected: EXPECTED, found: type_name(&other) })
+                Err(ApiError::WrongType { param: name.into(), expected: EXPECTED, found: type_name(&other) })
             }
         }
     }
 
-    fn from_list(items: Vec<Value>) -> Result<Self, ApiError> {
+    fn from_list(items: Vec<Value>, name: &'static str) -> Result<Self, ApiError> {
         let one_prompt_of_ids = matches!(items.first(), Some(Value::Number(_)));
         if items.is_empty() || (items.len() > NUM_PROMPTS_MAX && !one_prompt_of_ids) {
-            let expected = format!("a list of 1 to {NUM_PROMPTS_MAX} prompts");
-            return Err(ApiError::OutOfRange { param: "prompt".into(), value: items.len().to_string(), expected });
+            let expected = format!("a list of 1 to {NUM_PROMPTS_MAX} {name}s");
+            return Err(ApiError::OutOfRange { param: name.into(), value: items.len().to_string(), expected });
         }
-        let param = |at: usize| format!("prompt[{at}]");
+        let param = |at: usize| format!("{name}[{at}]");
         match items.first() {
             Some(Value::Number(_)) => Ok(Self::Ids(vec![ids(&items, param)?])),
             Some(Value::Array(_)) => {
                 let lists = items.iter().enumerate().map(|(at, item)| match item {
-                    Value::Array(list) => ids(list, |inner| format!("prompt[{at}][{inner}]")),
+                    Value::Array(list) => ids(list, |inner| format!("{name}[{at}][{inner}]")),
                     other => Err(wrong(param(at), "a list of token ids", other)),
                 });
                 Ok(Self::Ids(lists.collect::<Result<_, _>>()?))
@@ -77,14 +77,15 @@ impl Prompts {
     pub async fn tokenize(
         self,
         accepted: &Accepted,
+        name: &'static str,
         add_special: bool,
         num_bytes: usize,
     ) -> Result<Vec<Vec<TokenId>>, ApiError> {
         match self {
             Self::Ids(ids) => Ok(ids),
             Self::Texts(texts) => {
-                let text = accepted.text("prompt")?;
-                with_text(text, num_bytes, "prompt", move |text| {
+                let text = accepted.text(name)?;
+                with_text(text, num_bytes, name, move |text| {
                     texts.iter().map(|prompt| text.encode(prompt, add_special)).collect()
                 })
                 .await
@@ -109,7 +110,7 @@ mod tests {
         let Value::Object(members) = serde_json::from_str(&format!(r#"{{"prompt":{prompt}}}"#)).unwrap() else {
             panic!("not an object")
         };
-        let told = match Prompts::take(&mut Fields::new(members)) {
+        let told = match Prompts::take(&mut Fields::new(members), "prompt") {
             Ok(Prompts::Texts(texts)) => format!("{texts:?}"),
             Ok(Prompts::Ids(lists)) => {
                 let lists: Vec<Vec<u32>> = lists.iter().map(|list| list.iter().map(|id| id.0).collect()).collect();

@@ -7,7 +7,7 @@
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use phalanx_formats::GenerationDefaults;
+use phalanx_formats::{EmbeddingSettings, GenerationDefaults};
 use phalanx_proto::TokenId;
 
 use super::admission::Admission;
@@ -35,6 +35,8 @@ pub struct ServedModel {
     pub created: u64,
     /// The model's own sampling defaults.
     pub defaults: GenerationDefaults,
+    /// How its embeddings are made.
+    pub embedding: EmbeddingSettings,
     /// Longest wait of a request in the queue, where there is a limit.
     pub queue_timeout: Option<Duration>,
     /// Whether its throughput and queues are written into the log.

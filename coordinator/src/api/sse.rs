@@ -50,15 +50,18 @@ impl Frames {
         self.push(value);
     }
 
-    fn push_done(&mut self) {
+    /// Adds the frame behind which nothing comes.
+    pub fn push_done(&mut self) {
         self.bytes.put_slice(b"data: [DONE]\n\n");
     }
 
-    fn is_empty(&self) -> bool {
+    /// True where nothing was added since the last write.
+    pub fn is_empty(&self) -> bool {
         self.bytes.is_empty()
     }
 
-    fn take(&mut self) -> Bytes {
+    /// The bytes of the next write.
+    pub fn take(&mut self) -> Bytes {
         self.bytes.split().freeze()
     }
 }

@@ -19,11 +19,10 @@ use super::meter::RequestMeter;
 use super::options::Options;
 use super::patience::Patience;
 use super::served_models::ServedModel;
+use crate::engine::policy::Policy;
 use crate::engine::{Constraint, GenerateRequest};
+use crate::heavy;
 use crate::text::{TextError, TextModel};
-
-/// Bodies up to this length are tokenized where they are; longer ones on a blocking thread.
-const INLINE_BYTES_MAX: usize = 8 * 1024;
 
 /// A request with its name and its model.
 pub struct Accepted {
@@ -60,6 +59,13 @@ impl Accepted {
         Ok(Self { id, created, caller, model, entry: None })
     }
 
+    /// It is in the engine, which counts it from now on.
+    pub(super) fn leave(&self) {
+        if let Some(entry) = &self.entry {
+            entry.leave();
+        }
+    }
+
     /// The tokenizer side of the model, for a field that needs one.
     pub fn text(&self, param: &'static str) -> Result<&Arc<TextModel>, ApiError> {
         let missing = || ApiError::NoTokenizer { param, model: self.model.name.clone() };
@@ -93,7 +99,7 @@ fn absent(state: &ApiState, asked: Option<&str>) -> ApiError {
     }
 }
 
-/// Runs text work: in place for short bodies, on a blocking thread for long ones.
+/// Runs text work: in place for short bodies, on a thread that gives way for long ones.
 ///
 /// # Errors
 /// The work's own, named by `param`.
@@ -103,13 +109,20 @@ pub async fn with_text<T: Send + 'static>(
     param: &'static str,
     work: impl FnOnce(&TextModel) -> Result<T, TextError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let result = if num_bytes <= INLINE_BYTES_MAX {
-        work(text)
-    } else {
-        let text = Arc::clone(text);
-        tokio::task::spawn_blocking(move || work(&text)).await.map_err(ApiError::TokenizerThread)?
-    };
-    result.map_err(|source| ApiError::Text { param, source })
+    let text = Arc::clone(text);
+    heavy::run(num_bytes, move || work(&text)).await?.map_err(|source| ApiError::Text { param, source })
+}
+
+/// A priority is asked for where nothing looks at it.
+///
+/// # Errors
+/// That.
+pub fn check_priority(priority: i32, policy: Policy) -> Result<(), ApiError> {
+    if priority != 0 && policy == Policy::Fcfs {
+        let rule = "this model is served with --scheduling-policy fcfs: priority must be 0";
+        return Err(ApiError::Conflict { param: "priority", rule });
+    }
+    Ok(())
 }
 
 /// Prompts as token ids, with what an endpoint adds to the options.
@@ -165,14 +178,15 @@ impl Submission<'_> {
                 });
             }
         }
-        if let Some(entry) = &request.entry {
-            entry.leave();
-        }
+        request.leave();
         Ok(choices)
     }
 
     /// What can only be checked against the model.
-    fn check(&self, model: &ServedModel) -> Result<(), ApiError> {
+    ///
+    /// # Errors
+    /// An option that does not fit it.
+    pub(super) fn check(&self, model: &ServedModel) -> Result<(), ApiError> {
         if model.text.is_none() && !self.options.stops.is_empty() {
             return Err(ApiError::NoTokenizer { param: "stop", model: model.name.clone() });
         }
@@ -183,6 +197,7 @@ impl Submission<'_> {
             let value = token.to_string();
             return Err(ApiError::OutOfRange { param: "stop_token_ids".into(), value, expected });
         }
+        check_priority(self.options.priority, limits.policy)?;
         let min_tokens = self.options.edits.min_tokens;
         if self.max_tokens.is_some_and(|max| min_tokens > max.get()) {
             return Err(ApiError::Conflict { param: "min_tokens", rule: "min_tokens must not be above max_tokens" });
@@ -196,12 +211,17 @@ impl Submission<'_> {
         Ok(())
     }
 
-    fn stop_tokens(&self, model: &ServedModel) -> StopTokens {
+    /// The tokens that end an output.
+    pub(super) fn stop_tokens(&self, model: &ServedModel) -> StopTokens {
         let own = if self.options.ignore_eos { Vec::new() } else { model.end_token_ids.clone() };
         StopTokens { model: own, request: self.options.stop_token_ids.clone() }
     }
 
-    fn generate_request(
+    /// What the engine is asked behind a prompt, with no name yet.
+    ///
+    /// # Errors
+    /// The prompt is empty or too long, or `n` does not fit the sampling.
+    pub(super) fn generate_request(
         &self,
         model: &ServedModel,
         prompt: &[TokenId],
@@ -226,10 +246,12 @@ impl Submission<'_> {
             max_tokens: self.max_tokens.unwrap_or(room).min(room),
             stop_token_ids: stop_tokens.all(),
             constraint: self.constraint.clone(),
+            priority: self.options.priority,
         })
     }
 
-    fn output_text(&self, model: &ServedModel) -> Option<OutputText> {
+    /// Makes the text of one output; none without a tokenizer.
+    pub(super) fn output_text(&self, model: &ServedModel) -> Option<OutputText> {
         let text = model.text.as_ref()?;
         let detokenizer = text.detokenizer(self.options.skip_special_tokens && !self.keeps_special);
         Some(OutputText::new(detokenizer, &self.options.stops, self.options.include_stop))

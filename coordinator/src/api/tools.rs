@@ -10,6 +10,8 @@ use crate::text::tools::{Tool, Tools};
 
 /// Most tools of one request.
 const NUM_TOOLS_MAX: usize = 128;
+/// Longest text of all tools of one request: they are copied, and their schemas become one grammar.
+const TOOLS_BYTES_MAX: usize = 1 << 20;
 /// Longest name of a tool.
 const NAME_BYTES_MAX: usize = 64;
 
@@ -63,6 +65,10 @@ impl ToolUse {
             let expected = format!("a list of at most {NUM_TOOLS_MAX} tools");
             return Err(ApiError::OutOfRange { param: param.into(), value: raw.len().to_string(), expected });
         }
+        if raw.iter().try_fold(TOOLS_BYTES_MAX, |left, tool| left.checked_sub(bytes(tool, left)?)).is_none() {
+            let (value, expected) = ("longer".into(), format!("at most {TOOLS_BYTES_MAX} bytes in all"));
+            return Err(ApiError::OutOfRange { param: param.into(), value, expected });
+        }
         let mut tools: Vec<Tool> = Vec::with_capacity(raw.len());
         for (at, tool) in raw.iter().enumerate() {
             let tool = read_tool(tool, &format!("{param}[{at}]"))?;
@@ -98,6 +104,21 @@ impl ToolUse {
         let may = |tool: &&Tool| !matches!(&self.choice, ToolChoice::Named(name) if *name != tool.name);
         self.tools.iter().filter(may).collect()
     }
+}
+
+/// About the bytes that a value takes as text; none where they are more than `max`, which is noticed on the way.
+fn bytes(value: &Value, max: usize) -> Option<usize> {
+    let sum = match value {
+        Value::String(text) => text.len() + 2,
+        Value::Array(items) => {
+            items.iter().try_fold(2_usize, |sum, item| Some(sum + 1 + bytes(item, max.checked_sub(sum)?)?))?
+        }
+        Value::Object(members) => members.iter().try_fold(2_usize, |sum, (key, member)| {
+            Some(sum + key.len() + 4 + bytes(member, max.checked_sub(sum)?)?)
+        })?,
+        Value::Null | Value::Bool(_) | Value::Number(_) => 4,
+    };
+    (sum <= max).then_some(sum)
 }
 
 fn wrong(param: String, expected: &'static str, value: &Value) -> ApiError {

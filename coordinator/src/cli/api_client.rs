@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
@@ -16,14 +16,14 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
 
+use super::frames::{Frame, FrameError, FrameReader};
+
 /// Time for a connection.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// Time for an answer that needs no work.
 const SHORT_DEADLINE: Duration = Duration::from_secs(10);
 /// Longest silence on a stream; the server sends comments more often.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
-/// Longest frame of a stream.
-const FRAME_BYTES_MAX: usize = 16 << 20;
 
 /// Why a call has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +91,12 @@ pub struct RawAnswer {
     pub retry_after: Option<Duration>,
     /// The body.
     pub body: Value,
+}
+
+impl From<FrameError> for ClientError {
+    fn from(error: FrameError) -> Self {
+        Self::Unreadable { reason: error.to_string() }
+    }
 }
 
 /// A client of one server. Clones share its connections.
@@ -169,7 +175,7 @@ impl ApiClient {
     pub async fn stream(&self, path: &str, body: &Value) -> Result<EventStream, ClientError> {
         let request = self.request(Method::POST, path, body.to_string().into())?;
         let response = within(SILENCE_MAX, self.send(request)).await?;
-        Ok(EventStream { body: response.into_body(), received: BytesMut::new(), searched: 0 })
+        Ok(EventStream { body: response.into_body(), frames: FrameReader::default() })
     }
 
     fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Request<Full<Bytes>>, ClientError> {
@@ -217,9 +223,7 @@ fn error_message(body: &Value) -> Option<&str> {
 #[derive(Debug)]
 pub struct EventStream {
     body: Incoming,
-    received: BytesMut,
-    /// Bytes at the start of `received` that hold no end of a frame.
-    searched: usize,
+    frames: FrameReader,
 }
 
 impl EventStream {
@@ -229,19 +233,17 @@ impl EventStream {
     /// The server ends with an error, the connection breaks, or nothing comes for too long.
     pub async fn next(&mut self) -> Result<Option<Value>, ClientError> {
         loop {
-            while let Some(frame) = take_frame(&mut self.received, &mut self.searched) {
-                let Some(data) = frame.strip_prefix(b"data: ") else { continue };
-                if data == b"[DONE]" {
-                    return Ok(None);
+            match self.frames.next_frame()? {
+                Some(Frame::Done) => return Ok(None),
+                Some(Frame::Data(value)) => {
+                    return match error_message(&value) {
+                        None => Ok(Some(value)),
+                        Some(message) => {
+                            Err(ClientError::Refused { status: 200, message: message.to_owned(), retry_after: None })
+                        }
+                    };
                 }
-                let value: Value = serde_json::from_slice(data)
-                    .map_err(|error| ClientError::Unreadable { reason: error.to_string() })?;
-                return match error_message(&value) {
-                    None => Ok(Some(value)),
-                    Some(message) => {
-                        Err(ClientError::Refused { status: 200, message: message.to_owned(), retry_after: None })
-                    }
-                };
+                None => {}
             }
             if !within(SILENCE_MAX, self.receive()).await? {
                 return Err(ClientError::Unreadable { reason: "the stream ended before [DONE]".into() });
@@ -253,45 +255,15 @@ impl EventStream {
     async fn receive(&mut self) -> Result<bool, ClientError> {
         let Some(frame) = self.body.frame().await else { return Ok(false) };
         if let Ok(data) = frame.map_err(ClientError::Broken)?.into_data() {
-            self.received.extend_from_slice(&data);
-        }
-        if self.received.len() > FRAME_BYTES_MAX {
-            return Err(ClientError::Unreadable { reason: format!("a frame is larger than {FRAME_BYTES_MAX} bytes") });
+            self.frames.push(&data);
         }
         Ok(true)
     }
 }
 
-/// Takes the first frame with its end off, if it is there whole.
-fn take_frame(received: &mut BytesMut, searched: &mut usize) -> Option<Bytes> {
-    let start = searched.saturating_sub(1);
-    let Some(at) = received.get(start..)?.windows(2).position(|pair| pair == b"\n\n") else {
-        *searched = received.len();
-        return None;
-    };
-    *searched = 0;
-    let mut frame = received.split_to(start + at + 2);
-    frame.truncate(start + at);
-    Some(frame.freeze())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn frames_are_found_across_reads() {
-        let (mut received, mut searched) = (BytesMut::new(), 0);
-        let mut frames = Vec::new();
-        for part in ["data: {\"a\"", ":1}\n", "\ndata: 2\n\n: note\n\nda", "ta: [DONE]\n\n"] {
-            received.extend_from_slice(part.as_bytes());
-            while let Some(frame) = take_frame(&mut received, &mut searched) {
-                frames.push(String::from_utf8(frame.to_vec()).unwrap());
-            }
-        }
-        assert_eq!(frames, ["data: {\"a\":1}", "data: 2", ": note", "data: [DONE]"]);
-        assert!(received.is_empty());
-    }
 
     #[track_caller]
     fn check(url: &str, expected: Option<&str>) {

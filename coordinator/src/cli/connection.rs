@@ -3,11 +3,14 @@
 use std::time::Duration;
 
 use clap::Args;
+use phalanx_trust::{TokenError, Trust, dial, rendezvous};
 
+use super::launch::local_address;
 use super::{CliError, Surroundings};
 use crate::cluster::membership::{CallError, HeadAddress, HeadClient};
-use crate::config::defaults;
+use crate::config::{Home, defaults};
 use crate::head::running_head;
+use crate::security::tokens::home_token;
 
 /// Names a head.
 #[derive(Debug, Clone, Args)]
@@ -23,16 +26,51 @@ pub struct AddressFlag {
 /// A head is named and does not answer.
 pub async fn find(address: Option<&str>, surroundings: &Surroundings) -> Result<Option<HeadClient>, CliError> {
     if let Some(address) = address.filter(|address| !address.is_empty()) {
-        return Ok(Some(HeadClient::connect(parse(address)?).await?));
+        return Ok(Some(HeadClient::connect(trusted(&parse(address)?, surroundings).await?).await?));
     }
     let Some(record) = running_head(&surroundings.environment.home) else { return Ok(None) };
-    let local = record.socket.map_or_else(|| HeadAddress::Tcp(record.address.clone()), HeadAddress::Socket);
-    match HeadClient::connect(local).await {
+    match HeadClient::connect(local_address(&record)).await {
         Ok(client) => Ok(Some(client)),
         // It ended between the look at its record and the call.
         Err(CallError::Unreachable { .. }) if !record.process.is_alive() => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// How the head at an address is known, and what is shown to it: what was said, else what lies in this home, else what a head
+/// of this user on this machine has left for others.
+async fn trusted(address: &str, surroundings: &Surroundings) -> Result<HeadAddress, CliError> {
+    let Surroundings { environment, global } = surroundings;
+    let tls = |token| HeadAddress::Tls { address: address.to_owned(), token: Box::new(token) };
+    if global.insecure {
+        return Ok(HeadAddress::Tcp(address.to_owned()));
+    }
+    if let Some(text) = global.token.as_ref().or(environment.token.as_ref()) {
+        return text.parse().map(tls).map_err(|error: TokenError| CliError::usage(format!("--token: {error}")));
+    }
+    let own = running_head(&environment.home)
+        .filter(|head| [&head.address, &head.local_address].contains(&&address.to_owned()));
+    if own.is_some_and(|head| head.insecure) {
+        return Ok(HeadAddress::Tcp(address.to_owned()));
+    }
+    let beside = rendezvous::of_address(address).map(|home| Home::new(home).trust_dir());
+    let known =
+        beside.and_then(|trust_dir| home_token(&trust_dir)).or_else(|| home_token(&environment.home.trust_dir()));
+    match known {
+        Some(token) => Ok(tls(token)),
+        None => Err(no_token(address).await),
+    }
+}
+
+/// Whether somebody listens at all makes the difference between exit codes 4 and 1.
+async fn no_token(address: &str) -> CliError {
+    if let Err(error) = dial(address, &Trust::Plain, defaults::CALL_CONNECT_DEADLINE).await {
+        let (address, reason) = (HeadAddress::Tcp(address.to_owned()), error.to_string());
+        return CallError::Unreachable { address, reason }.into();
+    }
+    let message = format!("no token for the head at {address}: it takes commands with --token or PHALANX_TOKEN only");
+    CliError::failed("no_token", message)
+        .with_hint("On its machine, `coordinator token create --scope admin` makes one; a head that was started with --insecure wants --insecure here too")
 }
 
 /// The same where a head must be there.
@@ -65,7 +103,7 @@ pub async fn patiently<T>(waits_for: Option<&str>, call: impl Future<Output = T>
 }
 
 /// Takes `host`, `host:port`, `[v6]:port` and the same behind `http://`.
-fn parse(text: &str) -> Result<HeadAddress, CliError> {
+fn parse(text: &str) -> Result<String, CliError> {
     let bad = || CliError::usage(format!("--address {text} is not HOST:PORT"));
     let bare = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
     let (host, port) = match bare.rsplit_once(':') {
@@ -76,7 +114,7 @@ fn parse(text: &str) -> Result<HeadAddress, CliError> {
     if host.is_empty() || port == 0 || host.contains(['/', ' ', '@']) {
         return Err(bad());
     }
-    Ok(HeadAddress::Tcp(format!("{host}:{port}")))
+    Ok(format!("{host}:{port}"))
 }
 
 #[cfg(test)]
@@ -85,7 +123,7 @@ mod tests {
 
     #[track_caller]
     fn check(text: &str, expected: Option<&str>) {
-        assert_eq!(parse(text).ok(), expected.map(|text| HeadAddress::Tcp(text.to_owned())), "{text}");
+        assert_eq!(parse(text).ok(), expected.map(str::to_owned), "{text}");
     }
 
     #[test]

@@ -94,6 +94,7 @@ impl From<CallError> for CliError {
         match error {
             CallError::Unreachable { .. } => Self::no_head(message, "Start one with: coordinator start --head"),
             CallError::Refused(_) => Self::failed("refused", message),
+            CallError::Distrusted { .. } => Self::failed("distrusted", message),
             CallError::Unreadable(_) => Self::failed("version", message),
             CallError::Lost { .. } => Self::failed("head_lost", message),
         }
@@ -108,9 +109,12 @@ impl From<HeadError> for CliError {
                 .with_hint("coordinator stop ends it; another PHALANX_HOME is another cluster"),
             HeadError::Port(PortError::Taken { .. }) => Self::failed("port_taken", message),
             HeadError::Port(PortError::Host { .. }) => Self::failed("host", message),
-            HeadError::Home(_) | HeadError::Store(_) | HeadError::Socket { .. } | HeadError::Keys(_) => {
-                Self::failed("io", message)
-            }
+            HeadError::Home(_)
+            | HeadError::Store(_)
+            | HeadError::Socket { .. }
+            | HeadError::Keys(_)
+            | HeadError::Tokens(_)
+            | HeadError::Trust(_) => Self::failed("io", message),
         }
     }
 }

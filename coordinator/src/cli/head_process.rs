@@ -10,12 +10,13 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use clap::Args;
+use nix::sys::stat::{Mode, umask};
 use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 
 use super::launch::{HeadFlags, end_on_signals, runtime};
 use super::{CliError, Outcome, Surroundings};
-use crate::head::{self, BoundHead, HeadRecord, RunningHead, StandingHead, Stood};
+use crate::head::{self, BoundHead, HeadOptions, HeadRecord, RunningHead, StandingHead, Stood};
 use crate::store::etcd::{Deposed, EtcdPlace};
 
 /// Run the head in this process
@@ -48,6 +49,8 @@ pub enum StartLine {
 }
 
 pub(super) fn run(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outcome {
+    // What it writes is for its owner.
+    umask(Mode::S_IRWXG | Mode::S_IRWXO);
     // A session of its own: it stays when the terminal goes. It is no group leader, so this cannot fail but by a tracer's doing.
     if !flags.again
         && let Err(error) = nix::unistd::setsid()
@@ -65,7 +68,8 @@ pub(super) fn run(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outc
 }
 
 async fn serve(surroundings: &Surroundings, flags: &HeadProcessFlags) -> Outcome {
-    let bound = head::bind(flags.head.options(&surroundings.environment.home))?;
+    let log = Some(surroundings.environment.home.head_log());
+    let bound = head::bind(HeadOptions { log, ..flags.head.options(surroundings) })?;
     let head = match &flags.head.store {
         Some(place) => match stand_by(surroundings, flags, place.clone(), bound).await? {
             Some(head) => head,
@@ -110,6 +114,10 @@ async fn announce(standing: &mut StandingHead) -> Result<bool, CliError> {
     if seen.leads {
         return Ok(true);
     }
+    if seen.is_stranger {
+        let hint = "Copy trust/authority.json, store/tokens.json and store/keys.json from that head's home to this one before its first start, or name another cluster: --store etcd://HOST:PORT/PREFIX";
+        return Err(CliError::failed("other_authority", seen.trouble).with_hint(hint));
+    }
     if seen.leader.is_none() && !seen.trouble.is_empty() {
         return Err(CliError::failed("store_unreachable", seen.trouble)
             .with_hint("Is etcd running there? --store etcd://HOST:PORT[,HOST:PORT]"));
@@ -126,6 +134,7 @@ fn start_again(surroundings: &Surroundings, flags: &HeadProcessFlags, ports: [u1
     command.args(HeadFlags { port, http_port, dashboard_port, ..flags.head.clone() }.words());
     command.arg(format!("--log-format={}", surroundings.global.log_format.as_str()));
     command.args(surroundings.global.log_level.as_ref().map(|level| format!("--log-level={level}")));
+    command.args(surroundings.global.insecure.then_some("--insecure"));
     Box::new(move |why| {
         warn!(reason = why, "this head leads no more; it starts again, to stand by");
         let error = command.exec();

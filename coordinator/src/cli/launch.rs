@@ -4,21 +4,25 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
+use phalanx_trust::files::private_dir;
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::head_process::StartLine;
 use super::{CliError, Outcome, Surroundings};
+use crate::api::AllowedOrigins;
 use crate::cluster::ClusterHandle;
 use crate::cluster::membership::HeadClient;
 use crate::config::{Home, defaults, parse_duration};
 use crate::head::{HeadOptions, HeadRecord, PortWish, ProcessId};
+use crate::security::tokens::home_token;
 use crate::store::etcd::EtcdPlace;
 
 /// Which devices a machine offers.
@@ -74,14 +78,29 @@ pub struct HeadFlags {
     /// How long agents and ranks wait for a head that is gone, with their weights
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = parse_duration)]
     pub head_grace: Duration,
+    /// How long a node's certificate is valid; its agent renews it in time
+    #[arg(long, value_name = "DURATION", default_value = "720h", value_parser = parse_duration, hide = true)]
+    pub certificate_lifetime: Duration,
+    /// Web pages that may use the API: origins with commas between them, or * for all [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    pub allowed_origins: Option<AllowedOrigins>,
+    /// Silence after which a machine counts as dead and its ranks are started elsewhere, at least 1s
+    #[arg(long, value_name = "DURATION", default_value = "4500ms", value_parser = parse_node_timeout)]
+    pub node_timeout: Duration,
     /// Where the cluster's state is, for two heads: the second stands by [default: in this PHALANX_HOME, for one head]
     #[arg(long, value_name = "etcd://HOST:PORT[,HOST:PORT]")]
     pub store: Option<EtcdPlace>,
 }
 
+fn parse_node_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = parse_duration(text)?;
+    let least = defaults::NODE_TIMEOUT_MIN;
+    if timeout < least { Err(format!("{text} is below {least:?}")) } else { Ok(timeout) }
+}
+
 impl HeadFlags {
-    /// The head's options in this home.
-    pub fn options(&self, home: &Home) -> HeadOptions {
+    /// The head's options in these surroundings.
+    pub fn options(&self, surroundings: &Surroundings) -> HeadOptions {
         let wish = |purpose, flag, host_flag, host: &str, port| PortWish {
             purpose,
             flag,
@@ -92,13 +111,18 @@ impl HeadFlags {
         let http = wish("HTTP", "--http-port", "--host", &self.host, self.http_port);
         let dashboard = (&self.dashboard_host, self.dashboard_port);
         HeadOptions {
-            home: home.clone(),
+            home: surroundings.environment.home.clone(),
             cluster: wish("the cluster", "--port", "--cluster-host", &self.cluster_host, self.port),
             http,
             dashboard: wish("the dashboard", "--dashboard-port", "--dashboard-host", dashboard.0, dashboard.1),
             advertise_address: self.advertise_address.clone(),
             head_grace: self.head_grace,
+            node_timeout: self.node_timeout,
+            log: None,
             api_keys: Vec::new(),
+            insecure: surroundings.global.insecure,
+            certificate_lifetime: self.certificate_lifetime,
+            allowed_origins: self.allowed_origins.clone().unwrap_or_default(),
         }
     }
 
@@ -112,7 +136,10 @@ impl HeadFlags {
             format!("--dashboard-port={}", self.dashboard_port),
             format!("--dashboard-host={}", self.dashboard_host),
             format!("--head-grace={}ms", self.head_grace.as_millis()),
+            format!("--certificate-lifetime={}ms", self.certificate_lifetime.as_millis()),
+            format!("--node-timeout={}ms", self.node_timeout.as_millis()),
         ];
+        words.extend(self.allowed_origins.as_ref().map(|origins| format!("--allowed-origins={origins}")));
         words.extend(self.advertise_address.as_ref().map(|address| format!("--advertise-address={address}")));
         words.extend(self.store.as_ref().map(|place| format!("--store={place}")));
         words
@@ -128,6 +155,20 @@ pub struct DeviceFlags {
     /// Which devices to offer
     #[arg(long, value_enum, default_value_t)]
     pub device: DeviceChoice,
+    /// Label of this machine, for placement groups that ask for it; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse_pair)]
+    pub labels: Vec<(String, String)>,
+}
+
+/// Reads `KEY=VALUE`.
+///
+/// # Errors
+/// It is none.
+pub fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text} is not KEY=VALUE")),
+    }
 }
 
 /// A runtime for a head or a command.
@@ -169,9 +210,9 @@ pub fn end_on_signals(cluster: ClusterHandle) -> Outcome {
 /// It cannot listen, or not in time.
 pub fn start_head(surroundings: &Surroundings, flags: &HeadFlags) -> Result<(Child, HeadRecord), CliError> {
     let log_dir = surroundings.environment.home.log_dir();
-    let log_path = log_dir.join("head.log");
+    let log_path = surroundings.environment.home.head_log();
     let opened =
-        fs::create_dir_all(&log_dir).and_then(|()| OpenOptions::new().create(true).append(true).open(&log_path));
+        private_dir(&log_dir).and_then(|()| OpenOptions::new().create(true).append(true).mode(0o600).open(&log_path));
     let log = opened.map_err(|error| {
         CliError::failed("io", format!("cannot write {}: {error}", log_path.display()))
             .with_hint("PHALANX_HOME names another folder")
@@ -180,7 +221,8 @@ pub fn start_head(surroundings: &Surroundings, flags: &HeadFlags) -> Result<(Chi
     command.arg("head-process").args(flags.words());
     command.arg(format!("--log-format={}", surroundings.global.log_format.as_str()));
     command.args(surroundings.global.log_level.as_ref().map(|level| format!("--log-level={level}")));
-    command.env("PHALANX_HOME", surroundings.environment.home.path());
+    command.args(surroundings.global.insecure.then_some("--insecure"));
+    command.env("PHALANX_HOME", surroundings.environment.home.path()).env_remove("PHALANX_TOKEN");
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn()?;
     match first_line(&mut child) {
         Some(StartLine::Listening(record)) => Ok((child, record)),
@@ -242,9 +284,13 @@ pub async fn start_agent(
         flags.device.as_str(),
     ]);
     command.args(flags.num_gpus.map(|num| format!("--num-gpus={num}")));
+    command.args(flags.labels.iter().map(|(key, value)| format!("--label={key}={value}")));
     command.arg(format!("--log-format={}", surroundings.global.log_format.as_str()));
     command.args(surroundings.global.log_level.as_ref().map(|level| format!("--log-level={level}")));
-    command.env("PHALANX_HOME", surroundings.environment.home.path()).env_remove("PHALANX_ADDRESS");
+    command.args(record.insecure.then_some("--insecure"));
+    command.env("PHALANX_HOME", surroundings.environment.home.path());
+    // The home's own token counts here.
+    command.env_remove("PHALANX_ADDRESS").env_remove("PHALANX_TOKEN");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let run = tokio::time::timeout(defaults::AGENT_JOIN_DEADLINE, command.output());
     let seconds = defaults::AGENT_JOIN_DEADLINE.as_secs();
@@ -325,7 +371,12 @@ async fn wait_for_agent(record: &HeadRecord, pid: u32) -> Outcome {
 /// The nearest way to a head of this machine.
 pub fn local_address(record: &HeadRecord) -> crate::cluster::membership::HeadAddress {
     use crate::cluster::membership::HeadAddress;
-    record.socket.clone().map_or_else(|| HeadAddress::Tcp(record.local_address.clone()), HeadAddress::Socket)
+    let address = || record.local_address.clone();
+    match (&record.socket, home_token(&record.trust_dir)) {
+        (Some(socket), _) => HeadAddress::Socket(socket.clone()),
+        (None, Some(token)) if !record.insecure => HeadAddress::Tls { address: address(), token: Box::new(token) },
+        _ => HeadAddress::Tcp(address()),
+    }
 }
 
 /// The `worker` program beside this one.

@@ -11,12 +11,17 @@ mod chat;
 mod completions;
 mod connection;
 mod doctor;
+mod events;
 mod failure;
+pub mod frames;
 mod generate;
 mod head_process;
 mod key;
 mod launch;
+mod logs;
+mod placement_group;
 mod progress;
+mod restart;
 mod run_batch;
 mod sampling_flags;
 pub mod serve;
@@ -26,6 +31,7 @@ mod status;
 mod status_text;
 mod stop;
 mod target;
+mod token;
 mod undeploy;
 
 use std::process::ExitCode;
@@ -58,6 +64,12 @@ pub struct GlobalFlags {
     /// How log lines look
     #[arg(long, global = true, value_enum, default_value_t)]
     pub log_format: LogFormat,
+    /// Token with the scope admin, for a head elsewhere [env: PHALANX_TOKEN] [default: the one in this PHALANX_HOME]
+    #[arg(long, global = true, value_name = "TOKEN")]
+    pub token: Option<String>,
+    /// Plain text between machines, no tokens: whoever reaches the cluster port joins and commands
+    #[arg(long, global = true)]
+    pub insecure: bool,
 }
 
 /// What to do.
@@ -67,11 +79,17 @@ enum Command {
     Serve(Box<serve_flags::ServeFlags>),
     Status(status::StatusFlags),
     Undeploy(undeploy::UndeployFlags),
+    Restart(restart::RestartFlags),
     Stop(stop::StopFlags),
+    Events(events::EventsFlags),
+    Logs(logs::LogsFlags),
     Generate(Box<generate::GenerateFlags>),
     RunBatch(Box<run_batch::RunBatchFlags>),
     Chat(Box<chat::ChatFlags>),
+    #[command(visible_alias = "pg")]
+    PlacementGroup(placement_group::PlacementGroupFlags),
     Key(key::KeyFlags),
+    Token(token::TokenFlags),
     Bench(bench::BenchFlags),
     Doctor(doctor::DoctorFlags),
     Completions(completions::CompletionsFlags),
@@ -103,10 +121,15 @@ pub fn main() -> ExitCode {
         Command::Serve(flags) => (flags.json, serve::run(&surroundings, &flags)),
         Command::Status(flags) => (flags.json, status::run(&surroundings, &flags)),
         Command::Undeploy(flags) => (flags.json, undeploy::run(&surroundings, &flags)),
+        Command::Restart(flags) => (flags.json, restart::run(&surroundings, &flags)),
+        Command::Events(flags) => (flags.json, events::run(&surroundings, &flags)),
+        Command::Logs(flags) => (false, logs::run(&surroundings, &flags)),
         Command::Stop(flags) => (flags.json, stop::run(&surroundings, &flags)),
         Command::Generate(flags) => (false, generate::run(&surroundings, &flags)),
         Command::RunBatch(flags) => (false, run_batch::run(&surroundings, &flags)),
+        Command::PlacementGroup(flags) => (flags.json(), placement_group::run(&surroundings, &flags)),
         Command::Key(flags) => (flags.json(), key::run(&surroundings, &flags)),
+        Command::Token(flags) => (flags.json(), token::run(&surroundings, &flags)),
         Command::Chat(flags) => (false, chat::run(&surroundings, &flags)),
         Command::Bench(flags) => (false, bench::run(&surroundings, &flags)),
         Command::Doctor(flags) => (flags.json, doctor::run(&surroundings, &flags)),
@@ -150,16 +173,35 @@ mod tests {
             "serve ./m --enable-prefix-caching --disable-log-stats --max-model-len 4096 --env A=b --env C=d",
             "status --json --watch",
             "undeploy m",
+            "restart m --json",
+            "events --follow --deployment m --json --tail 5",
+            "logs",
+            "logs m/0/1 --follow --tail 20",
             "stop --log-level debug --log-format json",
             "completions bash",
             "generate ./m --prompts p.txt --max-tokens 64 --temperature 0 --tensor-parallel-size 2",
             "generate --base-url http://h:8000 --chat --system x --top-k -1 --sampling-seed 3 -n 2 -o out.jsonl",
             "chat ./m --temperature 0.7 --stop a --stop b --max-tokens 128",
+            "placement-group create --name g --bundle cpu=1,gpu=1 --bundle gpu=2,label.zone=a --strategy STRICT_SPREAD",
+            "placement-group create --name g --bundle gpu=1 --selector zone=a --label owner=me --wait 10m --json",
+            "placement-group wait g --timeout 30s",
+            "pg list --label owner=me",
+            "placement-group show g --json",
+            "placement-group remove g --force",
+            "serve ./m --placement-group g --tensor-parallel-size 2",
             "key create --name a --scopes inference,metrics --rate 60/min --tokens-per-day 1000 --json",
             "key revoke a",
             "key list --json",
+            "token create --ttl 1h --scope join,admin --note rack-7 --json",
+            "token create --ttl never",
+            "token list",
+            "token revoke 1f2e3d4c --address h:8001 --token t",
+            "token revoke --node a-1",
+            "start --head --insecure --join-token-file /join/token",
+            "status --address h --token phxt",
             "run-batch -i in.jsonl -o out.jsonl",
             "run-batch --input-file in.jsonl --output-file out.jsonl --model ./m --tensor-parallel-size 2",
+            "serve ./m --replicas auto --tensor-parallel-size 2",
             "serve ./m --max-queue 8 --queue-timeout 30s --api-key a --api-key b",
             "bench latency ./m --input-len 512 --output-len 128 --batch-size 1 --num-iters 3 --load-format dummy",
             "bench throughput ./m --num-prompts 200 --lengths l.json --json",
@@ -184,6 +226,12 @@ mod tests {
             "chat",
             "bench serve m --request-rate 0",
             "key create",
+            "token revoke",
+            "token create --scope everything",
+            "token create --ttl soon",
+            "placement-group create --name g",
+            "placement-group create --name g --bundle tpu=1",
+            "placement-group create --name g --bundle gpu=1 --strategy loose",
             "key create --name a --rate often",
             "key create --name a --scopes everything",
             "run-batch -i x",

@@ -33,7 +33,7 @@ enum Guard {
     /// It served before.
     Nothing,
     /// It was deployed on a head that runs anyway.
-    Undeploy(HeadClient),
+    Undeploy(Box<HeadClient>),
     /// The head was started for it.
     Stop(Box<OwnHead>),
 }
@@ -65,7 +65,7 @@ impl OwnHead {
         flags: &OwnHeadFlags,
         spec: &DeploymentSpec,
     ) -> Result<Self, CliError> {
-        let mut options = flags.head().options(&surroundings.environment.home);
+        let mut options = flags.head().options(surroundings);
         options.cluster.flag = "--cluster-port";
         options.api_keys.clone_from(&flags.api_key);
         let head = head::bind(options)?.start()?;
@@ -117,7 +117,7 @@ pub async fn ensure_served(
                 return Ok(Served { http, name: known.name.clone(), guard: Guard::Nothing });
             }
             let status = deploy(&client, spec, &mut progress).await?;
-            Served { http, name: status.name, guard: Guard::Undeploy(client) }
+            Served { http, name: status.name, guard: Guard::Undeploy(Box::new(client)) }
         }
         None => {
             let own = OwnHead::start(surroundings, own_head, spec).await?;

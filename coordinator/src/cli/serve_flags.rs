@@ -11,10 +11,12 @@ use clap::builder::PossibleValuesParser;
 
 use super::CliError;
 use super::connection::AddressFlag;
-use super::launch::{DeviceChoice, DeviceFlags, HeadFlags};
+use super::launch::{DeviceChoice, DeviceFlags, HeadFlags, parse_pair};
+use crate::api::AllowedOrigins;
 use crate::cluster::strategy::Strategy;
-use crate::cluster::{DeploymentSpec, TensorParallelSize};
+use crate::cluster::{DeploymentSpec, ReplicaCount, TensorParallelSize};
 use crate::config::{defaults, parse_duration};
+use crate::engine::policy::Policy;
 use crate::text::tools::ToolFormat;
 
 const DTYPES: [&str; 6] = ["auto", "float16", "half", "bfloat16", "float32", "float"];
@@ -64,9 +66,9 @@ pub struct EngineFlags {
     /// Ranks that share the model: a number, or auto for all free slots of one node
     #[arg(long, short = 't', visible_alias = "tp", value_name = "N|auto", default_value = "1", value_parser = parse_size)]
     pub tensor_parallel_size: TensorParallelSize,
-    /// Copies of the model, each with its own ranks
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub replicas: u32,
+    /// Copies of the model, each with its own ranks: a number, or auto for as many as the machines have room for
+    #[arg(long, value_name = "N|auto", default_value = "1", value_parser = parse_replicas)]
+    pub replicas: ReplicaCount,
     /// Names that the model answers to; the first is the deployment's
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub served_model_name: Vec<String>,
@@ -109,6 +111,9 @@ pub struct EngineFlags {
     /// Most requests that wait
     #[arg(long, value_name = "N", default_value_t = defaults::MAX_QUEUE)]
     pub max_queue: u32,
+    /// Who runs next: priority: the lowest `priority` of a request, then who came first; fcfs: who came first
+    #[arg(long, value_name = "POLICY", default_value_t, value_parser = |s: &str| s.parse::<Policy>())]
+    pub scheduling_policy: Policy,
     /// Longest wait of a request in the queue; it is refused then [default: no limit]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub queue_timeout: Option<Duration>,
@@ -136,11 +141,11 @@ pub struct EngineFlags {
     /// How long to wait for machines or slots that are not there [default: not at all]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub wait: Option<Duration>,
-    /// Placement group to use
+    /// Placement group whose slots to use: coordinator placement-group create makes one
     #[arg(long, value_name = "NAME")]
     pub placement_group: Option<String>,
     /// Environment of the ranks
-    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_env)]
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
     pub env: Vec<(String, String)>,
     /// Network interface for collectives between nodes
     #[arg(long, value_name = "NAME", default_value = "")]
@@ -174,6 +179,9 @@ pub struct OwnHeadFlags {
     /// Key that clients must send
     #[arg(long, value_name = "KEY")]
     pub api_key: Vec<String>,
+    /// Web pages that may use the API: origins with commas between them, a JSON list of them, or * for all [default: none]
+    #[arg(long, value_name = "ORIGINS")]
+    pub allowed_origins: Option<AllowedOrigins>,
     /// Device slots to offer [default: as many as the ranks need]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub num_gpus: Option<u32>,
@@ -193,6 +201,7 @@ impl OwnHeadFlags {
             dashboard_port: Some(0),
             dashboard_host: None,
             api_key: Vec::new(),
+            allowed_origins: None,
             num_gpus: None,
             device: None,
         }
@@ -207,6 +216,7 @@ impl OwnHeadFlags {
             ("--cluster-host", self.cluster_host.is_some()),
             ("--dashboard-port", self.dashboard_port.is_some()),
             ("--dashboard-host", self.dashboard_host.is_some()),
+            ("--allowed-origins", self.allowed_origins.is_some()),
             ("--num-gpus", self.num_gpus.is_some()),
             ("--device", self.device.is_some()),
         ];
@@ -218,6 +228,7 @@ impl OwnHeadFlags {
         let host = |given: &Option<String>| given.clone().unwrap_or_else(|| defaults::HOST.to_owned());
         HeadFlags {
             store: None,
+            certificate_lifetime: phalanx_trust::CERTIFICATE_LIFETIME,
             port: self.cluster_port.unwrap_or(defaults::CLUSTER_PORT),
             cluster_host: host(&self.cluster_host),
             advertise_address: None,
@@ -226,16 +237,19 @@ impl OwnHeadFlags {
             dashboard_port: self.dashboard_port.unwrap_or(defaults::DASHBOARD_PORT),
             dashboard_host: host(&self.dashboard_host),
             head_grace: defaults::HEAD_GRACE,
+            allowed_origins: self.allowed_origins.clone(),
+            node_timeout: defaults::NODE_TIMEOUT,
         }
     }
 
     /// The slots of the agent that is started: enough for the deployment.
     pub fn devices(&self, spec: &DeploymentSpec) -> DeviceFlags {
         let needed = match spec.tensor_parallel_size {
+            TensorParallelSize::Fixed(_) if spec.replicas_auto => None,
             TensorParallelSize::Fixed(size) => Some(size.saturating_mul(spec.replicas).max(1)),
             TensorParallelSize::Auto => None,
         };
-        DeviceFlags { num_gpus: self.num_gpus.or(needed), device: self.device.unwrap_or_default() }
+        DeviceFlags { num_gpus: self.num_gpus.or(needed), device: self.device.unwrap_or_default(), labels: Vec::new() }
     }
 }
 
@@ -312,10 +326,6 @@ impl EngineFlags {
     /// # Errors
     /// A flag that cannot be obeyed, or a file that cannot be read.
     pub fn spec(&self, model: &str) -> Result<DeploymentSpec, CliError> {
-        if self.placement_group.is_some() {
-            let message = "--placement-group: groups made by hand cannot be used yet";
-            return Err(CliError::usage(message).with_hint("Use --placement-strategy"));
-        }
         // What is not finite has no place in JSON; whether the share makes sense is the head's to say.
         if !self.gpu_memory_utilization.is_finite() {
             let message = format!(
@@ -335,8 +345,10 @@ impl EngineFlags {
             chat_template: template,
             tool_call_parser: self.tool_call_parser.clone(),
             tensor_parallel_size: self.tensor_parallel_size,
-            replicas: self.replicas,
+            replicas: if let ReplicaCount::Fixed(count) = self.replicas { count } else { 1 },
+            replicas_auto: self.replicas == ReplicaCount::Auto,
             strategy: self.placement_strategy,
+            placement_group: self.placement_group.clone(),
             wait: self.wait,
             load_format: self.load_format.clone(),
             dtype: dtype(&self.dtype),
@@ -348,6 +360,7 @@ impl EngineFlags {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_queue: self.max_queue,
+            scheduling_policy: self.scheduling_policy,
             queue_timeout: self.queue_timeout,
             disable_log_stats: self.disable_log_stats,
             enable_prefix_caching: !self.no_enable_prefix_caching || self.enable_prefix_caching,
@@ -400,10 +413,12 @@ fn parse_size(text: &str) -> Result<TensorParallelSize, String> {
     if size == 0 { Err(bad()) } else { Ok(TensorParallelSize::Fixed(size)) }
 }
 
-fn parse_env(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err(format!("{text} is not KEY=VALUE")),
+fn parse_replicas(text: &str) -> Result<ReplicaCount, String> {
+    match text {
+        "auto" => Ok(ReplicaCount::Auto),
+        _ => {
+            text.parse().map(ReplicaCount::Fixed).map_err(|_| format!("{text} is neither a number of copies nor auto"))
+        }
     }
 }
 
@@ -466,10 +481,10 @@ mod tests {
 
     #[test]
     fn what_cannot_be_obeyed_is_refused() {
-        let error = parse("m --placement-group g").engine.spec("m").expect_err("not yet");
-        assert_eq!(error.exit, CliError::USAGE);
         let error = parse("m --chat-template /nonexistent").engine.spec("m").expect_err("no such file");
+        assert_eq!(error.exit, CliError::USAGE);
         assert!(error.message.contains("/nonexistent"));
+        assert_eq!(parse("m --placement-group g").engine.spec("m").expect("a deployment").placement_group(), Some("g"));
     }
 
     #[test]

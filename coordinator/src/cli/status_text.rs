@@ -1,8 +1,11 @@
 //! The snapshot as text for people.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use phalanx_proto::{DeploymentStatus, NodeStatus, PlacementGroupStatus, RankStatus, StatusSnapshot};
+use phalanx_proto::{BundleStatus, DeploymentStatus, NodeStatus, PlacementGroupStatus, RankStatus, StatusSnapshot};
+
+const NODE_HEADS: [&str; 9] = ["NODE", "STATE", "SLOTS", "DEVICE", "LABELS", "ADDRESS", "PID", "ROUND TRIP", "WHY"];
 
 /// The whole cluster.
 pub(super) fn text(snapshot: &StatusSnapshot) -> String {
@@ -28,18 +31,24 @@ pub(super) fn text(snapshot: &StatusSnapshot) -> String {
     if !head.reason.is_empty() {
         let _ = writeln!(out, "store: {}", head.reason);
     }
+    if head.insecure {
+        let _ = writeln!(
+            out,
+            "INSECURE: started with --insecure; whoever reaches {} joins and commands, and reads what goes by",
+            head.address
+        );
+    }
     let used: u32 = snapshot.nodes.iter().filter(|node| node.state == "alive").map(|node| node.slots_used).sum();
     let slots: u32 = snapshot.nodes.iter().filter(|node| node.state == "alive").map(|node| node.slots).sum();
     let queue = &snapshot.queue;
     let _ =
         writeln!(out, "{used} of {slots} slots used, {} requests running, {} waiting", queue.running, queue.waiting);
-    section(&mut out, "NODES", &["NODE", "STATE", "SLOTS", "DEVICE", "ADDRESS", "PID", "WHY"], nodes(&snapshot.nodes));
+    section(&mut out, "NODES", &NODE_HEADS, nodes(&snapshot.nodes));
     let heads = ["DEPLOYMENT", "STATE", "MODEL", "RANKS", "KV BLOCKS FREE", "RUNNING", "WAITING", "WHY"];
     section(&mut out, "DEPLOYMENTS", &heads, deployments(&snapshot.deployments));
     let heads = ["RANK", "STATE", "PHASE", "FOR", "NODE", "PID", "DEVICE", "WEIGHTS", "KV CACHE", "DETAIL"];
     section(&mut out, "RANKS", &heads, ranks(&snapshot.ranks));
-    let heads = ["PLACEMENT GROUP", "STATE", "STRATEGY", "BUNDLES", "WHY"];
-    section(&mut out, "PLACEMENT GROUPS", &heads, groups(&snapshot.placement_groups));
+    section(&mut out, "PLACEMENT GROUPS", &GROUP_HEADS, groups(&snapshot.placement_groups));
     out
 }
 
@@ -51,12 +60,18 @@ fn nodes(nodes: &[NodeStatus]) -> Vec<Vec<String>> {
             n.state.clone(),
             slots,
             n.device.clone(),
+            labels(&n.labels),
             n.address.clone(),
             n.pid.to_string(),
+            n.round_trip_ms.map(|time| format!("{time:.1} ms")).unwrap_or_default(),
             n.reason.clone(),
         ]
     };
     nodes.iter().map(row).collect()
+}
+
+fn labels(labels: &BTreeMap<String, String>) -> String {
+    labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
 }
 
 fn deployments(deployments: &[DeploymentStatus]) -> Vec<Vec<String>> {
@@ -65,9 +80,15 @@ fn deployments(deployments: &[DeploymentStatus]) -> Vec<Vec<String>> {
         let ranks = if d.replicas > 1 { format!("{} x {size}", d.replicas) } else { size.to_string() };
         let blocks = format!("{}/{}", d.num_blocks_free, d.num_blocks * d.replicas);
         let (running, waiting) = (d.running.to_string(), d.waiting.to_string());
-        vec![d.name.clone(), d.state.clone(), d.model.clone(), ranks, blocks, running, waiting, d.reason.clone()]
+        vec![d.name.clone(), d.state.clone(), d.model.clone(), ranks, blocks, running, waiting, why(d)]
     };
     deployments.iter().map(row).collect()
+}
+
+/// The reason of a deployment, or which rank of it is furthest behind.
+fn why(deployment: &DeploymentStatus) -> String {
+    let said = [deployment.reason.as_str(), deployment.progress.as_str()];
+    said.into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
 fn ranks(ranks: &[RankStatus]) -> Vec<Vec<String>> {
@@ -88,19 +109,58 @@ fn ranks(ranks: &[RankStatus]) -> Vec<Vec<String>> {
     ranks.iter().map(row).collect()
 }
 
-fn groups(groups: &[PlacementGroupStatus]) -> Vec<Vec<String>> {
+/// Placement groups as a table.
+pub(super) fn groups(groups: &[PlacementGroupStatus]) -> Vec<Vec<String>> {
     let row = |g: &PlacementGroupStatus| {
-        let place = |bundle: &phalanx_proto::BundleStatus| {
-            format!("{}:{}", bundle.index, bundle.node.as_deref().unwrap_or("waiting"))
-        };
+        let place = |bundle: &BundleStatus| format!("{}:{}", bundle.index, seat(bundle));
         let bundles: Vec<String> = g.bundles.iter().map(place).collect();
-        vec![g.id.clone(), g.state.clone(), g.strategy.clone(), bundles.join(" "), g.reason.clone()]
+        let (state, strategy) = (g.state.clone(), g.strategy.clone());
+        vec![
+            g.id.clone(),
+            state,
+            strategy,
+            bundles.join(" "),
+            g.deployments.join(" "),
+            g.since.clone(),
+            g.reason.clone(),
+        ]
     };
     groups.iter().map(row).collect()
 }
 
+/// The heads of [`groups`].
+pub(super) const GROUP_HEADS: [&str; 7] =
+    ["PLACEMENT GROUP", "STATE", "STRATEGY", "BUNDLES", "USED BY", "SINCE", "WHY"];
+
+/// One group with everything that is known of it.
+pub(super) fn group(group: &PlacementGroupStatus) -> String {
+    let mut out = String::new();
+    let _ = writeln!(out, "placement group {}: {}, {}, since {}", group.id, group.state, group.strategy, group.since);
+    for (name, text) in
+        [("why", group.reason.clone()), ("labels", labels(&group.labels)), ("used by", group.deployments.join(" "))]
+    {
+        if !text.is_empty() {
+            let _ = writeln!(out, "{name}: {text}");
+        }
+    }
+    let row = |bundle: &BundleStatus| {
+        let amounts: Vec<String> = bundle.resources.iter().map(|(name, amount)| format!("{name}={amount}")).collect();
+        let slots: Vec<String> = bundle.slots.iter().map(u32::to_string).collect();
+        let node = bundle.node.clone().unwrap_or_default();
+        let (index, labels) = (bundle.index.to_string(), labels(&bundle.labels));
+        vec![index, bundle.state.clone(), amounts.join(","), labels, node, slots.join(",")]
+    };
+    let rows = group.bundles.iter().map(row).collect();
+    section(&mut out, "BUNDLES", &["BUNDLE", "STATE", "RESOURCES", "NODE MUST HAVE", "NODE", "SLOTS"], rows);
+    out
+}
+
+fn seat(bundle: &BundleStatus) -> &str {
+    bundle.node.as_deref().unwrap_or("waiting")
+}
+
 /// A table; columns without content are left out.
-fn section(out: &mut String, title: &str, heads: &[&str], rows: Vec<Vec<String>>) {
+pub(super) fn section(out: &mut String, title: &str, heads: &[&str], rows: Vec<Vec<String>>) {
     if rows.is_empty() {
         let _ = writeln!(out, "\n{title}: none");
         return;

@@ -16,7 +16,7 @@ use super::launch::runtime;
 use super::{CliError, Outcome, Surroundings};
 use crate::cluster::membership::HeadClient;
 use crate::config::{Home, defaults};
-use crate::head::{ProcessId, running_head};
+use crate::head::{HeadRecord, ProcessId, running_head};
 
 /// Time for a process to end after SIGTERM; then comes SIGKILL.
 const TERM_DEADLINE: Duration = Duration::from_secs(15);
@@ -90,12 +90,15 @@ async fn ask(client: &HeadClient) -> Outcome {
 
 /// The head of this home and the agent that it was started with.
 fn own_processes(home: &Home) -> Vec<ProcessId> {
-    let Some(head) = running_head(home) else { return Vec::new() };
+    let head = running_head(home);
     let record = agent_record(home).unwrap_or_default();
-    let serves_this_head = record["head"].as_str() == Some(head.address.as_str());
-    let pid = record["pid"].as_u64().filter(|_| serves_this_head).and_then(|pid| u32::try_from(pid).ok());
+    let serves =
+        |head: &HeadRecord| record["head"].as_str().is_some_and(|at| at == head.address || at == head.local_address);
+    // One that was started with a head that is gone waits for it: it is this cluster's too.
+    let is_ours = record["with_head"].as_bool() == Some(true) || head.as_ref().is_some_and(serves);
+    let pid = record["pid"].as_u64().filter(|_| is_ours).and_then(|pid| u32::try_from(pid).ok());
     let agent = pid.and_then(ProcessId::of);
-    std::iter::once(head.process).chain(agent).collect()
+    head.map(|head| head.process).into_iter().chain(agent).collect()
 }
 
 /// Waits for processes; those that do not go by themselves are told by signals.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use phalanx_formats::Geometry;
-use phalanx_proto::{DeploymentStatus, Phase, Rank};
+use phalanx_proto::{DeploymentStatus, Incarnation, Phase, Rank};
 use tokio::sync::{mpsc, oneshot};
 
 use super::ClusterError;
@@ -139,6 +139,17 @@ pub enum DeployEvent {
     Failed(DeployFailure),
 }
 
+/// A restart of all replicas, one after the other.
+#[derive(Debug)]
+pub(super) struct Rolling {
+    pub since: Instant,
+    /// The replica whose turn it is, and its incarnation before.
+    pub turn: Option<(usize, Incarnation)>,
+    /// Replicas that have had theirs.
+    pub num_done: usize,
+    pub replies: Vec<oneshot::Sender<Result<(), ClusterError>>>,
+}
+
 /// A deployment and everything of it.
 pub(super) struct Deployment {
     pub checked: Arc<CheckedSpec>,
@@ -157,6 +168,8 @@ pub(super) struct Deployment {
     pub order: u64,
     /// The sign of what the store holds, or is about to hold; none: no record.
     pub kept: Option<KeptVersion>,
+    /// When the store is asked again, where it could not write what it was given.
+    pub keep_again_at: Option<Instant>,
     /// The store held a record of it once.
     pub was_kept: bool,
     /// Requests find it.
@@ -167,6 +180,8 @@ pub(super) struct Deployment {
     pub publishing: bool,
     pub stopping_since: Option<Instant>,
     pub watchers: Vec<mpsc::Sender<DeployEvent>>,
+    /// It is being started again, replica by replica.
+    pub rolling: Option<Rolling>,
     pub undeploy_replies: Vec<oneshot::Sender<Result<(), ClusterError>>>,
 }
 
@@ -185,12 +200,14 @@ impl Deployment {
             gave_up: false,
             order: 0,
             kept: None,
+            keep_again_at: None,
             was_kept: false,
             published: false,
             stale: false,
             publishing: false,
             stopping_since: None,
             watchers: Vec::new(),
+            rolling: None,
             undeploy_replies: Vec::new(),
             checked: Arc::new(checked),
         }
@@ -201,20 +218,49 @@ impl Deployment {
         let unplaced = self.replicas.iter().filter(|replica| matches!(replica.stage, Stage::Unplaced)).count();
         Wanted {
             tensor_parallel_size: self.size,
-            replicas: u32::try_from(unplaced).unwrap_or(u32::MAX),
+            // Those that follow the machines come one by one.
+            replicas: u32::try_from(unplaced).unwrap_or(u32::MAX).min(if self.is_auto() { 1 } else { u32::MAX }),
             strategy: self.checked.spec.strategy,
             waits: self.has_served || self.wait_until.is_some(),
         }
     }
 
+    /// Whether its replicas follow the machines.
+    pub fn is_auto(&self) -> bool {
+        self.checked.spec.replicas_auto
+    }
+
+    /// Replicas that must serve. Of those that follow the machines, one that nobody uses yet is no loss.
+    fn num_counted(&self) -> usize {
+        let counts = |replica: &&Replica| !self.is_auto() || replica.engine.is_some();
+        self.replicas.iter().filter(counts).count()
+    }
+
+    /// Has one more replica, without slots.
+    pub fn grow(&mut self) {
+        self.replicas.push(Replica::new());
+        self.group.grow();
+    }
+
+    /// Forgets replicas at the end that have no machine and no request. True where there were any.
+    pub fn shrink(&mut self) -> bool {
+        let before = self.replicas.len();
+        let is_idle = |replica: &Replica| matches!(replica.stage, Stage::Unplaced) && replica.engine.is_none();
+        while self.replicas.len() > 1 && self.replicas.last().is_some_and(is_idle) {
+            self.replicas.pop();
+            self.group.shrink();
+        }
+        self.replicas.len() < before
+    }
+
     /// The state that follows from the replicas.
     pub fn derive_state(&self) -> DeploymentState {
-        let serving = self.replicas.iter().filter(|replica| matches!(replica.stage, Stage::Serving)).count();
+        let serving = self.replicas.iter().filter(|replica| replica.engine().is_some()).count();
         if self.stopping_since.is_some() {
             DeploymentState::Stopping
         } else if self.gave_up {
             DeploymentState::Failed
-        } else if serving == self.replicas.len() && self.published && !self.stale && !self.publishing {
+        } else if serving > 0 && serving == self.num_counted() && self.published && !self.stale && !self.publishing {
             DeploymentState::Ready
         } else if self.has_served {
             let is_lost = |replica: &Replica| replica.engine.is_none() && matches!(replica.stage, Stage::Unplaced);

@@ -3,16 +3,18 @@
 use std::sync::Arc;
 
 use phalanx_proto::{
-    AgentCommand, AgentEvent, AgentHello, DeploymentName, Epoch, Incarnation, NodeId, Phase, Rank, RankCapacity,
-    RankHello,
+    AgentCommand, AgentEvent, AgentHello, DeploymentName, Epoch, Incarnation, LogPart, LogRequest, NodeId, Phase, Rank,
+    RankCapacity, RankHello,
 };
 use tokio::sync::{mpsc, oneshot};
 
 use super::ClusterError;
 use super::deployment::{CheckedSpec, DeployEvent};
+use super::named_group::{GroupReply, GroupSpec};
 use super::nodes::AgentSession;
 use crate::engine::EngineHandle;
 use crate::engine::group::RankLink;
+use crate::store::Table;
 
 /// Names one incarnation of one replica: answers of an older one are ignored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,13 +68,21 @@ pub(super) enum ClusterEvent {
     /// A group has drained.
     GroupStopped { group: GroupKey },
     /// The store has written what it was given, or cannot.
-    Kept { deployment: DeploymentName, result: Result<(), String> },
+    Kept { table: Table, name: String, result: Result<(), String> },
     /// The table of served models was brought up to date.
     Published { deployment: DeploymentName, result: Result<(), String> },
     /// Someone asks for a deployment.
     Deploy { checked: Box<CheckedSpec>, watcher: mpsc::Sender<DeployEvent> },
     /// Someone asks for its end.
     Undeploy { name: DeploymentName, reply: oneshot::Sender<Result<(), ClusterError>> },
+    /// Someone asks for bundles by name.
+    CreateGroup { spec: GroupSpec, reply: GroupReply },
+    /// Someone gives them back; with `force`, what runs in them ends.
+    RemoveGroup { name: String, force: bool, reply: oneshot::Sender<Result<(), ClusterError>> },
+    /// Someone asks for new processes of a deployment, replica by replica.
+    Restart { name: DeploymentName, reply: oneshot::Sender<Result<(), ClusterError>> },
+    /// Someone asks for a part of a log on a node.
+    ReadLog { node: NodeId, request: LogRequest, reply: oneshot::Sender<LogPart> },
     /// Someone asks for a node's end.
     Leave { node: NodeId, reply: oneshot::Sender<Result<(), ClusterError>> },
     /// Someone asks for the end of everything.

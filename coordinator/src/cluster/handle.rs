@@ -3,16 +3,18 @@
 use std::time::{Duration, Instant};
 
 use phalanx_proto::{
-    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, NodeId, RankHello, StatusSnapshot,
-    Term,
+    AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, LogPart, LogRequest, NodeId,
+    PlacementGroupStatus, RankHello, StatusSnapshot, Term,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::deployment::{CheckedSpec, DeployEvent};
+use super::chronicle::Chronicle;
+use super::deployment::{CheckedSpec, DeployEvent, DeployFailure};
 use super::event::ClusterEvent;
+use super::named_group::GroupSpec;
 use super::nodes::{AgentSession, Patience};
 use super::reconcile::Reconciler;
-use super::record::DeploymentRecord;
+use super::record::Restored;
 use super::{ClusterError, ServingChange, StatusBoard};
 use crate::config::defaults;
 use crate::engine::group::RankLink;
@@ -42,10 +44,14 @@ pub struct ClusterSettings {
     pub end_deadline: Duration,
     /// Time for running requests when their deployment stops.
     pub drain: Duration,
+    /// Time for running requests of a replica whose node leaves, where no other node has room for it.
+    pub drain_in_place: Duration,
     /// Longest wait of running requests while there is no machine to start their group on.
     pub no_machine_deadline: Duration,
     /// The heads of this cluster, where there may be several.
     pub heads: Option<watch::Receiver<HeadsSeen>>,
+    /// Where what happens is told.
+    pub chronicle: Chronicle,
     /// Where what must survive is written; none: nowhere.
     pub store: Option<StoreWriter>,
     /// Most restarts of a replica within `restart_window`.
@@ -64,14 +70,16 @@ impl ClusterSettings {
             head,
             socket,
             heartbeat: defaults::HEARTBEAT,
-            patience: Patience { suspect_after: defaults::SUSPECT_AFTER, dead_after: defaults::DEAD_AFTER },
+            patience: Patience::of(defaults::NODE_TIMEOUT),
             head_grace,
             connect_deadline: defaults::CONNECT_DEADLINE,
             settle: defaults::SETTLE,
             end_deadline: defaults::END_DEADLINE,
             drain: defaults::DRAIN,
+            drain_in_place: defaults::DRAIN_IN_PLACE,
             no_machine_deadline: defaults::NO_MACHINE_DEADLINE,
             heads: None,
+            chronicle: Chronicle::default(),
             store: None,
             restarts_max: defaults::RESTARTS_MAX,
             forgiven_after: defaults::RESTARTS_FORGIVEN_AFTER,
@@ -80,11 +88,11 @@ impl ClusterSettings {
     }
 }
 
-/// Starts the cluster's task on the current runtime, with the deployments that an earlier head has left. It ends after
+/// Starts the cluster's task on the current runtime, with what an earlier head has left. It ends after
 /// [`ClusterHandle::stop`].
 pub fn start(
     settings: ClusterSettings,
-    restored: Vec<DeploymentRecord>,
+    restored: Restored,
     serving: mpsc::Sender<ServingChange>,
 ) -> (ClusterHandle, StatusBoard) {
     let (events, inbox) = mpsc::channel(defaults::CLUSTER_QUEUE);
@@ -175,6 +183,41 @@ impl ClusterHandle {
     /// There is none of this name, or its processes did not end in time.
     pub async fn undeploy(&self, name: DeploymentName) -> Result<(), ClusterError> {
         self.ask(|reply| ClusterEvent::Undeploy { name, reply }).await?
+    }
+
+    /// Asks for bundles by name; returns when they are reserved or wait for it, on disk.
+    ///
+    /// # Errors
+    /// They can never be had on the machines that are there, or the head is stopping.
+    pub async fn create_group(
+        &self,
+        spec: GroupSpec,
+    ) -> Result<Result<PlacementGroupStatus, DeployFailure>, ClusterError> {
+        self.ask(|reply| ClusterEvent::CreateGroup { spec, reply }).await
+    }
+
+    /// Gives bundles back; with `force`, what runs in them ends first.
+    ///
+    /// # Errors
+    /// There is no such group, or something runs in it.
+    pub async fn remove_group(&self, name: String, force: bool) -> Result<(), ClusterError> {
+        self.ask(|reply| ClusterEvent::RemoveGroup { name, force, reply }).await?
+    }
+
+    /// Starts a deployment's replicas again, one after the other; returns when all serve.
+    ///
+    /// # Errors
+    /// There is none of this name, or it does not serve.
+    pub async fn restart(&self, name: DeploymentName) -> Result<(), ClusterError> {
+        self.ask(|reply| ClusterEvent::Restart { name, reply }).await?
+    }
+
+    /// A part of a log on a node.
+    ///
+    /// # Errors
+    /// The node is not there, or too many logs are read at once.
+    pub async fn read_log(&self, node: NodeId, request: LogRequest) -> Result<LogPart, ClusterError> {
+        self.ask(|reply| ClusterEvent::ReadLog { node, request, reply }).await
     }
 
     /// Sends a node away: its ranks end, then its agent.

@@ -72,6 +72,7 @@ pub(super) fn engine_limits(checked: &CheckedSpec) -> EngineLimits {
         enable_prefix_caching: spec.enable_prefix_caching,
         step_time_budget: defaults::STEP_TIME_BUDGET,
         step_deadline_min: defaults::STEP_DEADLINE_MIN,
+        policy: spec.scheduling_policy,
         recovery: RecoveryLimits::default(),
         features: phalanx_proto::SamplerFeatures::default(),
     }
@@ -79,6 +80,8 @@ pub(super) fn engine_limits(checked: &CheckedSpec) -> EngineLimits {
 
 /// Drives a group's start; ends in `GroupStarted`.
 pub(super) fn start_group(start: GroupStart, events: mpsc::Sender<ClusterEvent>) -> Starter {
+    #[cfg(test)]
+    let Some(start) = simulated::start(start) else { return Starter(tokio::spawn(async {}).abort_handle()) };
     let GroupStart { key, links, load, kept, limits, engine, given_up } = start;
     let task = tokio::spawn(async move {
         let (progress, reports) = mpsc::channel(defaults::PEER_QUEUE);
@@ -126,6 +129,10 @@ async fn relay(mut reports: mpsc::Receiver<StartProgress>, group: GroupKey, even
 
 /// Watches an engine; ends in `GroupFailed` when the group of this epoch breaks, and in nothing where the engine is stopped.
 pub(super) fn watch_engine(key: GroupKey, engine: EngineHandle, epoch: Epoch, events: mpsc::Sender<ClusterEvent>) {
+    #[cfg(test)]
+    if simulated::is_on() {
+        return;
+    }
     tokio::spawn(async move {
         if let Some(reason) = engine.broke(epoch).await {
             let _ = events.send(ClusterEvent::GroupFailed { group: key, reason }).await;
@@ -135,6 +142,8 @@ pub(super) fn watch_engine(key: GroupKey, engine: EngineHandle, epoch: Epoch, ev
 
 /// Drains an engine; ends in `GroupStopped`.
 pub(super) fn stop_engine(key: GroupKey, engine: EngineHandle, drain: Duration, events: mpsc::Sender<ClusterEvent>) {
+    #[cfg(test)]
+    let Some((key, engine)) = simulated::stop(key, engine) else { return };
     tokio::spawn(async move {
         engine.stop(drain).await;
         let _ = events.send(ClusterEvent::GroupStopped { group: key }).await;
@@ -143,5 +152,63 @@ pub(super) fn stop_engine(key: GroupKey, engine: EngineHandle, drain: Duration, 
 
 /// Ends an engine that nobody wants any more.
 pub(super) fn discard_engine(engine: EngineHandle) {
+    #[cfg(test)]
+    let Some(engine) = simulated::discard(engine) else { return };
     tokio::spawn(async move { engine.stop(Duration::ZERO).await });
+}
+
+/// Where a simulation takes over what would be tasks and engines: it runs them itself, one thing after the other.
+#[cfg(test)]
+pub(super) mod simulated {
+    use std::cell::RefCell;
+
+    use super::{EngineHandle, GroupKey, GroupStart};
+
+    /// What the cluster's task has asked for.
+    pub enum Asked {
+        Start(Box<GroupStart>),
+        Stop(GroupKey, EngineHandle),
+        Discard(EngineHandle),
+    }
+
+    thread_local! {
+        static ASKED: RefCell<Option<Vec<Asked>>> = const { RefCell::new(None) };
+    }
+
+    /// Begins a simulation on this thread, or ends it.
+    pub fn turn(on: bool) {
+        ASKED.with_borrow_mut(|asked| *asked = on.then(Vec::new));
+    }
+
+    /// What was asked for since the last time.
+    pub fn take() -> Vec<Asked> {
+        ASKED.with_borrow_mut(|asked| asked.as_mut().map(std::mem::take).unwrap_or_default())
+    }
+
+    pub fn is_on() -> bool {
+        ASKED.with_borrow(Option::is_some)
+    }
+
+    pub fn start(start: GroupStart) -> Option<GroupStart> {
+        ask(start, |start| Asked::Start(Box::new(start)))
+    }
+
+    pub fn stop(key: GroupKey, engine: EngineHandle) -> Option<(GroupKey, EngineHandle)> {
+        ask((key, engine), |(key, engine)| Asked::Stop(key, engine))
+    }
+
+    pub fn discard(engine: EngineHandle) -> Option<EngineHandle> {
+        ask(engine, Asked::Discard)
+    }
+
+    /// Gives back what no simulation takes.
+    fn ask<T>(what: T, asked: impl FnOnce(T) -> Asked) -> Option<T> {
+        ASKED.with_borrow_mut(|list| match list {
+            None => Some(what),
+            Some(list) => {
+                list.push(asked(what));
+                None
+            }
+        })
+    }
 }

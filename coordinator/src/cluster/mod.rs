@@ -8,12 +8,14 @@
 
 mod admission;
 mod board;
+pub mod bundle;
+mod chronicle;
 mod deployment;
 mod event;
 mod handle;
 mod launch;
 pub mod membership;
-
+mod named_group;
 mod nodes;
 pub mod placement;
 mod placement_group;
@@ -25,12 +27,14 @@ mod spec;
 pub mod strategy;
 
 pub use board::StatusBoard;
+pub use chronicle::Chronicle;
 pub use deployment::{CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode, DeploymentState};
 pub use event::ServingChange;
 pub use handle::{ClusterHandle, ClusterSettings, stand_by, start};
+pub use named_group::{GroupRecord, GroupSpec};
 pub use nodes::{AgentSession, JoinError, NodeState, Patience};
-pub use record::DeploymentRecord;
-pub use spec::{DeploymentSpec, TensorParallelSize};
+pub use record::{DeploymentRecord, Restored};
+pub use spec::{DeploymentSpec, ReplicaCount, TensorParallelSize};
 
 use phalanx_proto::{DeploymentName, NodeId, RankKey};
 
@@ -64,6 +68,30 @@ pub enum ClusterError {
         /// What there is.
         known: Vec<String>,
     },
+    /// No placement group of this name.
+    #[error("no placement group is named {name}; there {}", listing(.known))]
+    UnknownGroup {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: Vec<String>,
+    },
+    /// Something runs in a placement group.
+    #[error("placement group {name} is in use by {}: undeploy first, or --force ends both", .deployments.join(", "))]
+    GroupInUse {
+        /// The group.
+        name: String,
+        /// What runs there.
+        deployments: Vec<String>,
+    },
+    /// A deployment cannot be started again.
+    #[error("{name} cannot be restarted: {reason}")]
+    CannotRestart {
+        /// The deployment.
+        name: DeploymentName,
+        /// Why.
+        reason: String,
+    },
     /// Processes did not end in time.
     #[error("processes of {name} have not ended in time: {which}")]
     StillRunning {
@@ -77,6 +105,14 @@ pub enum ClusterError {
     Standby {
         /// Cluster address of the head that leads, where one does.
         leader: Option<String>,
+    },
+    /// The store cannot write that a deployment or a placement group has ended.
+    #[error("the end of {name} cannot be written down, so it has not ended: {reason}")]
+    NotKept {
+        /// Whose.
+        name: String,
+        /// What the store said.
+        reason: String,
     },
     /// The head ends, or its queue is full.
     #[error("the head is stopping or overloaded")]

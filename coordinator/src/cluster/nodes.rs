@@ -5,10 +5,19 @@
 //!
 //! **Invariant:** at most one session of a node counts; whatever an older one says is ignored.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use phalanx_proto::{AgentHello, DeviceKind, NodeId};
+
+use super::placement::IMPLIED_LABELS;
+use crate::config::defaults;
+
+/// Ways there and back that are remembered: the shortest of them counts, for a busy machine lengthens some.
+const ROUND_TRIPS_KEPT: usize = 5;
+/// The table is looked at more often than this. Where it was not, this process itself stood still, and what the nodes said
+/// meanwhile still waits to be read.
+const OWN_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// Whether a node can be worked with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,9 +63,39 @@ pub struct Node {
     pub session: AgentSession,
     last_heard: Instant,
     order: u64,
+    round_trips: VecDeque<Duration>,
 }
 
 impl Node {
+    /// The way to it and back, once it was measured.
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.round_trips.iter().min().copied()
+    }
+
+    /// That way, where it is long.
+    pub fn slow_round_trip(&self) -> Option<Duration> {
+        let is_known = self.round_trips.len() >= ROUND_TRIPS_KEPT;
+        self.round_trip().filter(|time| is_known && *time >= defaults::SLOW_ROUND_TRIP)
+    }
+
+    /// Why it is not alive, or what is wrong with it; else empty.
+    pub fn trouble(&self) -> String {
+        match self.slow_round_trip() {
+            Some(time) if self.reason.is_empty() => {
+                format!("the network is slow: {:.0} ms to the head and back", time.as_secs_f64() * 1000.0)
+            }
+            _ => self.reason.clone(),
+        }
+    }
+
+    /// The labels that it was given, and those that every node has.
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        let mut labels = self.hello.labels.clone();
+        let implied = [self.hello.node_id.to_string(), self.hello.hostname.clone(), self.hello.device_kind.to_string()];
+        labels.extend(IMPLIED_LABELS.into_iter().map(str::to_owned).zip(implied));
+        labels
+    }
+
     /// The device in words.
     pub fn device(&self) -> String {
         let count = self.hello.num_slots;
@@ -109,18 +148,31 @@ pub struct Patience {
     pub dead_after: Duration,
 }
 
+impl Patience {
+    /// Dead after so long, suspect after half of it.
+    pub fn of(dead_after: Duration) -> Self {
+        Self { suspect_after: dead_after / 2, dead_after }
+    }
+
+    /// Time between heartbeats: some may be late before anybody worries.
+    pub fn heartbeat(&self) -> Duration {
+        (self.suspect_after / 4).min(defaults::HEARTBEAT)
+    }
+}
+
 /// All machines that ever joined in this life of the head.
 #[derive(Debug)]
 pub struct NodeTable {
     nodes: BTreeMap<NodeId, Node>,
     patience: Patience,
     next: u64,
+    looked_at: Option<Instant>,
 }
 
 impl NodeTable {
     /// An empty table.
     pub fn new(patience: Patience) -> Self {
-        Self { nodes: BTreeMap::new(), patience, next: 1 }
+        Self { nodes: BTreeMap::new(), patience, next: 1, looked_at: None }
     }
 
     /// Takes a machine in, or takes it back.
@@ -144,7 +196,8 @@ impl NodeTable {
         let order = before.map_or(self.next, |node| node.order);
         self.next += 1;
         let (state, reason) = (NodeState::Alive, String::new());
-        let node = Node { address, state, reason, session, last_heard: now, order, hello };
+        let round_trips = VecDeque::new();
+        let node = Node { address, state, reason, session, last_heard: now, order, round_trips, hello };
         self.nodes.insert(node.hello.node_id.clone(), node);
         Ok(session)
     }
@@ -161,6 +214,17 @@ impl NodeTable {
             node.reason.clear();
         }
         true
+    }
+
+    /// Notes how long the way to a node and back was; gives that time where it is found to be slow now.
+    pub fn note_round_trip(&mut self, id: &NodeId, time: Duration) -> Option<Duration> {
+        let node = self.nodes.get_mut(id)?;
+        let was_slow = node.slow_round_trip().is_some();
+        if node.round_trips.len() == ROUND_TRIPS_KEPT {
+            node.round_trips.pop_front();
+        }
+        node.round_trips.push_back(time);
+        node.slow_round_trip().filter(|_| !was_slow)
     }
 
     /// Notes that a node goes on purpose. False where the session does not count any more.
@@ -185,7 +249,10 @@ impl NodeTable {
     /// Ages the silent; returns the nodes that died by it.
     pub fn tick(&mut self, now: Instant) -> Vec<NodeId> {
         let mut died = Vec::new();
+        let pause = self.looked_at.replace(now).map_or(Duration::ZERO, |before| now.saturating_duration_since(before));
+        let forgiven = if pause > OWN_PAUSE_MAX { pause } else { Duration::ZERO };
         for (id, node) in &mut self.nodes {
+            node.last_heard = (node.last_heard + forgiven).min(now);
             let silent = now.saturating_duration_since(node.last_heard);
             let state = match node.state {
                 NodeState::Alive | NodeState::Suspect if silent >= self.patience.dead_after => NodeState::Dead,
@@ -233,6 +300,7 @@ mod tests {
             memory_bytes: 1 << 33,
             pid,
             device_names: vec!["cpu".into(); 2],
+            labels: BTreeMap::new(),
         }
     }
 
@@ -247,16 +315,51 @@ mod tests {
         let mut table = NodeTable::new(PATIENCE);
         let id = NodeId("a".into());
         let session = table.join(hello("a", 1), "x".into(), start).expect("joins");
-        assert!(table.tick(at(2)).is_empty());
+        let look = |table: &mut NodeTable, from: u64, to: u64| -> Vec<NodeId> {
+            (from..=to).flat_map(|second| table.tick(at(second))).collect()
+        };
+        assert!(look(&mut table, 0, 2).is_empty());
         assert_eq!(state(&table, "a"), NodeState::Alive);
-        assert!(table.tick(at(4)).is_empty());
+        assert!(look(&mut table, 3, 4).is_empty());
         assert_eq!(state(&table, "a"), NodeState::Suspect);
         assert!(table.heard(&id, session, at(5)));
         assert_eq!(state(&table, "a"), NodeState::Alive);
-        assert_eq!(table.tick(at(15)), std::slice::from_ref(&id));
+        assert!(look(&mut table, 5, 14).is_empty());
+        assert_eq!(look(&mut table, 15, 15), std::slice::from_ref(&id));
         assert!(table.tick(at(16)).is_empty());
         assert!(!table.heard(&id, session, at(16)));
         assert_eq!(state(&table, "a"), NodeState::Dead);
+    }
+
+    #[test]
+    fn a_head_that_stood_still_does_not_blame_the_nodes() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut table = NodeTable::new(PATIENCE);
+        let id = NodeId("a".into());
+        let session = table.join(hello("a", 1), "x".into(), start).expect("joins");
+        assert!(table.tick(at(0)).is_empty());
+        assert!(table.tick(at(60)).is_empty());
+        assert_eq!(state(&table, "a"), NodeState::Alive);
+        assert!(table.heard(&id, session, at(60)));
+    }
+
+    #[test]
+    fn a_slow_way_is_said_once_and_named_until_it_is_short_again() {
+        let mut table = NodeTable::new(PATIENCE);
+        let id = NodeId("a".into());
+        table.join(hello("a", 1), "x".into(), Instant::now()).expect("joins");
+        let mut note = |millis| {
+            let said = table.note_round_trip(&id, Duration::from_millis(millis)).is_some();
+            (said, table.node(&id).expect("joined").trouble())
+        };
+        for _ in 0..ROUND_TRIPS_KEPT - 1 {
+            assert_eq!(note(204), (false, String::new()), "a few may be chance");
+        }
+        let (said, words) = note(203);
+        assert!(said && words.contains("203 ms"), "{words}");
+        assert!(matches!(note(210), (false, words) if words.contains("203 ms")));
+        assert_eq!(note(2), (false, String::new()));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Placement: whether and where a deployment's bundles fit, and in which words it is said when they do not.
+//! Placement: whether and where bundles fit, and in which words it is said when they do not.
 //!
 //! A pure function over what each node offers and what is taken. Knows no clock, no channel and no process; whoever
 //! calls it takes the slots.
@@ -6,9 +6,19 @@
 //! **Invariant:** every answer that is not `Placed` carries the arithmetic, in the same words for the command line, the
 //! API, `status` and the dashboard. Solving twice changes nothing.
 
+mod words;
+
+use std::collections::BTreeMap;
+
 use phalanx_proto::{DeviceKind, NodeId};
 
-use super::strategy::Strategy;
+pub use words::unit;
+
+use super::bundle::BundleSpec;
+use super::strategy::{Demand, Fit, Room, Strategy};
+
+/// Labels that every node has without being given them: its id, its machine's name, its kind of device.
+pub const IMPLIED_LABELS: [&str; 3] = ["node", "host", "device"];
 
 /// What a node offers, as placement sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,14 +31,49 @@ pub struct NodeCapacity {
     pub num_slots: u32,
     /// Slots taken.
     pub num_used: u32,
+    /// Thousandths of processors offered to placement groups.
+    pub millicpus: u32,
+    /// Of these, taken.
+    pub millicpus_used: u32,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+}
+
+impl NodeCapacity {
+    /// A node of which only the slots matter.
+    pub fn of_slots(id: NodeId, device_kind: DeviceKind, num_slots: u32, num_used: u32) -> Self {
+        Self { id, device_kind, num_slots, num_used, millicpus: 0, millicpus_used: 0, labels: BTreeMap::new() }
+    }
+
+    fn total(&self) -> Room {
+        Room { slots: self.num_slots, millicpus: self.millicpus }
+    }
+
+    fn free(&self) -> Room {
+        Room {
+            slots: self.num_slots.saturating_sub(self.num_used),
+            millicpus: self.millicpus.saturating_sub(self.millicpus_used),
+        }
+    }
+}
+
+/// Who may hold slots.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Holder {
+    /// A deployment.
+    Deployment(String),
+    /// A placement group that was made by hand, whatever runs in it.
+    Group(String),
 }
 
 /// Who holds slots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hold {
-    /// The deployment.
-    pub deployment: String,
-    /// How many slots.
+    /// Who.
+    pub holder: Holder,
+    /// The node.
+    pub node: NodeId,
+    /// How many of its slots.
     pub num_slots: u32,
     /// Since when, as words (`10:02:11 UTC`).
     pub since: String,
@@ -47,10 +92,23 @@ pub struct Wanted {
     pub waits: bool,
 }
 
+/// Bundles that were asked for by hand.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupWanted {
+    /// All of them.
+    pub bundles: Vec<BundleSpec>,
+    /// The node of each that has one.
+    pub placed: Vec<Option<NodeId>>,
+    /// How they lie.
+    pub strategy: Strategy,
+    /// Whether machines that are not there are waited for.
+    pub waits: bool,
+}
+
 /// The answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Placement {
-    /// The node of each rank, per replica.
+    /// The node of each rank, per replica; for bundles, one list of those that had none.
     Placed(Vec<Vec<NodeId>>),
     /// It does not fit now, and may later: busy, or waiting for machines.
     Pending(Shortage),
@@ -78,132 +136,82 @@ impl Shortage {
 
 /// Places `wanted` on `nodes` (those that may take work); `holds` says who has what.
 pub fn place(nodes: &[NodeCapacity], holds: &[Hold], wanted: &Wanted) -> Placement {
-    let free: Vec<u32> = nodes.iter().map(|node| node.num_slots.saturating_sub(node.num_used)).collect();
+    let free: Vec<Room> = nodes.iter().map(NodeCapacity::free).collect();
     if let Some(replicas) = assign(&free, wanted) {
         let names = |replica: Vec<usize>| replica.into_iter().map(|node| nodes[node].id.clone()).collect();
         return Placement::Placed(replicas.into_iter().map(names).collect());
     }
-    let total: Vec<u32> = nodes.iter().map(|node| node.num_slots).collect();
+    let total: Vec<Room> = nodes.iter().map(NodeCapacity::total).collect();
     if assign(&total, wanted).is_some() {
-        return Placement::Pending(busy(nodes, holds, wanted));
+        return Placement::Pending(words::busy(nodes, holds, wanted));
     }
     let shortage = Shortage {
         busy: false,
-        reason: arithmetic(nodes, wanted),
-        hint: if wanted.waits { String::new() } else { advice(&total, wanted) },
+        reason: words::arithmetic(nodes, wanted),
+        hint: if wanted.waits { String::new() } else { words::advice(&total, wanted) },
     };
     if wanted.waits { Placement::Pending(shortage) } else { Placement::Infeasible(shortage) }
 }
 
+/// Places those of the wanted bundles that lie nowhere: all of them, or none.
+pub fn place_group(nodes: &[NodeCapacity], holds: &[Hold], wanted: &GroupWanted) -> Placement {
+    let free = nodes.iter().map(NodeCapacity::free).collect();
+    match assign_group(nodes, free, wanted) {
+        Fit::Found(places) => {
+            return Placement::Placed(vec![places.into_iter().map(|node| nodes[node].id.clone()).collect()]);
+        }
+        Fit::Unknown => return Placement::Pending(words::unsolved(nodes, wanted)),
+        Fit::None => {}
+    }
+    let mut total: Vec<Room> = nodes.iter().map(NodeCapacity::total).collect();
+    for (bundle, node) in wanted.bundles.iter().zip(&wanted.placed) {
+        let place = nodes.iter().position(|known| Some(&known.id) == node.as_ref());
+        if let Some(place) = place {
+            total[place] = total[place].less(bundle.room()).unwrap_or_default();
+        }
+    }
+    match assign_group(nodes, total, wanted) {
+        Fit::None => {
+            let shortage = words::infeasible_group(nodes, wanted);
+            if wanted.waits { Placement::Pending(shortage) } else { Placement::Infeasible(shortage) }
+        }
+        Fit::Found(_) | Fit::Unknown => Placement::Pending(words::busy_group(nodes, holds, wanted)),
+    }
+}
+
 /// A node for each rank of each replica, one replica after the other.
-fn assign(free: &[u32], wanted: &Wanted) -> Option<Vec<Vec<usize>>> {
+fn assign(free: &[Room], wanted: &Wanted) -> Option<Vec<Vec<usize>>> {
     let mut left = free.to_vec();
-    let bundles = vec![1; wanted.tensor_parallel_size as usize];
+    let rank = Demand { room: Room::of_slots(1), barred: Vec::new() };
+    let bundles = vec![rank; wanted.tensor_parallel_size as usize];
+    let none_taken = vec![0; free.len()];
     let mut replicas = Vec::new();
     for _ in 0..wanted.replicas {
-        let nodes = wanted.strategy.assign(&left, &bundles)?;
+        let nodes = wanted.strategy.assign(&left, &none_taken, &bundles).found()?;
         for &node in &nodes {
-            left[node] -= 1;
+            left[node] = left[node].less(Room::of_slots(1))?;
         }
         replicas.push(nodes);
     }
     Some(replicas)
 }
 
-/// The word for `count` slots of these nodes.
-pub fn unit(nodes: &[NodeCapacity], count: u32) -> &'static str {
-    let gpus = nodes.iter().any(|node| node.device_kind != DeviceKind::Cpu);
-    match (nodes.is_empty(), gpus, count == 1) {
-        (true, _, true) => "device slot",
-        (true, _, false) => "device slots",
-        (_, true, true) => "GPU",
-        (_, true, false) => "GPUs",
-        (_, false, true) => "CPU slot",
-        (_, false, false) => "CPU slots",
-    }
-}
-
-fn arithmetic(nodes: &[NodeCapacity], wanted: &Wanted) -> String {
-    let size = wanted.tensor_parallel_size;
-    let each = if wanted.replicas > 1 { format!("{} times ", wanted.replicas) } else { String::new() };
-    let needs = format!("needs {each}{size} {}", unit(nodes, size));
-    let machines = nodes.len();
-    if nodes.is_empty() {
-        return format!("{needs}; no machine is in the cluster");
-    }
-    match wanted.strategy {
-        Strategy::StrictPack if wanted.replicas == 1 => {
-            let one = if size == 1 { needs } else { format!("{needs} on one node") };
-            let largest =
-                nodes.iter().rev().max_by_key(|node| node.num_slots).map(|n| format!("{} ({})", n.num_slots, n.id));
-            format!("{one}; the largest node has {}", largest.unwrap_or_default())
-        }
-        Strategy::StrictPack => format!("{needs}, each on one node; {}", census(nodes)),
-        Strategy::StrictSpread => {
-            let nodes_word = if machines == 1 { "node" } else { "nodes" };
-            format!("{needs}, each on a node of its own; the cluster has {machines} {nodes_word} ({})", shares(nodes))
-        }
-        Strategy::Pack | Strategy::Spread => format!("{needs}; {}", census(nodes)),
-    }
-}
-
-fn census(nodes: &[NodeCapacity]) -> String {
-    let total: u32 = nodes.iter().map(|node| node.num_slots).sum();
-    format!("the cluster has {total} ({})", shares(nodes))
-}
-
-fn shares(nodes: &[NodeCapacity]) -> String {
-    let shares: Vec<String> = nodes.iter().map(|node| format!("{}: {}", node.id, node.num_slots)).collect();
-    shares.join(", ")
-}
-
-fn advice(total: &[u32], wanted: &Wanted) -> String {
-    let fits = |size: u32, strategy| {
-        assign(total, &Wanted { tensor_parallel_size: size, strategy, ..*wanted }).is_some().then_some(size)
-    };
-    let smaller = (1..wanted.tensor_parallel_size).rev().find_map(|size| fits(size, wanted.strategy));
-    let mut ways = Vec::new();
-    if let Some(size) = smaller {
-        ways.push(format!("--tensor-parallel-size {size}"));
-    }
-    if fits(wanted.tensor_parallel_size, Strategy::Pack).is_some() {
-        ways.push("--placement-strategy pack".to_owned());
-    }
-    let use_these = if ways.is_empty() { String::new() } else { format!("Use {}, ", ways.join(" or ")) };
-    let join = if use_these.is_empty() { "Join more machines" } else { "join more machines" };
-    format!("{use_these}{join}, or --wait 10m")
-}
-
-fn busy(nodes: &[NodeCapacity], holds: &[Hold], wanted: &Wanted) -> Shortage {
-    let total: u32 = nodes.iter().map(|node| node.num_slots).sum();
-    let used: u32 = nodes.iter().map(|node| node.num_used).sum();
-    let needed = wanted.tensor_parallel_size * wanted.replicas;
-    let held: Vec<String> = holds
+/// A node for each bundle that has none.
+fn assign_group(nodes: &[NodeCapacity], left: Vec<Room>, wanted: &GroupWanted) -> Fit {
+    let taken: Vec<u32> = nodes
         .iter()
-        .map(|hold| {
-            let verb = if hold.num_slots == 1 { "is" } else { "are" };
-            format!("{} {verb} held by deployment {} since {}", hold.num_slots, hold.deployment, hold.since)
-        })
+        .map(|node| wanted.placed.iter().filter(|placed| placed.as_ref() == Some(&node.id)).count() as u32)
         .collect();
-    let free = total.saturating_sub(used);
-    let verb = if free == 1 { "is" } else { "are" };
-    let mut reason = format!(
-        "needs {needed} {}{}; {free} of {total} {verb} free",
-        unit(nodes, needed),
-        if wanted.strategy == Strategy::StrictPack && needed > 1 { " on one node" } else { "" },
-    );
-    for line in held {
-        reason.push_str("; ");
-        reason.push_str(&line);
-    }
-    let hint = match (wanted.waits, holds.first()) {
-        (true, _) => String::new(),
-        (false, Some(hold)) => {
-            format!("Use --wait 10m, or end one with: coordinator undeploy {}", hold.deployment)
-        }
-        (false, None) => "Use --wait 10m".to_owned(),
+    wanted.strategy.assign(&left, &taken, &demands(nodes, wanted))
+}
+
+fn demands(nodes: &[NodeCapacity], wanted: &GroupWanted) -> Vec<Demand> {
+    let barred = |bundle: &BundleSpec| {
+        let may_not = |node: &(usize, &NodeCapacity)| !bundle.allows(&node.1.labels);
+        nodes.iter().enumerate().filter(may_not).map(|(place, _)| place).collect()
     };
-    Shortage { busy: true, reason, hint }
+    let unplaced = wanted.bundles.iter().zip(&wanted.placed).filter(|(_, node)| node.is_none());
+    unplaced.map(|(bundle, _)| Demand { room: bundle.room(), barred: barred(bundle) }).collect()
 }
 
 #[cfg(test)]
@@ -214,7 +222,7 @@ mod tests {
     use crate::cluster::strategy::Strategy;
 
     fn node(id: &str, num_slots: u32, num_used: u32) -> NodeCapacity {
-        NodeCapacity { id: NodeId(id.into()), device_kind: DeviceKind::Cuda, num_slots, num_used }
+        NodeCapacity::of_slots(NodeId(id.into()), DeviceKind::Cuda, num_slots, num_used)
     }
 
     fn wanted(tensor_parallel_size: u32, strategy: Strategy) -> Wanted {
@@ -223,13 +231,98 @@ mod tests {
 
     #[track_caller]
     fn check(nodes: &[NodeCapacity], wanted: Wanted, expected: &str) {
-        let holds = [Hold { deployment: "x".into(), num_slots: 2, since: "10:02:11 UTC".into() }];
-        let answer = match place(nodes, &holds, &wanted) {
+        assert_eq!(words(place(nodes, &[hold()], &wanted)), expected);
+    }
+
+    fn hold() -> Hold {
+        let holder = Holder::Deployment("x".into());
+        Hold { holder, node: NodeId("a".into()), num_slots: 2, since: "10:02:11 UTC".into() }
+    }
+
+    fn words(answer: Placement) -> String {
+        match answer {
             Placement::Placed(replicas) => format!("placed {replicas:?}"),
             Placement::Pending(shortage) => format!("pending: {}", shortage.text()),
             Placement::Infeasible(shortage) => format!("infeasible: {}", shortage.text()),
+        }
+    }
+
+    #[track_caller]
+    fn check_group(nodes: &[NodeCapacity], bundles: &[&str], strategy: Strategy, expected: &str) {
+        let bundles: Vec<BundleSpec> = bundles.iter().map(|text| text.parse().expect("a bundle")).collect();
+        let placed = vec![None; bundles.len()];
+        let wanted = GroupWanted { bundles, placed, strategy, waits: false };
+        assert_eq!(words(place_group(nodes, &[hold()], &wanted)), expected);
+    }
+
+    fn machine(id: &str, num_slots: u32, num_used: u32, zone: &str) -> NodeCapacity {
+        let labels = BTreeMap::from([("zone".to_owned(), zone.to_owned())]);
+        NodeCapacity { millicpus: 8000, labels, ..node(id, num_slots, num_used) }
+    }
+
+    #[test]
+    fn bundles_are_placed_whole_or_the_arithmetic_is_said() {
+        let two = [machine("a", 2, 0, "x"), machine("b", 2, 0, "y")];
+        check_group(&two, &["cpu=1,gpu=1"; 2], Strategy::Pack, r#"placed [[NodeId("a"), NodeId("a")]]"#);
+        check_group(&two, &["cpu=1,gpu=1,label.zone=y"], Strategy::Pack, r#"placed [[NodeId("b")]]"#);
+        check_group(
+            &two,
+            &["cpu=1,gpu=1"; 4],
+            Strategy::StrictPack,
+            "infeasible: needs 4 bundles of cpu=1,gpu=1 on one node; the cluster has a: cpu=8,gpu=2; b: cpu=8,gpu=2. \
+             Use --strategy pack, or at most 2 of these bundles, join more machines, or --wait 10m",
+        );
+        check_group(
+            &two,
+            &["gpu=1"; 3],
+            Strategy::StrictSpread,
+            "infeasible: needs 3 bundles of gpu=1, each on a node of its own; the cluster has a: cpu=8,gpu=2; b: \
+             cpu=8,gpu=2. Use --strategy spread, or at most 2 of these bundles, join more machines, or --wait 10m",
+        );
+        check_group(
+            &two,
+            &["gpu=1,label.zone=z"],
+            Strategy::Pack,
+            "infeasible: needs 1 bundle of gpu=1,label.zone=z; no node has label.zone=z (a has zone=x; b has zone=y). \
+             Join a machine with: worker join --label zone=z; or --wait 10m",
+        );
+        check_group(
+            &two,
+            &["gpu=1", "gpu=3"],
+            Strategy::Pack,
+            "infeasible: needs 1 bundle of gpu=1 and 1 bundle of gpu=3; bundle 1 (gpu=3) fits on no node: the cluster \
+             has a: cpu=8,gpu=2; b: cpu=8,gpu=2. Use at most 1 of these bundles, join more machines, or --wait 10m",
+        );
+        check_group(
+            &[],
+            &["gpu=1"],
+            Strategy::Pack,
+            "infeasible: needs 1 bundle of gpu=1; no machine is in the cluster. \
+             Join more machines, or --wait 10m",
+        );
+    }
+
+    #[test]
+    fn bundles_on_a_busy_cluster_hear_who_holds_what() {
+        check_group(
+            &[machine("a", 2, 2, "x")],
+            &["gpu=1"],
+            Strategy::Pack,
+            "pending: needs 1 bundle of gpu=1; 0 of 2 GPUs are free; 2 on a are held by deployment x since 10:02:11 \
+             UTC. Wait, or end one with: coordinator undeploy x",
+        );
+    }
+
+    #[test]
+    fn lost_bundles_come_back_by_the_strategy_and_the_others_stay() {
+        let nodes = [machine("a", 2, 1, "x"), machine("b", 2, 0, "x")];
+        let again = |strategy| {
+            let bundles = vec!["gpu=1".parse().expect("a bundle"); 2];
+            let wanted = GroupWanted { bundles, placed: vec![Some(NodeId("a".into())), None], strategy, waits: true };
+            words(place_group(&nodes, &[], &wanted))
         };
-        assert_eq!(answer, expected);
+        assert_eq!(again(Strategy::Pack), r#"placed [[NodeId("a")]]"#);
+        assert_eq!(again(Strategy::StrictSpread), r#"placed [[NodeId("b")]]"#);
     }
 
     #[test]
@@ -279,8 +372,8 @@ mod tests {
         check(
             &[node("a", 4, 2)],
             wanted(4, Strategy::StrictPack),
-            "pending: needs 4 GPUs on one node; 2 of 4 are free; 2 are held by deployment x since 10:02:11 UTC. Use \
-             --wait 10m, or end one with: coordinator undeploy x",
+            "pending: needs 4 GPUs on one node; 2 of 4 are free; 2 on a are held by deployment x since 10:02:11 UTC. \
+             Use --wait 10m, or end one with: coordinator undeploy x",
         );
     }
 

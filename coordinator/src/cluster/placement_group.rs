@@ -1,12 +1,14 @@
-//! The bundles of one deployment and where they lie: a state machine.
+//! Bundles and where they lie: a state machine. A deployment has one of these for its ranks; others are made by hand.
 //!
-//! `pending -> created -> rescheduling -> created`, `pending -> infeasible`, and from anywhere `removed`.
+//! `pending -> created -> rescheduling -> created`, `pending <-> infeasible`, and from anywhere `removed`.
 //!
-//! **Invariant:** a bundle is either on a node with a slot or on none; a removed group holds nothing. These bundles are
+//! **Invariant:** a bundle is either on a node with its slots or on none; a removed group holds nothing. These bundles are
 //! the one record of which slots are taken.
 
 use phalanx_proto::NodeId;
+use serde::{Deserialize, Serialize};
 
+use super::bundle::BundleSpec;
 use super::strategy::Strategy;
 
 /// Where a group stands.
@@ -20,7 +22,7 @@ pub enum GroupState {
     Rescheduling,
     /// It holds nothing any more.
     Removed,
-    /// The wait for machines ended in vain.
+    /// It can never fit on the machines that are there.
     Infeasible,
 }
 
@@ -46,7 +48,25 @@ pub struct Place {
     pub slot: u32,
 }
 
-/// All bundles of a deployment, replica after replica.
+/// Where a bundle lies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seat {
+    /// The node.
+    pub node: NodeId,
+    /// Its slots.
+    pub slots: Vec<u32>,
+}
+
+/// One bundle.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bundle {
+    /// What it asks for.
+    pub spec: BundleSpec,
+    /// Where it lies.
+    pub seat: Option<Seat>,
+}
+
+/// All bundles; those of a deployment replica after replica, in rank order.
 #[derive(Debug, Clone)]
 pub struct PlacementGroup {
     id: String,
@@ -54,20 +74,26 @@ pub struct PlacementGroup {
     state: GroupState,
     reason: String,
     bundles_per_replica: usize,
-    bundles: Vec<Option<Place>>,
+    bundles: Vec<Bundle>,
 }
 
 impl PlacementGroup {
-    /// A group of which nothing is placed.
+    /// The group of a deployment's ranks, of which nothing is placed.
     pub fn new(id: String, strategy: Strategy, replicas: u32, tensor_parallel_size: u32) -> Self {
         let bundles_per_replica = tensor_parallel_size as usize;
+        let ranks = vec![BundleSpec::of_rank(); replicas as usize * bundles_per_replica];
+        Self { bundles_per_replica, ..Self::of_bundles(id, strategy, ranks) }
+    }
+
+    /// A group that was asked for by hand, of which nothing is placed.
+    pub fn of_bundles(id: String, strategy: Strategy, bundles: Vec<BundleSpec>) -> Self {
         Self {
             id,
             strategy,
             state: GroupState::Pending,
             reason: String::new(),
-            bundles_per_replica,
-            bundles: vec![None; replicas as usize * bundles_per_replica],
+            bundles_per_replica: bundles.len(),
+            bundles: bundles.into_iter().map(|spec| Bundle { spec, seat: None }).collect(),
         }
     }
 
@@ -91,26 +117,68 @@ impl PlacementGroup {
         &self.reason
     }
 
-    /// All bundles, replica after replica, in rank order.
-    pub fn bundles(&self) -> &[Option<Place>] {
+    /// All bundles.
+    pub fn bundles(&self) -> &[Bundle] {
         &self.bundles
+    }
+
+    /// Every slot that it holds, in the order of its bundles.
+    pub fn slots(&self) -> impl Iterator<Item = Place> {
+        let seats = self.bundles.iter().filter_map(|bundle| bundle.seat.as_ref());
+        seats.flat_map(|seat| seat.slots.iter().map(|&slot| Place { node: seat.node.clone(), slot }))
+    }
+
+    /// Whether a bundle of it lies anywhere.
+    pub fn is_seated(&self) -> bool {
+        self.bundles.iter().any(|bundle| bundle.seat.is_some())
     }
 
     /// The places of one replica in rank order; empty where it is not placed.
     pub fn places(&self, replica: u32) -> Vec<Place> {
-        self.range(replica).filter_map(|index| self.bundles.get(index).cloned().flatten()).collect()
+        let seats = self.range(replica).filter_map(|index| self.bundles.get(index)?.seat.as_ref());
+        seats.flat_map(|seat| seat.slots.iter().map(|&slot| Place { node: seat.node.clone(), slot })).collect()
     }
 
     /// Gives a replica its places.
     pub fn place(&mut self, replica: u32, places: Vec<Place>) {
         assert_eq!(places.len(), self.bundles_per_replica, "a place for each rank");
-        for (index, place) in self.range(replica).zip(places) {
-            self.bundles[index] = Some(place);
+        for (index, Place { node, slot }) in self.range(replica).zip(places) {
+            self.seat(index, Seat { node, slots: vec![slot] });
         }
-        if self.bundles.iter().all(Option::is_some) {
+    }
+
+    /// Gives a bundle its seat.
+    pub fn seat(&mut self, index: usize, seat: Seat) {
+        if let Some(bundle) = self.bundles.get_mut(index) {
+            bundle.seat = Some(seat);
+        }
+        if self.bundles.iter().all(|bundle| bundle.seat.is_some()) {
             self.state = GroupState::Created;
             self.reason.clear();
         }
+    }
+
+    /// Takes the seats back for which `why` gives a reason, to be given again.
+    pub fn unseat(&mut self, why: impl Fn(&Seat) -> Option<String>) {
+        for bundle in &mut self.bundles {
+            let Some(reason) = bundle.seat.as_ref().and_then(&why) else { continue };
+            bundle.seat = None;
+            self.reason = reason;
+            if self.state == GroupState::Created {
+                self.state = GroupState::Rescheduling;
+            }
+        }
+    }
+
+    /// Has room for one more replica.
+    pub fn grow(&mut self) {
+        let replica = vec![Bundle { spec: BundleSpec::of_rank(), seat: None }; self.bundles_per_replica];
+        self.bundles.extend(replica);
+    }
+
+    /// Forgets the last replica.
+    pub fn shrink(&mut self) {
+        self.bundles.truncate(self.bundles.len().saturating_sub(self.bundles_per_replica));
     }
 
     /// Takes a replica's places back, to be placed again.
@@ -127,22 +195,38 @@ impl PlacementGroup {
         self.reason = reason;
     }
 
+    /// Says that it waits, and whether it would wait for ever. What is on its way back stays so.
+    pub fn wait(&mut self, reason: String, is_infeasible: bool) {
+        self.state = match self.state {
+            GroupState::Rescheduling => GroupState::Rescheduling,
+            _ if is_infeasible => GroupState::Infeasible,
+            _ => GroupState::Pending,
+        };
+        self.reason = reason;
+    }
+
     /// Gives up; holds nothing any more.
     pub fn give_up(&mut self, reason: String) {
-        self.bundles.fill(None);
+        self.clear_all();
         self.state = GroupState::Infeasible;
         self.reason = reason;
     }
 
     /// Ends; holds nothing any more.
     pub fn remove(&mut self) {
-        self.bundles.fill(None);
+        self.clear_all();
         self.state = GroupState::Removed;
+    }
+
+    fn clear_all(&mut self) {
+        for bundle in &mut self.bundles {
+            bundle.seat = None;
+        }
     }
 
     fn clear(&mut self, replica: u32) {
         for index in self.range(replica) {
-            self.bundles[index] = None;
+            self.bundles[index].seat = None;
         }
     }
 
@@ -184,12 +268,28 @@ mod tests {
     }
 
     #[test]
+    fn bundles_made_by_hand_lose_and_regain_their_seats() {
+        let specs = vec!["gpu=2".parse().expect("a bundle"), "cpu=1".parse().expect("a bundle")];
+        let mut group = PlacementGroup::of_bundles("g".into(), Strategy::Spread, specs);
+        group.wait("needs more".into(), true);
+        assert_eq!((group.state(), group.reason()), (GroupState::Infeasible, "needs more"));
+        group.seat(0, Seat { node: NodeId("a".into()), slots: vec![1, 3] });
+        group.seat(1, Seat { node: NodeId("b".into()), slots: Vec::new() });
+        assert_eq!((group.state(), group.reason(), group.slots().count()), (GroupState::Created, "", 2));
+        group.unseat(|seat| (seat.node.0 == "b").then(|| "b died".to_owned()));
+        group.wait("b died; no room".into(), true);
+        assert_eq!((group.state(), group.reason()), (GroupState::Rescheduling, "b died; no room"));
+        group.seat(1, Seat { node: NodeId("a".into()), slots: Vec::new() });
+        assert_eq!(group.state(), GroupState::Created);
+    }
+
+    #[test]
     fn what_ended_holds_nothing() {
         for end in [PlacementGroup::remove as fn(&mut PlacementGroup), |group| group.give_up("never".into())] {
             let mut group = PlacementGroup::new("pg".into(), Strategy::Pack, 1, 2);
             group.place(0, places("a"));
             end(&mut group);
-            assert!(group.bundles().iter().all(Option::is_none));
+            assert!(!group.is_seated() && group.slots().next().is_none());
         }
     }
 }

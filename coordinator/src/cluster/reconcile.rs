@@ -8,22 +8,29 @@
 mod agents;
 mod deploying;
 mod ending;
+mod grouping;
 mod keeping;
+mod restarting;
+#[cfg(test)]
+mod simulation;
+mod telling;
 
 pub(super) use keeping::KeptVersion;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use phalanx_proto::{AgentCommand, DeploymentName, DesiredRank, DesiredRanks, NodeId, Rank, RankKey};
+use phalanx_proto::{AgentCommand, DeploymentName, DesiredRank, DesiredRanks, LogPart, NodeId, Rank, RankKey};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
+use super::chronicle::{Chronicle, Level, event};
 use super::deployment::Deployment;
 use super::event::{ClusterEvent, GroupKey};
 use super::handle::ClusterSettings;
+use super::named_group::NamedGroup;
 use super::nodes::{AgentSession, NodeTable};
-use super::record::DeploymentRecord;
+use super::record::Restored;
 use super::replica::Replica;
 use super::{ClusterError, ServingChange, StatusBoard, report};
 
@@ -59,8 +66,12 @@ pub(super) struct Reconciler {
     agents: BTreeMap<NodeId, AgentLink>,
     /// In the order in which they were asked for.
     deployments: Vec<(DeploymentName, Deployment)>,
+    /// Placement groups that were asked for by name, in that order.
+    groups: Vec<NamedGroup>,
     leaving: BTreeMap<NodeId, Leaving>,
     stopping: Option<Stopping>,
+    /// Since when this head looks.
+    started: Instant,
     /// Changes that the store has not answered.
     num_keeping: usize,
     /// The next deployment's place among the others.
@@ -68,21 +79,35 @@ pub(super) struct Reconciler {
     events: mpsc::Sender<ClusterEvent>,
     serving: mpsc::Sender<ServingChange>,
     board: StatusBoard,
+    /// Where what happens is told.
+    chronicle: Chronicle,
+    /// Who waits for parts of logs, by the numbers of their requests.
+    log_reads: BTreeMap<u64, (NodeId, oneshot::Sender<LogPart>)>,
+    next_log_read: u64,
+    /// Nodes of which it was told that they are late.
+    suspects: BTreeSet<NodeId>,
 }
 
 impl Reconciler {
     pub fn new(
         settings: ClusterSettings,
-        restored: Vec<DeploymentRecord>,
+        restored: Restored,
         events: mpsc::Sender<ClusterEvent>,
         serving: mpsc::Sender<ServingChange>,
         board: StatusBoard,
     ) -> Self {
+        let chronicle = settings.chronicle.clone();
         let mut reconciler = Self {
+            chronicle,
+            log_reads: BTreeMap::new(),
+            next_log_read: 1,
+            suspects: BTreeSet::new(),
             nodes: NodeTable::new(settings.patience),
             settings,
             agents: BTreeMap::new(),
             deployments: Vec::new(),
+            groups: Vec::new(),
+            started: Instant::now(),
             leaving: BTreeMap::new(),
             stopping: None,
             num_keeping: 0,
@@ -92,6 +117,8 @@ impl Reconciler {
             board,
         };
         let now = Instant::now();
+        let text = format!("head {} started (term {})", reconciler.settings.head.address, reconciler.settings.term);
+        reconciler.chronicle.note(event(Level::Info, "head_started", text));
         reconciler.restore(restored, now);
         reconciler.post(now);
         reconciler
@@ -119,14 +146,18 @@ impl Reconciler {
     /// One comparison of desired and observed. True when everything has ended.
     fn turn(&mut self, now: Instant) -> bool {
         for node in self.nodes.tick(now) {
+            self.tell_node_died(&node);
             self.lose_node(&node, now);
         }
+        self.tell_suspects();
         self.place_waiting(now);
         self.advance(now);
+        self.roll(now);
         self.publish();
-        self.keep();
+        self.keep(now);
+        self.finish_groups();
         self.tell_agents(now);
-        self.send_away();
+        self.send_away(now);
         let ended = self.end_all(now);
         self.post(now);
         ended
@@ -146,10 +177,14 @@ impl Reconciler {
             ClusterEvent::GroupStarted { group, result } => self.group_started(&group, result, now),
             ClusterEvent::GroupFailed { group, reason } => self.group_failed(&group, reason, now),
             ClusterEvent::GroupStopped { group } => self.group_stopped(&group, now),
-            ClusterEvent::Kept { deployment, result } => self.kept(&deployment, result),
-            ClusterEvent::Published { deployment, result } => self.published(&deployment, result),
+            ClusterEvent::Kept { table, name, result } => self.kept(table, name, result, now),
+            ClusterEvent::Published { deployment, result } => self.published(&deployment, result, now),
             ClusterEvent::Deploy { checked, watcher } => self.deploy(*checked, watcher, now),
             ClusterEvent::Undeploy { name, reply } => self.undeploy(&name, reply, now),
+            ClusterEvent::CreateGroup { spec, reply } => self.create_group(spec, reply, now),
+            ClusterEvent::RemoveGroup { name, force, reply } => self.remove_group(&name, force, reply, now),
+            ClusterEvent::Restart { name, reply } => self.restart(&name, reply, now),
+            ClusterEvent::ReadLog { node, request, reply } => self.read_log(&node, request, reply),
             ClusterEvent::Leave { node, reply } => self.leave(node, reply),
             ClusterEvent::Stop { reply } => self.stop(reply, now),
         }
@@ -218,7 +253,7 @@ impl Reconciler {
 
     fn post(&self, now: Instant) {
         let head = self.settings.head.clone();
-        let (snapshot, engines) = report::snapshot(head, &self.nodes, &self.deployments, now);
+        let (snapshot, engines) = report::snapshot(head, &self.nodes, &self.deployments, &self.groups, now);
         self.board.post(snapshot, engines);
     }
 }

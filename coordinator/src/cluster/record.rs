@@ -3,13 +3,14 @@
 //! **Invariant:** a record holds all that is needed to know the ranks that may still run: their places, their incarnation and
 //! the tokens by which they prove who they are.
 
-use std::time::Instant;
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use phalanx_formats::Geometry;
 use phalanx_proto::{Epoch, Incarnation, NodeId};
 use serde::{Deserialize, Serialize};
 
 use super::deployment::{CheckedSpec, Deployment};
+use super::named_group::GroupRecord;
 use super::placement_group::Place;
 use super::replica::Replica;
 use super::spec::DeploymentSpec;
@@ -17,6 +18,15 @@ use crate::security::LaunchToken;
 
 /// Said of a deployment whose ranks are still to be heard of.
 const WAITS: &str = "the head was started again and waits for the ranks";
+
+/// What an earlier head has left.
+#[derive(Debug, Default)]
+pub struct Restored {
+    /// Its deployments.
+    pub deployments: Vec<DeploymentRecord>,
+    /// Its placement groups.
+    pub groups: Vec<GroupRecord>,
+}
 
 /// A deployment as it is written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,6 +36,9 @@ pub struct DeploymentRecord {
     size: u32,
     /// Where it stands among the others, oldest first.
     order: u64,
+    /// When it got its slots, seconds since 1970.
+    #[serde(default)]
+    placed_s: u64,
     replicas: Vec<ReplicaRecord>,
 }
 
@@ -60,6 +73,7 @@ impl DeploymentRecord {
             geometry: deployment.checked.geometry.clone(),
             size: deployment.size,
             order: deployment.order,
+            placed_s: deployment.placed_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             replicas: deployment.replicas.iter().map(replica).collect(),
         }
     }
@@ -84,12 +98,16 @@ impl DeploymentRecord {
 
     /// The deployment as it was: its slots are taken, and its ranks are waited for.
     pub(super) fn restore(self, now: Instant) -> Deployment {
-        let Self { spec, geometry, size, order, replicas } = self;
+        let Self { spec, geometry, size, order, placed_s, replicas } = self;
         let mut deployment = Deployment::new(CheckedSpec { spec, geometry }, size, now);
         // Its ranks may be started again: whoever asked for it is not there any more to be told that they failed.
         deployment.has_served = true;
         deployment.order = order;
+        deployment.placed_at = UNIX_EPOCH + Duration::from_secs(placed_s);
         deployment.reason = WAITS.to_owned();
+        while deployment.is_auto() && deployment.replicas.len() < replicas.len() {
+            deployment.grow();
+        }
         for (number, kept) in (0..).zip(replicas) {
             let Some(replica) = deployment.replicas.get_mut(number as usize) else { break };
             (replica.incarnation, replica.epoch) = (Incarnation(kept.incarnation), Epoch(kept.epoch));

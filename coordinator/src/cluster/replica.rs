@@ -45,6 +45,13 @@ pub(super) enum Stage {
     },
     /// It takes steps.
     Serving,
+    /// It takes steps and is to end: new work goes elsewhere, what runs may end until then, and is replayed after.
+    Yielding {
+        /// When it ends at the latest.
+        until: Instant,
+        /// Why it ends.
+        why: &'static str,
+    },
     /// It broke; its processes end, and it may start again later. Its engine waits.
     Broken {
         /// Since when.
@@ -101,6 +108,9 @@ pub(super) struct RankRecord {
     pub device: String,
     pub phase: Phase,
     pub phase_since: Instant,
+    /// Phases that are over, with the time that each took.
+    pub phases_done: Vec<(Phase, Duration)>,
+    pub started: Instant,
     pub fraction: Option<f32>,
     pub detail: String,
     pub capacity: Option<RankCapacity>,
@@ -120,6 +130,8 @@ impl RankRecord {
             device: String::new(),
             phase: Phase::Connect,
             phase_since: now,
+            phases_done: Vec::new(),
+            started: now,
             fraction: None,
             detail: String::new(),
             capacity: None,
@@ -139,6 +151,7 @@ impl RankRecord {
     /// Notes a phase; its clock restarts when the phase changes.
     pub fn enter(&mut self, phase: Phase, fraction: Option<f32>, detail: String, now: Instant) {
         if self.phase != phase {
+            self.phases_done.push((self.phase, now.saturating_duration_since(self.phase_since)));
             self.phase = phase;
             self.phase_since = now;
         }
@@ -165,6 +178,8 @@ pub(super) struct Replica {
     pub ranks: Vec<RankRecord>,
     /// Why it broke, as far as is known.
     pub cause: String,
+    /// It was ended on purpose: that is no trouble to be counted.
+    pub moves: bool,
     /// Restarts, oldest first.
     pub restarts: Vec<Instant>,
     pub num_blocks: u32,
@@ -182,6 +197,7 @@ impl Replica {
             unplaced_since: None,
             ranks: Vec::new(),
             cause: String::new(),
+            moves: false,
             restarts: Vec::new(),
             num_blocks: 0,
         }
@@ -193,6 +209,7 @@ impl Replica {
         self.ranks = places.into_iter().map(|place| RankRecord::new(place, LaunchToken::new(), now)).collect();
         self.stage = Stage::Connecting { since: now };
         self.unplaced_since = None;
+        self.moves = false;
     }
 
     /// Waits for the ranks of the present incarnation, which an earlier head had started.
@@ -219,12 +236,32 @@ impl Replica {
 
     /// Whether its ranks' processes should run.
     pub fn wants_processes(&self) -> bool {
-        matches!(self.stage, Stage::Connecting { .. } | Stage::Starting { .. } | Stage::Serving | Stage::Draining)
+        matches!(
+            self.stage,
+            Stage::Connecting { .. }
+                | Stage::Starting { .. }
+                | Stage::Serving
+                | Stage::Yielding { .. }
+                | Stage::Draining
+        )
     }
 
     /// Its engine, where it takes steps.
     pub fn engine(&self) -> Option<&EngineHandle> {
-        self.engine.as_ref().filter(|_| matches!(self.stage, Stage::Serving))
+        self.engine.as_ref().filter(|_| matches!(self.stage, Stage::Serving | Stage::Yielding { .. }))
+    }
+
+    /// Begins to end a group that takes steps, on purpose. Nothing that runs is lost by it.
+    pub fn yield_work(&mut self, why: &'static str, until: Instant) {
+        if let Some(engine) = self.engine().filter(|_| matches!(self.stage, Stage::Serving)) {
+            engine.yield_work();
+            self.stage = Stage::Yielding { until, why };
+        }
+    }
+
+    /// Whether what ran when it began to yield has ended, or may not go on any longer.
+    pub fn has_yielded(&self, until: Instant, now: Instant) -> bool {
+        now >= until || self.engine.as_ref().is_none_or(|engine| engine.num_accepted() == 0)
     }
 
     /// One rank of the current incarnation.
@@ -309,6 +346,42 @@ impl Replica {
         let killed =
             self.exit_words(|process| matches!(process, Process::Exited { signal: Some(_), by_agent: false, .. }));
         killed.unwrap_or_else(|| self.cause.clone())
+    }
+
+    /// The rank that something killed, or else the first that ended in failure by itself.
+    pub fn culprit(&self) -> Option<Rank> {
+        let found = |which: fn(&Process) -> bool| self.ranks.iter().position(|record| which(&record.process));
+        let killed = |process: &Process| matches!(process, Process::Exited { signal: Some(_), by_agent: false, .. });
+        let failed = |process: &Process| matches!(process, Process::Exited { code: Some(code), .. } if *code != 0);
+        let lost = |process: &Process| matches!(process, Process::Lost(_));
+        let rank = found(killed).or_else(|| found(lost)).or_else(|| found(failed))?;
+        u32::try_from(rank).ok().map(Rank)
+    }
+
+    /// How long a start took, and which rank in which phase took longest.
+    pub fn start_words(&self, now: Instant) -> String {
+        let took = self.ranks.iter().map(|rank| now.saturating_duration_since(rank.started)).max().unwrap_or_default();
+        let phases = self.ranks.iter().enumerate().flat_map(|(rank, record)| {
+            record.phases_done.iter().map(move |(phase, took)| (*took, rank, *phase, &record.place.node))
+        });
+        let slowest = phases.max_by_key(|(took, ..)| *took);
+        let slowest = slowest.map(|(took, rank, phase, node)| {
+            format!("; longest: rank {rank} on {node} in {phase}, {:.1} s", took.as_secs_f64())
+        });
+        format!("ready after {:.1} s{}", took.as_secs_f64(), slowest.unwrap_or_default())
+    }
+
+    /// The rank that is furthest behind in a start, in words.
+    pub fn slowest_words(&self, now: Instant) -> Option<String> {
+        if !matches!(self.stage, Stage::Connecting { .. } | Stage::Starting { .. }) {
+            return None;
+        }
+        let behind =
+            |(_, record): &(usize, &RankRecord)| (record.phase, record.fraction.map(|part| (part * 1e3) as u32));
+        let (rank, record) = self.ranks.iter().enumerate().min_by_key(behind)?;
+        let percent = record.fraction.map(|part| format!(" {:.0} %", part * 100.0)).unwrap_or_default();
+        let since = now.saturating_duration_since(record.phase_since).as_secs();
+        Some(format!("rank {rank} on {} is in phase {}{percent} for {since} s", record.place.node, record.phase))
     }
 
     /// The first process that ended in a way that `which` looks for.

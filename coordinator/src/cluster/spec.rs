@@ -10,16 +10,27 @@ use std::time::Duration;
 
 use phalanx_formats::Geometry;
 use phalanx_proto::DeploymentName;
+use phalanx_trust::variables;
 use serde::{Deserialize, Serialize};
 
 use super::strategy::Strategy;
 use crate::config::defaults;
+use crate::engine::policy::Policy;
 
 /// How many ranks share one copy of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TensorParallelSize {
     /// As many as the roomiest node has free slots.
+    Auto,
+    /// This many.
+    Fixed(u32),
+}
+
+/// How many copies of the model there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReplicaCount {
+    /// As many as the machines have room for, at least one.
     Auto,
     /// This many.
     Fixed(u32),
@@ -46,10 +57,16 @@ pub struct DeploymentSpec {
     pub tool_call_parser: Option<String>,
     /// Ranks of one replica.
     pub tensor_parallel_size: TensorParallelSize,
-    /// Copies of the model.
+    /// Copies of the model; those that it begins with where they follow the machines.
     pub replicas: u32,
+    /// Copies come with machines that join, and go with those that leave.
+    #[serde(default)]
+    pub replicas_auto: bool,
     /// How ranks lie on nodes.
     pub strategy: Strategy,
+    /// Placement group whose slots it uses.
+    #[serde(default)]
+    pub placement_group: Option<String>,
     /// How long to wait for machines that are not there; `None`: not at all.
     pub wait: Option<Duration>,
     /// auto, safetensors, gguf or dummy.
@@ -72,6 +89,9 @@ pub struct DeploymentSpec {
     pub max_num_batched_tokens: u32,
     /// Most requests that wait.
     pub max_queue: u32,
+    /// Who runs next.
+    #[serde(default)]
+    pub scheduling_policy: Policy,
     /// Longest wait of a request in the queue.
     #[serde(default)]
     pub queue_timeout: Option<Duration>,
@@ -108,7 +128,9 @@ impl DeploymentSpec {
             tool_call_parser: None,
             tensor_parallel_size: TensorParallelSize::Fixed(1),
             replicas: 1,
+            replicas_auto: false,
             strategy: Strategy::default(),
+            placement_group: None,
             wait: None,
             load_format: "auto".to_owned(),
             dtype: "auto".to_owned(),
@@ -120,6 +142,7 @@ impl DeploymentSpec {
             max_num_seqs: defaults::MAX_NUM_SEQS,
             max_num_batched_tokens: defaults::MAX_NUM_BATCHED_TOKENS,
             max_queue: defaults::MAX_QUEUE,
+            scheduling_policy: Policy::default(),
             queue_timeout: None,
             disable_log_stats: false,
             enable_prefix_caching: true,
@@ -130,6 +153,11 @@ impl DeploymentSpec {
             collective_interface: String::new(),
             collective_ports: (0, 0),
         }
+    }
+
+    /// The placement group whose slots it uses, by name.
+    pub fn placement_group(&self) -> Option<&str> {
+        self.placement_group.as_deref()
     }
 
     /// The environment of each rank: what was asked for, and NCCL's interface.
@@ -169,7 +197,14 @@ impl DeploymentSpec {
         self.check_limits(geometry)
     }
 
+    /// Refuses variables that decide what a rank loads or runs: a deployment comes from the network.
+    fn check_env(&self) -> Result<(), String> {
+        let refused = self.env.keys().find_map(|name| Some((name, variables::refusal(name)?)));
+        refused.map_or(Ok(()), |(name, why)| Err(format!("--env {name:?} is refused: {why}")))
+    }
+
     fn check_limits(&self, geometry: &Geometry) -> Result<(), String> {
+        self.check_env()?;
         if self.replicas == 0 || self.replicas > defaults::REPLICAS_MAX {
             return Err(format!("--replicas is {}; it may be 1 to {}", self.replicas, defaults::REPLICAS_MAX));
         }
@@ -261,6 +296,8 @@ mod tests {
     #[test]
     fn contradictions_are_named_by_their_flag() {
         check(|_| {}, "");
+        check(|spec| drop(spec.env.insert("HF_ENDPOINT".into(), "http://m".into())), "");
+        check(|spec| drop(spec.env.insert("LD_PRELOAD".into(), "/tmp/x.so".into())), "--env \"LD_PRELOAD\" is refused");
         check(|spec| spec.tensor_parallel_size = TensorParallelSize::Auto, "");
         check(|spec| spec.tensor_parallel_size = TensorParallelSize::Fixed(0), "--tensor-parallel-size is 0");
         check(|spec| spec.tensor_parallel_size = TensorParallelSize::Fixed(5), "4 attention heads");

@@ -20,6 +20,7 @@ use super::limits::{CACHED_MAX, COMPILE_DEADLINE, COMPILE_STACK_BYTES, COMPILES_
 use super::matcher::{AfterThoughts, GrammarConstraint, Thoughts};
 use super::vocabulary::Vocabulary;
 use crate::engine::{Constraint, TokenConstraint};
+use crate::heavy;
 use crate::text::TextModel;
 
 /// What the library may spend. A mask costs 15 ms at the most, and a sequence some tens of MiB.
@@ -101,6 +102,7 @@ impl GrammarCompiler {
         let (shared, what) = (Arc::clone(&self.shared), grammar.what());
         let body = move || {
             let _permit = permit;
+            heavy::give_way();
             let compiled = catch_unwind(AssertUnwindSafe(|| shared.constraint(&grammar, thoughts)));
             let broke = |_| Err(GrammarError::invalid(what, "its compiler broke"));
             let _gone = reply.send(compiled.unwrap_or_else(broke));

@@ -3,6 +3,8 @@
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Value, json};
 
+use super::declared::closed;
+
 /// White space between the parts of JSON: one space, or a line with its indent. Without a bound a model that likes spaces
 /// would never come to an end.
 const JSON_SPACE: &str = r"[ ]|\n[ \t]{0,32}";
@@ -47,7 +49,7 @@ impl Grammar {
     pub(super) fn to_library(&self) -> TopLevelGrammar {
         match self {
             Self::JsonObject => TopLevelGrammar::from_json_schema(with_options(json!({"type": "object"}))),
-            Self::JsonSchema(schema) => TopLevelGrammar::from_json_schema(with_options(schema.clone())),
+            Self::JsonSchema(schema) => TopLevelGrammar::from_json_schema(with_options(closed(schema))),
             Self::Regex(text) => TopLevelGrammar::from_regex(text),
             Self::Choice(choices) => {
                 let choices: Vec<String> = choices.iter().map(|choice| lark_string(choice)).collect();
@@ -59,7 +61,7 @@ impl Grammar {
 
     /// A schema as part of a grammar in Lark's notation.
     pub(super) fn lark_json(schema: &Value) -> String {
-        format!("%json {}", with_options(schema.clone()))
+        format!("%json {}", with_options(closed(schema)))
     }
 }
 

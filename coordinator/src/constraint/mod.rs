@@ -9,6 +9,7 @@
 
 mod calls;
 mod compiler;
+mod declared;
 mod grammar;
 mod limits;
 mod matcher;

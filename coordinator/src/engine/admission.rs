@@ -17,6 +17,15 @@ impl EngineLimits {
         self.max_model_len.min(self.num_blocks.saturating_mul(self.block_size).saturating_add(1))
     }
 
+    /// Most tokens that a sequence may have before it goes on: one that is pooled needs no room behind them.
+    pub fn known_max(&self, pools: bool) -> u32 {
+        if pools {
+            self.max_model_len.min(self.num_blocks.saturating_mul(self.block_size))
+        } else {
+            self.context().saturating_sub(1)
+        }
+    }
+
     /// Most sequences that run at once: each decodes one token in each step.
     pub fn num_running_max(&self) -> u32 {
         self.max_num_seqs.min(self.max_num_batched_tokens).clamp(1, PLAN_ROWS_MAX)
@@ -36,7 +45,8 @@ impl EngineLimits {
         if prompt_tokens == 0 {
             return Err(EngineError::EmptyPrompt);
         }
-        if prompt_tokens >= self.max_model_len {
+        let pools = request.sampling.pooling.is_some();
+        if prompt_tokens > self.max_model_len - u32::from(!pools) {
             return Err(EngineError::PromptTooLong { prompt_tokens, max_model_len: self.max_model_len });
         }
         if let Some(&token) = request.prompt.iter().find(|token| token.0 >= self.vocab_size) {
@@ -72,6 +82,7 @@ mod tests {
             enable_prefix_caching: true,
             step_time_budget: Duration::from_millis(10),
             step_deadline_min: Duration::from_secs(5),
+            policy: crate::engine::policy::Policy::default(),
             recovery: crate::engine::RecoveryLimits::default(),
             features: phalanx_proto::SamplerFeatures::default(),
         };
@@ -82,6 +93,7 @@ mod tests {
             max_tokens: NonZeroU32::new(max_tokens).unwrap(),
             stop_token_ids: vec![],
             constraint: None,
+            priority: 0,
         };
         limits.admit(&request).map(NonZeroU32::get)
     }

@@ -174,6 +174,7 @@ impl FakeRank {
         if self.rank > 0 {
             output.rows.clear();
             output.prompt_logprobs.clear();
+            output.pooled.clear();
         }
         // Devices take a moment, each its own.
         tokio::time::sleep(Duration::from_micros(50 * u64::from(self.rank))).await;

@@ -433,10 +433,14 @@ fn is_complaint(error: &GroupError) -> bool {
     matches!(error, GroupError::Failed { failure, .. } if matches!(failure.code.as_str(), "communicator" | "deadline"))
 }
 
-/// The token chain after a step, if rank 0 answered every row that samples and no other.
+/// The token chain after a step, if rank 0 answered every row that samples or pools and no other.
 fn check_rows(plan: &StepPlan, output: &StepOutput, previous: u64) -> Option<u64> {
     let expected = plan.rows.iter().filter(|row| row.samples).map(|row| row.slot);
     if !expected.eq(output.rows.iter().map(|row| row.slot)) {
+        return None;
+    }
+    let pools = plan.rows.iter().filter(|row| row.pools).map(|row| row.slot);
+    if !pools.eq(output.pooled.iter().map(|row| row.slot)) {
         return None;
     }
     Some(StepOutput::chain(previous, plan.step, output.rows.iter().map(|row| (row.slot, row.token))))
@@ -579,6 +583,7 @@ mod tests {
             new_blocks: vec![phalanx_proto::BlockId(1)],
             samples: false,
             consumes: None,
+            pools: false,
         };
         StepPlan {
             new_sequences: prompts.iter().enumerate().map(new).collect(),

@@ -5,6 +5,7 @@
 //! **Invariant:** dropping a stream always reaches the engine: its place in the channel is taken when the request is submitted.
 //! **Invariant:** a stream yields exactly one `Finished` or `Failed`, whatever becomes of the engine.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -84,6 +85,8 @@ pub struct EngineSnapshot {
     pub stall_limit: Duration,
     /// The group broke, and the next one is not there yet.
     pub recovering: bool,
+    /// Its group is to end soon: new work goes elsewhere where it can.
+    pub yielding: bool,
 }
 
 impl EngineSnapshot {
@@ -101,6 +104,8 @@ impl EngineSnapshot {
 /// What handle and engine share.
 pub(super) struct Shared {
     pub(super) limits: EngineLimits,
+    /// The group is to end soon.
+    pub(super) yielding: AtomicBool,
     /// KV blocks of the group that serves now, which differ from the first one's.
     pub(super) num_blocks: AtomicU32,
     /// Requests accepted and not ended.
@@ -117,18 +122,19 @@ impl Shared {
             num_blocks: AtomicU32::new(limits.num_blocks),
             limits,
             num_accepted: AtomicU32::new(0),
+            yielding: AtomicBool::new(false),
             retry_after_us: AtomicU64::new(0),
             snapshot: watch::Sender::new(snapshot),
             state: watch::Sender::new(EngineState::Serving),
         })
     }
 
-    /// Takes a place for one request, if the bound allows.
-    fn accept(&self) -> Result<(), EngineError> {
+    /// Takes places for a request, if the bound allows.
+    fn accept(self: &Arc<Self>, count: u32) -> Result<Places, EngineError> {
         let max = self.limits.num_accepted_max();
-        let grow = |num: u32| (num < max).then_some(num + 1);
+        let grow = |num: u32| num.checked_add(count).filter(|num| *num <= max);
         match self.num_accepted.fetch_update(Ordering::AcqRel, Ordering::Acquire, grow) {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(Places { shared: Arc::clone(self), count }),
             Err(num) => Err(self.queue_full(num)),
         }
     }
@@ -142,11 +148,6 @@ impl Shared {
         }
     }
 
-    /// Gives the places of requests that ended back.
-    pub(super) fn release(&self, num: u32) {
-        self.num_accepted.fetch_sub(num, Ordering::AcqRel);
-    }
-
     /// Why nothing more comes from the engine.
     fn reason(&self) -> EngineError {
         match &*self.state.borrow() {
@@ -157,10 +158,58 @@ impl Shared {
     }
 }
 
+/// Places of a request in an engine: kept while it runs, given back when dropped.
+pub struct Places {
+    shared: Arc<Shared>,
+    count: u32,
+}
+
+impl std::fmt::Debug for Places {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Places").field("count", &self.count).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Places {
+    fn drop(&mut self) {
+        self.shared.num_accepted.fetch_sub(self.count, Ordering::AcqRel);
+    }
+}
+
+/// A request that runs as many short sequences, one set after the other, as a search does.
+///
+/// It keeps its places between them, and their turn in the queue is that of the first one.
+///
+/// **Invariant:** no more of its sequences run at once than it has places; the caller sees to it.
+#[derive(Debug)]
+pub struct Reservation {
+    engine: EngineHandle,
+    places: Arc<Places>,
+    arrival: Option<SeqId>,
+}
+
+impl Reservation {
+    /// Hands one more sequence to the engine.
+    ///
+    /// # Errors
+    /// As of [`EngineHandle::submit`], but for the queue, which has room for it, and for a drain, which waits for it.
+    pub fn submit(&mut self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
+        let max_tokens = self.engine.fit(&request)?;
+        let stream = self.engine.start(request, max_tokens, Arc::clone(&self.places), self.arrival)?;
+        self.arrival.get_or_insert(stream.id);
+        Ok(stream)
+    }
+
+    /// What the engine accepts.
+    pub fn limits(&self) -> &EngineLimits {
+        self.engine.limits()
+    }
+}
+
 /// Submits requests to one engine. Cheap to clone.
 #[derive(Clone)]
 pub struct EngineHandle {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
     groups: mpsc::Sender<NextGroup>,
     next_id: Arc<AtomicU64>,
@@ -187,21 +236,49 @@ impl EngineHandle {
     /// # Errors
     /// The request can never run (the client must change it), the queue is full (try again later), or the engine has ended.
     pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
-        if !matches!(*self.shared.state.borrow(), EngineState::Serving | EngineState::Recovering { .. }) {
-            return Err(self.shared.reason());
-        }
+        self.check_open()?;
+        let max_tokens = self.fit(&request)?;
+        let places = Arc::new(self.shared.accept(1)?);
+        self.start(request, max_tokens, places, None)
+    }
+
+    /// Takes places for a request that runs as up to `count` sequences at once.
+    ///
+    /// # Errors
+    /// The queue is full (try again later), or the engine has ended.
+    pub fn reserve(&self, count: u32) -> Result<Reservation, EngineError> {
+        self.check_open()?;
+        let places = Arc::new(self.shared.accept(count)?);
+        Ok(Reservation { engine: self.clone(), places, arrival: None })
+    }
+
+    fn check_open(&self) -> Result<(), EngineError> {
+        let is_open = matches!(*self.shared.state.borrow(), EngineState::Serving | EngineState::Recovering { .. });
+        if is_open { Ok(()) } else { Err(self.shared.reason()) }
+    }
+
+    /// Most tokens that a request may have.
+    fn fit(&self, request: &GenerateRequest) -> Result<NonZeroU32, EngineError> {
         let num_blocks = self.shared.num_blocks.load(Ordering::Acquire);
-        let max_tokens = EngineLimits { num_blocks, ..self.shared.limits.clone() }.admit(&request)?;
+        EngineLimits { num_blocks, ..self.shared.limits.clone() }.admit(request)
+    }
+
+    fn start(
+        &self,
+        request: GenerateRequest,
+        max_tokens: NonZeroU32,
+        places: Arc<Places>,
+        arrival: Option<SeqId>,
+    ) -> Result<TokenStream, EngineError> {
         let (Ok(submission), Ok(cancellation)) =
             (self.commands.clone().try_reserve_owned(), self.commands.clone().try_reserve_owned())
         else {
             return Err(self.refusal());
         };
-        self.shared.accept()?;
         let id = SeqId(self.next_id.fetch_add(1, Ordering::Relaxed));
         let capacity = (max_tokens.get() as usize).saturating_add(OTHER_EVENTS_MAX);
         let (stream, events) = mpsc::channel(capacity);
-        let sequence = Box::new(Sequence::new(id, request, max_tokens));
+        let sequence = Box::new(Sequence::new(id, request, max_tokens).with_places(places, arrival));
         let started = sequence.started();
         submission.send(Command::Submit { sequence, stream });
         Ok(TokenStream { id, events, cancellation: Some(cancellation), started, shared: Arc::clone(&self.shared) })
@@ -209,7 +286,13 @@ impl EngineHandle {
 
     /// The engine now.
     pub fn snapshot(&self) -> EngineSnapshot {
-        *self.shared.snapshot.borrow()
+        let yielding = self.shared.yielding.load(Ordering::Acquire);
+        EngineSnapshot { yielding, ..*self.shared.snapshot.borrow() }
+    }
+
+    /// Asks for no new work where others can take it: the group is about to end. The next group takes it back.
+    pub fn yield_work(&self) {
+        self.shared.yielding.store(true, Ordering::Release);
     }
 
     /// Requests that it has accepted and that have not ended.

@@ -7,6 +7,7 @@
 //! **Invariant:** nothing but the engine's thread touches scheduler, blocks and group.
 
 mod admission;
+pub mod beam;
 pub mod block_manager;
 mod constraint;
 #[cfg(test)]
@@ -27,6 +28,8 @@ mod scheduler_tests;
 pub(crate) mod scripted;
 pub mod sequence;
 #[cfg(test)]
+pub(crate) mod simulated_engine;
+#[cfg(test)]
 mod simulation;
 mod start;
 mod step_time;
@@ -41,7 +44,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 pub use constraint::{Constraint, ConstraintError, NextTokens, TokenConstraint};
-pub use handle::{EngineHandle, EngineSnapshot, TokenStream};
+pub use handle::{EngineHandle, EngineSnapshot, Places, Reservation, TokenStream};
 pub use replicas::Replicas;
 pub use request::{EngineError, EngineLimits, FinishReason, GenerateRequest, RecoveryLimits, TokenEvent, Usage};
 pub use scheduler::Counters;
@@ -58,6 +61,9 @@ use scheduler::{Scheduler, SeqEvent};
 const INTERVAL_WEIGHT: f64 = 0.1;
 /// No interval counts for more: an idle engine says nothing about a busy one.
 const INTERVAL_MAX: Duration = Duration::from_secs(10);
+
+/// A drain looks so often whether a request that runs as many sequences has ended.
+const DRAIN_CHECK: Duration = Duration::from_millis(20);
 
 /// Whether a turn had work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -253,11 +259,13 @@ impl Engine {
     /// True where a stop was asked for, and nothing is left or its time has passed.
     fn is_drained(&self) -> bool {
         let EngineState::Draining(ends) = *self.state.borrow() else { return false };
-        self.scheduler.is_empty() && self.inbox.is_empty() || Instant::now() >= ends
+        let is_done = self.shared.num_accepted.load(Ordering::Acquire) == 0 && self.inbox.is_empty();
+        is_done || Instant::now() >= ends
     }
 
     /// Waits for something to do: a command, a mask, a change of state, or the end of the group.
     async fn rest(&mut self) -> Result<(), EpochEnd> {
+        let is_draining = matches!(*self.state.borrow(), EngineState::Draining(_));
         tokio::select! {
             command = self.inbox.recv() => {
                 match command {
@@ -270,6 +278,8 @@ impl Engine {
             _changed = self.state.changed() => Ok(()),
             () = self.constraints.arrivals() => Ok(()),
             error = self.group.broken() => Err(error.into()),
+            // What keeps its places between two sequences says nothing when it gives them back.
+            () = tokio::time::sleep(DRAIN_CHECK), if is_draining => Ok(()),
         }
     }
 
@@ -301,7 +311,6 @@ impl Engine {
         events.append(&mut self.scheduler.take_events());
         let num_ended = events.iter().filter(|(_, event)| is_last(event)).count() as u32;
         if num_ended > 0 {
-            self.shared.release(num_ended);
             self.note_ends(num_ended);
         }
         let has_work = !self.scheduler.is_empty();
@@ -332,6 +341,7 @@ impl Engine {
             progress_at: self.progress_at,
             stall_limit: self.group.stall_limit(),
             recovering: self.recovering,
+            yielding: false,
         });
     }
 

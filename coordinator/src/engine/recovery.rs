@@ -83,6 +83,7 @@ impl Engine {
         self.scheduler.begin_epoch(num_blocks);
         self.group = group;
         self.recovering = false;
+        self.shared.yielding.store(false, Ordering::Release);
         let waiting = self.scheduler.num_waiting();
         tracing::info!(epoch = self.group.epoch().0, num_blocks, waiting, "engine goes on in a new epoch");
         self.shared.state.send_if_modified(|state| {

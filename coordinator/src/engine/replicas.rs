@@ -1,54 +1,107 @@
-//! The engines of one model as one: a request goes to the replica with the least work.
+//! The engines of one model as one: a request goes where its prompt's beginning was computed before, or to the replica with the
+//! least work.
 //!
 //! **Invariant:** a request is submitted to at most one engine; a replica that cannot take it does not refuse it for the
 //! others.
 
-use std::fmt;
+mod affinity;
 
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use affinity::Affinity;
 use tokio::time::Instant;
 
-use super::{EngineError, EngineHandle, EngineLimits, EngineSnapshot, GenerateRequest, TokenStream};
+use super::{EngineError, EngineHandle, EngineLimits, EngineSnapshot, GenerateRequest, Reservation, TokenStream};
+
+/// Requests that the replica which knows a prompt may have more than the least busy one.
+const AFFINITY_SLACK: u32 = 4;
 
 /// At least one engine, all of the same limits. Cheap to clone.
 #[derive(Clone)]
 pub struct Replicas {
     first: EngineHandle,
     others: Vec<EngineHandle>,
+    affinity: Arc<Mutex<Affinity>>,
 }
 
 impl Replicas {
     /// The engines of one model; `None` for none.
     pub fn new(engines: Vec<EngineHandle>) -> Option<Self> {
         let mut engines = engines.into_iter();
-        Some(Self { first: engines.next()?, others: engines.collect() })
+        Some(Self { first: engines.next()?, others: engines.collect(), affinity: Arc::default() })
     }
 
     fn engines(&self) -> impl Iterator<Item = &EngineHandle> {
         std::iter::once(&self.first).chain(&self.others)
     }
 
-    /// Hands a request to the engine with the least work, or to the next one where that cannot take it.
+    /// Hands a request to the engine that has computed the longest part of its prompt before, unless another has clearly less to
+    /// do; then to the one with the least work; to the next one where that cannot take it.
     ///
     /// # Errors
-    /// As the engine with the least work says, where all refuse.
+    /// As the first engine that was asked says, where all refuse.
     pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
-        let work = |engine: &&EngineHandle| {
-            let snapshot = engine.snapshot();
-            // One that waits for its group is asked last.
-            (snapshot.recovering, snapshot.running.saturating_add(snapshot.waiting))
-        };
-        let mut engines: Vec<&EngineHandle> = self.engines().collect();
-        // A stable sort: the same state gives the same order.
-        engines.sort_by_key(work);
+        if self.others.is_empty() {
+            return self.first.submit(request);
+        }
+        let prefixes = affinity::prefixes(&request.prompt, self.limits().block_size);
+        let (place, stream) = self.first_of(&prefixes, |engine| engine.submit(request.clone()))?;
+        self.affinity.lock().unwrap_or_else(PoisonError::into_inner).note(&prefixes, place);
+        Ok(stream)
+    }
+
+    /// Takes places for a request that runs as up to `count` sequences at once, all in the engine with the least work.
+    ///
+    /// # Errors
+    /// As that engine says, where all refuse.
+    pub fn reserve(&self, count: u32) -> Result<Reservation, EngineError> {
+        self.first_of(&[], |engine| engine.reserve(count)).map(|(_, reservation)| reservation)
+    }
+
+    /// What the first engine that can says, and the engine's place.
+    fn first_of<T>(
+        &self,
+        prefixes: &[u64],
+        ask: impl Fn(&EngineHandle) -> Result<T, EngineError>,
+    ) -> Result<(usize, T), EngineError> {
         let mut refusal = None;
-        for engine in engines {
-            match engine.submit(request.clone()) {
-                Ok(stream) => return Ok(stream),
+        for place in self.order(prefixes) {
+            let Some(engine) = self.engines().nth(place) else { continue };
+            match ask(engine) {
+                Ok(taken) => return Ok((place, taken)),
                 Err(error) if is_own_trouble(&error) => refusal = refusal.or(Some(error)),
                 Err(error) => return Err(error),
             }
         }
         Err(refusal.unwrap_or(EngineError::Stopping))
+    }
+
+    /// Engines by their places, in the order in which they are asked.
+    fn order(&self, prefixes: &[u64]) -> Vec<usize> {
+        // The snapshot is as old as the last step; what was accepted since is known too.
+        let work = |engine: &EngineHandle, snapshot: &EngineSnapshot| {
+            engine.num_accepted().max(snapshot.running.saturating_add(snapshot.waiting))
+        };
+        let mut places: Vec<(bool, u32, usize)> = (0..)
+            .zip(self.engines())
+            .map(|(place, engine)| {
+                let snapshot = engine.snapshot();
+                // One that waits for its group, or is about to, is asked last.
+                (snapshot.recovering || snapshot.yielding, work(engine, &snapshot), place)
+            })
+            .collect();
+        places.sort_unstable();
+        let least = places.first().map_or(0, |(_, work, _)| *work);
+        let knows = self.affinity.lock().unwrap_or_else(PoisonError::into_inner).find(prefixes);
+        let near = |(late, work, place): &(bool, u32, usize)| {
+            !late && Some(*place) == knows && *work <= least.saturating_add(AFFINITY_SLACK)
+        };
+        if let Some(index) = places.iter().position(near) {
+            let first = places.remove(index);
+            places.insert(0, first);
+        }
+        places.into_iter().map(|(_, _, place)| place).collect()
     }
 
     /// Why requests do not go on: every replica waits for its group, or one has work and has not ended a step for long.
@@ -109,7 +162,7 @@ fn is_own_trouble(error: &EngineError) -> bool {
 
 impl From<EngineHandle> for Replicas {
     fn from(engine: EngineHandle) -> Self {
-        Self { first: engine, others: Vec::new() }
+        Self { first: engine, others: Vec::new(), affinity: Arc::default() }
     }
 }
 
@@ -143,6 +196,7 @@ mod tests {
             enable_prefix_caching: true,
             step_time_budget: Duration::from_millis(10),
             step_deadline_min: Duration::from_secs(5),
+            policy: crate::engine::policy::Policy::default(),
             recovery: crate::engine::RecoveryLimits::default(),
             features: phalanx_proto::SamplerFeatures::default(),
         }
@@ -156,6 +210,7 @@ mod tests {
             max_tokens: NonZeroU32::MIN,
             stop_token_ids: Vec::new(),
             constraint: None,
+            priority: 0,
         }
     }
 
@@ -187,6 +242,38 @@ mod tests {
         let half = accepted.len() / 2;
         assert_eq!(asked.iter().filter(|number| **number == 1).count(), half);
         assert_eq!(asked.len(), 2 * half);
+    }
+
+    #[tokio::test]
+    async fn a_prompt_goes_where_its_beginning_is_known_unless_that_replica_is_busy() {
+        let (heard, mut order) = mpsc::unbounded_channel();
+        let limits = || EngineLimits { max_num_seqs: 8, max_queue: 8, ..limits() };
+        let spawn = |number: u32, yielding| {
+            let heard = heard.clone();
+            let script = move |_| heard.send(number).expect("the test listens");
+            let engine = scripted::spawn(limits(), EngineSnapshot::default(), script).0;
+            if yielding {
+                engine.yield_work();
+            }
+            engine
+        };
+        let prompt = |first: u32| GenerateRequest {
+            prompt: (first..first + 40).map(TokenId).collect(),
+            max_tokens: NonZeroU32::MIN,
+            ..request(0)
+        };
+        let replicas = Replicas::new(vec![spawn(0, false), spawn(1, false)]).expect("two");
+        let mut streams = Vec::new();
+        let mut asked = Vec::new();
+        for first in [0, 50, 50, 50, 50, 50, 0, 50, 50, 50] {
+            streams.push(replicas.submit(prompt(first)).expect("room"));
+            asked.push(order.recv().await.expect("a request"));
+        }
+        // With seven against two, one more would be too many.
+        assert_eq!(asked, [0, 1, 1, 1, 1, 1, 0, 1, 1, 0]);
+        let replicas = Replicas::new(vec![spawn(0, true), spawn(1, false)]).expect("two");
+        streams.push(replicas.submit(prompt(0)).expect("room"));
+        assert_eq!(order.recv().await, Some(1), "who is about to end is asked last");
     }
 
     #[tokio::test]

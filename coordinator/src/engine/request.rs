@@ -6,6 +6,7 @@ use std::time::Duration;
 use phalanx_proto::{SamplerFeatures, SamplingParams, TokenId, TokenLogprobs};
 
 use super::constraint::Constraint;
+use super::policy::Policy;
 use crate::config::defaults;
 
 /// A request as the engine sees it: validated, tokenized, without text.
@@ -23,6 +24,8 @@ pub struct GenerateRequest {
     pub stop_token_ids: Vec<TokenId>,
     /// Limits its tokens.
     pub constraint: Option<Constraint>,
+    /// Lower runs first, where the policy looks at it.
+    pub priority: i32,
 }
 
 /// Why a sequence ended.
@@ -32,7 +35,7 @@ pub enum FinishReason {
     Stop(TokenId),
     /// `max_tokens` or the context is full.
     Length,
-    /// The request's constraint allows nothing more: the text is complete.
+    /// The request's constraint allows nothing more, or its prompt is pooled: what was asked for is complete.
     Complete,
     /// The client went away.
     Aborted,
@@ -63,6 +66,8 @@ pub enum TokenEvent {
         /// Present where asked for.
         logprobs: Option<TokenLogprobs>,
     },
+    /// The hidden states of a prompt that was to be pooled, not normalised; no token comes.
+    Pooled(Vec<f32>),
     /// The sequence ended as it should.
     Finished {
         /// Why.
@@ -156,6 +161,8 @@ pub struct EngineLimits {
     pub step_time_budget: Duration,
     /// Shortest deadline of a step.
     pub step_deadline_min: Duration,
+    /// Who runs next, and who gives way.
+    pub policy: Policy,
     /// What happens when the group breaks.
     pub recovery: RecoveryLimits,
     /// What the ranks' samplers can do; known once they have said so.

@@ -4,7 +4,7 @@
 //! [`Scheduler::commit`] in the same order, up to `steps_in_flight_max` later.
 //!
 //! **Invariant:** every sequence that was enqueued ends in exactly one `Finished` or `Failed` event, and each output index is emitted once.
-//! **Invariant:** `running` is in order of start; a sequence that gives way has no row in the plan that is being made.
+//! **Invariant:** `running` is in the policy's order, and the last one gives way first; it has no row in the plan that is being made.
 //! **Invariant:** if a sequence waits and no step is in flight, [`Scheduler::plan`] gives a plan, unless constraints are away.
 
 mod replay;
@@ -12,13 +12,13 @@ mod replay;
 use std::collections::{HashMap, VecDeque};
 
 use phalanx_proto::{
-    NewSequence, PLAN_BYTES_MAX, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SeqId, SeqSlot, StepId,
-    StepOutput, StepPlan, TokenMask,
+    NewSequence, PLAN_BYTES_MAX, POOLED_ROWS_MAX, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SeqId, SeqSlot,
+    StepId, StepOutput, StepPlan, TokenMask,
 };
 
 use super::block_manager::{BlockManager, BlockTable};
 use super::constraint::{ConstraintAnswer, ConstraintWork, NextTokens};
-use super::policy::Policy;
+use super::policy::{Policy, Turn};
 use super::request::{EngineError, EngineLimits, FinishReason, TokenEvent};
 use super::sequence::{Phase, Sequence};
 use super::step_time::StepTime;
@@ -74,7 +74,7 @@ pub struct Scheduler {
     limits: EngineLimits,
     policy: Policy,
     sequences: HashMap<SeqId, Sequence>,
-    waiting: VecDeque<SeqId>,
+    waiting: VecDeque<Turn>,
     running: Vec<SeqId>,
     free_slots: Vec<SeqSlot>,
     /// Slots whose release no plan has told yet.
@@ -126,6 +126,11 @@ impl Draft {
         self.alone.is_none_or(|alone| alone == id)
     }
 
+    /// Whether the step may give one vector more, where the sequence is pooled.
+    fn has_room_for(&self, sequence: &Sequence) -> bool {
+        !sequence.pools() || self.rows.iter().filter(|row| row.pools).count() < POOLED_ROWS_MAX
+    }
+
     /// Blocks that fit in the plan beside `bytes`.
     fn num_blocks_max(&self, bytes: usize) -> usize {
         self.bytes_left.saturating_sub(bytes) / BLOCK_BYTES_MAX
@@ -137,8 +142,8 @@ impl Scheduler {
     pub fn new(limits: EngineLimits) -> Self {
         let free_slots = (0..limits.num_running_max()).rev().map(SeqSlot).collect();
         Self {
+            policy: limits.policy,
             limits,
-            policy: Policy::default(),
             sequences: HashMap::new(),
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -176,7 +181,7 @@ impl Scheduler {
     /// Takes a new sequence in.
     pub fn enqueue(&mut self, sequence: Sequence) {
         let id = sequence.id;
-        self.policy.enqueue(&mut self.waiting, id);
+        self.policy.enqueue(&mut self.waiting, sequence.turn);
         self.sequences.insert(id, sequence);
         self.fit(id);
     }
@@ -232,6 +237,10 @@ impl Scheduler {
         for ((_, id), sampled) in sampling.zip(output.rows) {
             self.commit_token(*id, sampled, blocks);
         }
+        let pooling = plan.rows.iter().zip(&sequences).filter(|(row, _)| row.pools);
+        for ((_, id), pooled) in pooling.zip(output.pooled) {
+            self.commit_pooled(*id, pooled.values, blocks);
+        }
         blocks.commit(plan.step);
         self.committed_step = plan.step;
         self.counters.steps += 1;
@@ -259,7 +268,7 @@ impl Scheduler {
         assert!(slots.iter().copied().eq((0..self.limits.num_running_max()).map(SeqSlot)), "each slot is in one place");
         let num_listed = self.running.len() + self.waiting.len();
         assert_eq!(num_listed, self.sequences.len(), "a sequence waits or runs");
-        for id in &self.waiting {
+        for Turn { id, .. } in &self.waiting {
             let waits = self.sequences.get(id).is_some_and(|sequence| matches!(sequence.phase, Phase::Waiting));
             assert!(waits, "sequence {id} is listed as waiting");
         }
@@ -316,8 +325,8 @@ impl Scheduler {
                 return false;
             }
             // One that has the step for itself gives way to nobody: it would start again and lack the same block.
-            let others: Vec<SeqId> = self.running.iter().copied().filter(|other| draft.alone != Some(*other)).collect();
-            let Some(victim) = self.policy.victim(&others) else { return false };
+            let victim = self.running.iter().rev().copied().find(|other| draft.alone != Some(*other));
+            let Some(victim) = victim else { return false };
             self.preempt(victim, blocks);
             draft.preempted = true;
         }
@@ -344,6 +353,7 @@ impl Scheduler {
             }
             if sequence.num_in_flight() > 0
                 || !sequence.may_sample()
+                || !draft.has_room_for(sequence)
                 || draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX) == 0
             {
                 return;
@@ -363,15 +373,24 @@ impl Scheduler {
                 self.counters.cached_tokens += table.num_cached() as u64 * u64::from(self.limits.block_size);
             }
             start(sequence, slot, table, draft, self.limits.block_size);
-            self.waiting.retain(|other| *other != id);
-            self.running.push(id);
+            self.waiting.retain(|other| other.id != id);
+            self.enter(id);
         }
+    }
+
+    /// Puts a sequence among the running ones, in the policy's order.
+    fn enter(&mut self, id: SeqId) {
+        let turn = |id: &SeqId| self.sequences.get(id).map(|sequence| sequence.turn);
+        let Some(own) = turn(&id) else { return };
+        let outlasts = |other: &SeqId| turn(other).is_some_and(|other| self.policy.outlasts(other, own));
+        let place = self.running.partition_point(outlasts);
+        self.running.insert(place, id);
     }
 
     /// True where a prompt in this plan computes the next block that a waiting sequence needs: a plan later it is shared.
     fn is_being_computed(&mut self, id: SeqId, draft: &Draft, blocks: &BlockManager) -> bool {
         let Some(sequence) = self.sequences.get_mut(&id) else { return false };
-        if !blocks.is_caching() || sequence.wants_prompt_logprobs() {
+        if !blocks.is_caching() || sequence.wants_whole_prompt() {
             return false;
         }
         let prefix = sequence.hashes(blocks.block_size(), sequence.tokens().len() as u32 - 1);
@@ -449,6 +468,14 @@ impl Scheduler {
         }
     }
 
+    /// A prompt's vector is there, which is all that was asked for.
+    fn commit_pooled(&mut self, id: SeqId, values: Vec<f32>, blocks: &mut BlockManager) {
+        if self.sequences.contains_key(&id) {
+            self.events.push((id, TokenEvent::Pooled(values)));
+            self.finish(id, FinishReason::Complete, blocks);
+        }
+    }
+
     fn finish(&mut self, id: SeqId, reason: FinishReason, blocks: &mut BlockManager) {
         if let Some(sequence) = self.remove(id, blocks) {
             self.events.push((id, TokenEvent::Finished { reason, usage: sequence.usage() }));
@@ -459,7 +486,7 @@ impl Scheduler {
     fn remove(&mut self, id: SeqId, blocks: &mut BlockManager) -> Option<Sequence> {
         let mut sequence = self.sequences.remove(&id)?;
         if !self.leave(&mut sequence, blocks) {
-            self.waiting.retain(|other| *other != id);
+            self.waiting.retain(|other| other.id != id);
         }
         self.counters.finished += 1;
         Some(sequence)
@@ -469,7 +496,7 @@ impl Scheduler {
         let Some(mut sequence) = self.sequences.remove(&id) else { return };
         let was_running = self.leave(&mut sequence, blocks);
         assert!(was_running, "sequence {id} gives way without running");
-        self.policy.requeue(&mut self.waiting, id);
+        self.policy.enqueue(&mut self.waiting, sequence.turn);
         self.sequences.insert(id, sequence);
         self.counters.preemptions += 1;
     }
@@ -492,7 +519,7 @@ fn plan_chunk(sequence: &mut Sequence, draft: &mut Draft, block_size: u32) {
     if sequence.wants_prompt_logprobs() {
         num_tokens = num_tokens.min(PROMPT_LOGPROBS_CHUNK_MAX);
     }
-    if num_tokens > 0 {
+    if num_tokens > 0 && draft.has_room_for(sequence) {
         draft.prefill_left -= num_tokens;
         draft.push(sequence, num_tokens, block_size);
     }
@@ -504,7 +531,7 @@ fn plan_chunk(sequence: &mut Sequence, draft: &mut Draft, block_size: u32) {
 fn open_table(sequence: &mut Sequence, draft: &Draft, blocks: &mut BlockManager, reserve: u32) -> Option<BlockTable> {
     let num_tokens = sequence.tokens().len() as u32;
     let num_blocks = num_tokens.div_ceil(blocks.block_size()) as usize;
-    if !blocks.is_caching() || sequence.wants_prompt_logprobs() {
+    if !blocks.is_caching() || sequence.wants_whole_prompt() {
         return blocks.open(&[], num_blocks, reserve);
     }
     let num_named_max = draft.num_blocks_max(NEW_SEQUENCE_BYTES_MAX + ROW_BYTES_MAX + BLOCK_BYTES_MAX);

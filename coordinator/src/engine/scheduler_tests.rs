@@ -4,16 +4,17 @@ use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use phalanx_proto::{BlockId, SamplingParams, SeqId, TokenId};
+use phalanx_proto::{BlockId, Pooling, SamplingParams, SeqId, TokenId};
 use proptest::prelude::*;
 
 use super::block_manager::BlockManager;
 use super::constraint::tests::Listed;
 use super::constraint::{Constraint, ConstraintWork, NextTokens};
+use super::policy::Policy;
 use super::request::{EngineError, EngineLimits, FinishReason, GenerateRequest, TokenEvent};
 use super::scheduler::{Scheduler, SeqEvent};
 use super::sequence::Sequence;
-use super::simulation::{SimulatedGroup, VOCAB_SIZE, describe, masked, next_token};
+use super::simulation::{SimulatedGroup, VOCAB_SIZE, describe, masked, next_token, pooled};
 
 pub(super) fn limits() -> EngineLimits {
     EngineLimits {
@@ -28,6 +29,7 @@ pub(super) fn limits() -> EngineLimits {
         enable_prefix_caching: true,
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
+        policy: crate::engine::policy::Policy::default(),
         recovery: crate::engine::RecoveryLimits::default(),
         features: phalanx_proto::SamplerFeatures { masks: true, edits: true },
     }
@@ -41,6 +43,7 @@ pub(super) fn request(prompt: Vec<TokenId>, max_tokens: u32) -> GenerateRequest 
         max_tokens: NonZeroU32::new(max_tokens).unwrap(),
         stop_token_ids: vec![],
         constraint: None,
+        priority: 0,
     }
 }
 
@@ -90,6 +93,7 @@ enum Operation {
         stop: Option<u32>,
         prompt_logprobs: bool,
         constrained: Option<u32>,
+        pooling: Option<bool>,
     },
     Cancel(usize),
     Answer,
@@ -100,9 +104,9 @@ enum Operation {
 
 fn operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
-        3 => (0..4u32, 1..60u32, 1..30u32, proptest::option::of(0..VOCAB_SIZE), proptest::bool::weighted(0.15), proptest::option::weighted(0.3, 1..30u32)).prop_map(
-            |(family, num_prompt, max_tokens, stop, prompt_logprobs, constrained)| Operation::Submit {
-                family, num_prompt, max_tokens, stop, prompt_logprobs, constrained
+        3 => (0..4u32, 1..60u32, 1..30u32, proptest::option::of(0..VOCAB_SIZE), proptest::bool::weighted(0.15), proptest::option::weighted(0.3, 1..30u32), proptest::option::weighted(0.2, any::<bool>())).prop_map(
+            |(family, num_prompt, max_tokens, stop, prompt_logprobs, constrained, pooling)| Operation::Submit {
+                family, num_prompt, max_tokens, stop, prompt_logprobs, constrained, pooling
             }
         ),
         1 => any::<usize>().prop_map(Operation::Cancel),
@@ -140,6 +144,7 @@ struct Case {
     max_tokens: u32,
     tokens: Vec<TokenId>,
     num_prompt_logprobs: Option<usize>,
+    pooled: Option<Vec<f32>>,
     end: Option<FinishReason>,
     cancelled: bool,
 }
@@ -177,11 +182,16 @@ impl Harness {
 
     fn apply(&mut self, operation: &Operation) {
         match *operation {
-            Operation::Submit { family, num_prompt, max_tokens, stop, prompt_logprobs, constrained } => {
+            Operation::Submit { family, num_prompt, max_tokens, stop, prompt_logprobs, constrained, pooling } => {
                 let mut request = request(prompt(family, num_prompt), max_tokens);
                 request.stop_token_ids = stop.map(TokenId).into_iter().collect();
                 request.sampling.prompt_logprobs = prompt_logprobs.then_some(0);
                 request.constraint = constrained.map(constraint);
+                request.priority = family as i32 % 3 - 1;
+                if let Some(is_mean) = pooling {
+                    request.sampling.pooling = Some(if is_mean { Pooling::Mean } else { Pooling::Last });
+                    (request.sampling.prompt_logprobs, request.constraint) = (None, None);
+                }
                 self.submit(request);
             }
             Operation::Answer => self.answer(),
@@ -209,8 +219,8 @@ impl Harness {
         let max_tokens = self.limits.admit(&request).unwrap();
         self.scheduler.enqueue(Sequence::new(id, request.clone(), max_tokens));
         let max_tokens = max_tokens.get();
-        let (tokens, end) = (vec![], None);
-        self.cases.push(Case { request, max_tokens, tokens, num_prompt_logprobs: None, end, cancelled: false });
+        let (tokens, end, pooled) = (vec![], None, None);
+        self.cases.push(Case { request, max_tokens, tokens, num_prompt_logprobs: None, pooled, end, cancelled: false });
     }
 
     /// The group is gone with all that was in flight; another one takes over.
@@ -271,6 +281,7 @@ impl Harness {
                     assert_eq!(case.num_prompt_logprobs.is_some(), case.request.sampling.prompt_logprobs.is_some());
                     case.tokens.push(token);
                 }
+                TokenEvent::Pooled(values) => assert_eq!(case.pooled.replace(values), None, "one vector"),
                 TokenEvent::Finished { reason, usage } => {
                     case.end = Some(reason);
                     assert_eq!(usage.completion_tokens as usize, case.tokens.len());
@@ -301,7 +312,13 @@ impl Harness {
     fn check_end(&self) {
         assert!(self.scheduler.is_empty());
         for case in &self.cases {
-            let (tokens, reason) = oracle(&case.request, case.max_tokens);
+            let is_pooled = case.request.sampling.pooling.is_some();
+            let (tokens, reason) = match is_pooled {
+                true => (vec![], FinishReason::Complete),
+                false => oracle(&case.request, case.max_tokens),
+            };
+            let is_whole = is_pooled && !case.cancelled;
+            assert_eq!(case.pooled, is_whole.then(|| pooled(&case.request.prompt)));
             if case.cancelled {
                 assert_eq!(case.end, Some(FinishReason::Aborted));
                 assert_eq!(case.tokens, tokens[..case.tokens.len()]);
@@ -463,6 +480,60 @@ fn a_step_in_flight_that_gives_blocks_back_spares_the_others() {
     }
     assert_eq!(harness.scheduler.counters().preemptions, 1, "its blocks come back, and others wait for them");
     harness.run_out();
+}
+
+/// The order in which requests of these priorities start, one at a time.
+fn order_of_starts(policy: Policy, priorities: &[i32]) -> Vec<u64> {
+    let limits = EngineLimits { max_num_seqs: 1, policy, ..limits() };
+    let mut blocks = BlockManager::new(limits.num_blocks, limits.block_size, true);
+    let mut scheduler = Scheduler::new(limits);
+    for (id, priority) in (1..).zip(priorities) {
+        let request = GenerateRequest { priority: *priority, ..request(prompt(1, 4), 1) };
+        scheduler.enqueue(Sequence::new(SeqId(id), request, NonZeroU32::MIN));
+    }
+    let mut order = Vec::new();
+    while let Some(step) = scheduler.plan(&mut blocks) {
+        order.extend(step.sequences.iter().map(|id| id.0));
+        let row = |slot| phalanx_proto::SampledRow { slot, token: TokenId(1), logprobs: None };
+        let rows = step.plan.rows.iter().map(|planned| row(planned.slot)).collect();
+        scheduler.commit(step, phalanx_proto::StepOutput { elapsed_us: 1, rows, ..Default::default() }, &mut blocks);
+        scheduler.check_invariants(&blocks);
+    }
+    order
+}
+
+#[test]
+fn the_lowest_priority_number_starts_first_where_the_policy_looks_at_it() {
+    assert_eq!(order_of_starts(Policy::Priority, &[0, 5, -3, 0, -3]), [3, 5, 1, 4, 2]);
+    assert_eq!(order_of_starts(Policy::Priority, &[0; 4]), [1, 2, 3, 4]);
+    assert_eq!(order_of_starts(Policy::Fcfs, &[0, 5, -3, 0, -3]), [1, 2, 3, 4, 5]);
+}
+
+#[test]
+fn blocks_that_run_out_cost_the_highest_priority_number_its_place() {
+    for (policy, expected) in [(Policy::Priority, 2), (Policy::Fcfs, 4)] {
+        let limits = EngineLimits { num_blocks: 16, policy, ..limits() };
+        let mut blocks = BlockManager::new(limits.num_blocks, limits.block_size, false);
+        let mut scheduler = Scheduler::new(limits);
+        for (id, priority) in [(1, 0), (2, 7), (3, 0), (4, 6)] {
+            let request = GenerateRequest { priority, ..request(prompt(id, 12), 28) };
+            scheduler.enqueue(Sequence::new(SeqId(id.into()), request, NonZeroU32::new(28).unwrap()));
+        }
+        let mut last = Vec::new();
+        while scheduler.counters().preemptions == 0 {
+            let step = scheduler.plan(&mut blocks).expect("work");
+            last = step.sequences.iter().map(|id| id.0).collect();
+            let rows = step.plan.rows.iter().filter(|row| row.samples);
+            let rows = rows.map(|row| phalanx_proto::SampledRow { slot: row.slot, token: TokenId(1), logprobs: None });
+            let rows = rows.collect();
+            scheduler.commit(
+                step,
+                phalanx_proto::StepOutput { elapsed_us: 1, rows, ..Default::default() },
+                &mut blocks,
+            );
+        }
+        assert_eq!(last, [1, 2, 3, 4].into_iter().filter(|id| *id != expected).collect::<Vec<u64>>());
+    }
 }
 
 #[test]

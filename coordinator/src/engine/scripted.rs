@@ -40,13 +40,15 @@ pub(crate) fn spawn(
     let cancelled = Cancelled::default();
     let seen = cancelled.clone();
     tokio::spawn(async move {
-        let mut number = 0;
+        // They keep their places: this engine never ends one.
+        let mut sequences = Vec::new();
         while let Some(command) = inbox.recv().await {
             match command {
                 Command::Submit { sequence, stream } => {
                     let prompt = sequence.tokens().to_vec();
-                    script(Submitted { number, prompt, sampling: sequence.sampling.clone(), events: stream });
-                    number += 1;
+                    let (number, sampling) = (sequences.len(), sequence.sampling.clone());
+                    script(Submitted { number, prompt, sampling, events: stream });
+                    sequences.push(sequence);
                 }
                 Command::Cancel(id) => seen.0.lock().unwrap_or_else(PoisonError::into_inner).push(id),
             }

@@ -11,11 +11,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use phalanx_proto::{
-    PlanRow, PromptLogprobs, SamplingParams, SeqId, SeqSlot, StepId, TokenId, TokenLogprobs, TokenMask,
+    PlanRow, Pooling, PromptLogprobs, SamplingParams, SeqId, SeqSlot, StepId, TokenId, TokenLogprobs, TokenMask,
 };
 
 use super::block_manager::{BlockHash, BlockTable};
 use super::constraint::{Constraint, ConstraintState, ConstraintWork, NextTokens};
+use super::handle::Places;
+use super::policy::Turn;
 use super::request::{FinishReason, GenerateRequest, TokenEvent, Usage};
 
 /// With so many broken epochs behind it a sequence runs alone for a while.
@@ -56,6 +58,8 @@ pub struct Residence {
 pub struct Sequence {
     /// Its name; grows with arrival.
     pub id: SeqId,
+    /// When its turn comes.
+    pub turn: Turn,
     /// How it is sampled.
     pub sampling: SamplingParams,
     /// Where it stands.
@@ -78,6 +82,8 @@ pub struct Sequence {
     alone_until: usize,
     /// True once it has been in the batch; the stream's side reads it.
     started: Arc<AtomicBool>,
+    /// Its place in the engine, given back when it is gone; absent where nobody counts.
+    places: Option<Arc<Places>>,
 }
 
 impl Sequence {
@@ -86,6 +92,7 @@ impl Sequence {
         let num_prompt_tokens = request.prompt.len() as u32;
         Self {
             id,
+            turn: Turn { priority: request.priority, arrival: id, id },
             prompt_logprobs: request.sampling.prompt_logprobs.map(|_| Vec::new()),
             sampling: request.sampling,
             phase: Phase::Waiting,
@@ -100,7 +107,15 @@ impl Sequence {
             num_breaks: 0,
             alone_until: 0,
             started: Arc::default(),
+            places: None,
         }
+    }
+
+    /// Keeps the places of its request, and takes the turn of the sequence that came with it first.
+    pub fn with_places(mut self, places: Arc<Places>, arrival: Option<SeqId>) -> Self {
+        self.places = Some(places);
+        self.turn.arrival = arrival.unwrap_or(self.id);
+        self
     }
 
     /// True once it has been in the batch, for whoever waits for it.
@@ -134,10 +149,9 @@ impl Sequence {
         self.tokens.len() < self.alone_until
     }
 
-    /// Ends it within a context of so many tokens. False: what is known does not fit.
-    pub fn shorten(&mut self, context: u32) -> bool {
+    /// Ends it within a context of so many tokens.
+    pub fn shorten(&mut self, context: u32) {
         self.num_tokens_max = self.num_tokens_max.min(context);
-        (self.tokens.len() as u32) < context
     }
 
     /// Prompt and committed tokens.
@@ -160,9 +174,19 @@ impl Sequence {
         self.num_cached_tokens.is_none()
     }
 
-    /// True while descriptions of the prompt are owed: no prefix may be taken from the cache then.
+    /// True while descriptions of the prompt are owed.
     pub fn wants_prompt_logprobs(&self) -> bool {
         self.prompt_logprobs.is_some()
+    }
+
+    /// True where every position of the prompt must be computed: no prefix may be taken from the cache then.
+    pub fn wants_whole_prompt(&self) -> bool {
+        self.wants_prompt_logprobs() || self.sampling.pooling == Some(Pooling::Mean)
+    }
+
+    /// True where it gives a vector and no token.
+    pub fn pools(&self) -> bool {
+        self.sampling.pooling.is_some()
     }
 
     /// What it has cost so far.
@@ -228,7 +252,7 @@ impl Sequence {
     /// True where one more token can be planned: not beyond `max_tokens`, which is known ahead.
     pub fn can_decode(&self) -> bool {
         let num_tokens = self.tokens.len() as u32 + self.num_in_flight;
-        self.num_prefill_left() == 0 && num_tokens < self.num_tokens_max && self.may_sample()
+        self.num_prefill_left() == 0 && num_tokens < self.num_tokens_max && self.may_sample() && !self.pools()
     }
 
     /// False while its constraint has no mask for the next token.
@@ -293,12 +317,14 @@ impl Sequence {
         let new_blocks = r.blocks.blocks().get(r.num_blocks_sent..num_blocks).unwrap_or_default().to_vec();
         r.num_blocks_sent = r.num_blocks_sent.max(num_blocks);
         let consumes = if start >= r.num_entry_tokens { r.last_sampled } else { None };
-        let samples = r.num_planned == num_known;
+        let is_last = r.num_planned == num_known;
+        let pools = is_last && self.sampling.pooling.is_some();
+        let samples = is_last && !pools;
         if samples {
             r.last_sampled = Some(step);
             self.num_in_flight += 1;
         }
-        Some(PlanRow { slot: r.slot, start, num_tokens, new_blocks, samples, consumes })
+        Some(PlanRow { slot: r.slot, start, num_tokens, new_blocks, samples, consumes, pools })
     }
 
     /// A token in flight has arrived. Events are in order; the last one ends the sequence where it carries a reason.

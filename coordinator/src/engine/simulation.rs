@@ -6,8 +6,8 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use phalanx_proto::{
-    BlockId, Fnv, NewSequence, PLAN_BYTES_MAX, PlanRow, PromptLogprobs, SampledRow, SeqSlot, StepId, StepOutput,
-    TokenId, TokenLogprobs, TokenMask,
+    BlockId, Fnv, NewSequence, PLAN_BYTES_MAX, PlanRow, PooledRow, Pooling, PromptLogprobs, SampledRow, SeqSlot,
+    StepId, StepOutput, TokenId, TokenLogprobs, TokenMask,
 };
 
 use super::group::to_messages;
@@ -19,6 +19,11 @@ pub(super) const VOCAB_SIZE: u32 = 40;
 /// What the model says after `tokens`.
 pub(super) fn next_token(tokens: &[TokenId]) -> TokenId {
     sample(tokens.iter().fold(0, |before, token| content(before, *token)))
+}
+
+/// What the model makes of a prompt that is pooled.
+pub(super) fn pooled(tokens: &[TokenId]) -> Vec<f32> {
+    vec![(tokens.iter().fold(0, |before, token| content(before, *token)) >> 40) as f32]
 }
 
 /// The first token from `token` on, around the vocabulary, that a mask allows.
@@ -53,6 +58,7 @@ struct Resident {
     sampled: Vec<StepId>,
     num_entry: u32,
     wants_prompt_logprobs: bool,
+    pooling: Option<Pooling>,
 }
 
 impl Resident {
@@ -110,6 +116,7 @@ impl SimulatedRank {
     }
 
     fn enter(&mut self, new: &NewSequence) {
+        assert!(new.sampling.pooling != Some(Pooling::Mean) || new.blocks.is_empty(), "a mean is over all positions");
         let mut resident = Resident {
             tokens: vec![],
             contents: vec![],
@@ -119,6 +126,7 @@ impl SimulatedRank {
             sampled: vec![],
             num_entry: new.tokens.len() as u32,
             wants_prompt_logprobs: new.sampling.prompt_logprobs.is_some(),
+            pooling: new.sampling.pooling,
         };
         for token in &new.tokens {
             resident.push(*token);
@@ -151,7 +159,16 @@ impl SimulatedRank {
             let described = (first..(end + 1).min(num_prompt)).map(|at| describe(&resident.tokens, at)).collect();
             output.prompt_logprobs.push(PromptLogprobs { slot: row.slot, start: first as u32, tokens: described });
         }
-        assert_eq!(row.samples, end == resident.tokens.len(), "a row samples behind the last known token");
+        let pools = resident.pooling.is_some();
+        assert_eq!(
+            row.samples || row.pools,
+            end == resident.tokens.len(),
+            "a row gives something behind the last token"
+        );
+        assert!(if pools { !row.samples } else { !row.pools });
+        if row.pools {
+            output.pooled.push(PooledRow { slot: row.slot, values: pooled(&resident.tokens) });
+        }
         if row.samples {
             let token = masked(sample(resident.contents[end - 1]), mask);
             resident.push(token);

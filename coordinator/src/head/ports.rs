@@ -2,10 +2,11 @@
 //!
 //! **Invariant:** a holder is read from the kernel's own tables; where it cannot be known, nothing is guessed.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -86,6 +87,49 @@ pub fn bind(wish: &PortWish) -> Result<TcpListener, PortError> {
     })
 }
 
+/// Ports that were picked freely, kept for the next head of a home: agents and clients that wait for it know no others.
+#[derive(Debug)]
+pub struct PickedPorts {
+    path: PathBuf,
+    known: BTreeMap<String, u16>,
+}
+
+impl PickedPorts {
+    /// What the last head of a home has left, if it did not end in order.
+    pub fn read(path: PathBuf) -> Self {
+        let known = fs::read_to_string(&path).ok().and_then(|text| serde_json::from_str(&text).ok());
+        Self { path, known: known.unwrap_or_default() }
+    }
+
+    /// Listens on a port; one that may be picked freely is the one of the last time where that is free still.
+    ///
+    /// # Errors
+    /// As [`bind`].
+    pub fn bind(&mut self, wish: &PortWish) -> Result<TcpListener, PortError> {
+        let again = self.known.get(wish.purpose).filter(|_| wish.port == 0);
+        let again = again.and_then(|&port| bind(&PortWish { port, ..wish.clone() }).ok());
+        let listener = match again {
+            Some(listener) => listener,
+            None => bind(wish)?,
+        };
+        if let Ok(address) = listener.local_addr() {
+            self.known.insert(wish.purpose.to_owned(), address.port());
+        }
+        Ok(listener)
+    }
+
+    /// Keeps them for the next head. Without it, that one picks others.
+    pub fn write(&self) -> io::Result<()> {
+        fs::write(&self.path, serde_json::to_vec(&self.known)?)
+    }
+
+    /// Forgets them: the head ends in order, and nobody waits for it.
+    pub fn forget(&self) {
+        // One that stays does no harm: its ports are tried, and others taken where they are in use.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
@@ -160,6 +204,23 @@ mod tests {
         let text = error.to_string();
         assert!(text.contains(&format!("port {port} (HTTP) is taken by process {}", holder.pid)), "{text}");
         assert!(text.contains("--http-port"), "{text}");
+    }
+
+    #[test]
+    fn a_port_that_was_picked_freely_is_picked_again() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("ports.json");
+        let mut picked = PickedPorts::read(path.clone());
+        let port = |listener: &TcpListener| listener.local_addr().expect("an address").port();
+        let first = picked.bind(&wish(0)).expect("a free port");
+        let number = port(&first);
+        picked.write().expect("writes");
+        let other = PickedPorts::read(path.clone()).bind(&wish(0)).expect("another, since that one is taken");
+        assert_ne!(port(&other), number);
+        drop(first);
+        assert_eq!(port(&PickedPorts::read(path.clone()).bind(&wish(0)).expect("free")), number);
+        picked.forget();
+        assert!(PickedPorts::read(path).known.is_empty());
     }
 
     #[test]

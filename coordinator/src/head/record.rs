@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
+use phalanx_trust::files::private_dir;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Home;
@@ -63,6 +64,10 @@ pub struct HeadRecord {
     /// Present while it stands by: the cluster address of the head that leads, empty where none does.
     #[serde(default)]
     pub stands_by: Option<String>,
+    /// Its keys and certificates.
+    pub trust_dir: PathBuf,
+    /// Plain text between machines.
+    pub insecure: bool,
 }
 
 /// Proof that no other head runs in a home; let go when dropped, or when the process ends in whatever way.
@@ -105,7 +110,7 @@ impl HomeLock {
     /// Another head runs there, or the folder cannot be written.
     pub fn take(home: &Home) -> Result<Self, HomeError> {
         let dir = home.run_dir();
-        fs::create_dir_all(&dir).map_err(|source| HomeError::Io { path: dir.clone(), source })?;
+        private_dir(&dir).map_err(|source| HomeError::Io { path: dir.clone(), source })?;
         let path = dir.join("head.lock");
         let opened = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let mut file = opened.map_err(|source| HomeError::Io { path: path.clone(), source })?;
@@ -168,6 +173,8 @@ mod tests {
             socket: None,
             log_dir: home.log_dir(),
             stands_by: None,
+            trust_dir: home.trust_dir(),
+            insecure: false,
         };
         lock.write(&record).expect("writes");
         assert_eq!(running_head(&home), Some(record.clone()));

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use phalanx_formats::{GenerationDefaults, ModelError, ModelFiles};
+use phalanx_formats::{EmbeddingSettings, GenerationDefaults, ModelError, ModelFiles};
 use phalanx_proto::{DeploymentName, TokenId};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -26,6 +26,7 @@ use crate::text::{TextError, TextModel};
 struct TextSide {
     text: Option<Arc<TextModel>>,
     defaults: GenerationDefaults,
+    embedding: EmbeddingSettings,
     end_token_ids: Vec<TokenId>,
 }
 
@@ -82,6 +83,7 @@ fn load(checked: &CheckedSpec) -> Result<TextSide, String> {
     Ok(TextSide {
         text: text.map(Arc::new),
         defaults: files.generation_defaults(),
+        embedding: files.embedding_settings(),
         end_token_ids: files.end_token_ids().into_iter().map(TokenId).collect(),
     })
 }
@@ -108,6 +110,7 @@ fn insert(
         max_model_len: spec.max_model_len(&checked.geometry),
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         defaults: side.defaults,
+        embedding: side.embedding,
         end_token_ids: side.end_token_ids,
         queue_timeout: spec.queue_timeout,
         admission: Admission::default(),

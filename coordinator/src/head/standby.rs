@@ -1,6 +1,7 @@
 //! A head that shares its store: it stands by while another leads, and takes over when that one is gone.
 //!
 //! **Invariant:** a head that stands by answers who leads, and nothing else; it stops answering before it leads.
+//! **Invariant:** whoever is let in by it, leading or not, is let in by one gate, which is there before it asks for the lead.
 //! **Invariant:** the sockets are the head's own throughout, so its addresses never change.
 
 use std::net::TcpListener;
@@ -11,11 +12,13 @@ use phalanx_proto::HeadSocket;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::{BoundHead, CLOSE_DEADLINE, HeadError, HeadRecord, RunningHead, Shared, boot_id, unix_socket};
+use super::servers::{cluster_servers, http_server, unix_socket};
+use super::{BoundHead, CLOSE_DEADLINE, HeadError, HeadRecord, RunningHead, Shared, boot_id, gate};
 use crate::api;
-use crate::cluster::membership::{ClusterServer, HeadsDesk, Lead};
-use crate::cluster::{self, ClusterHandle, StatusBoard};
+use crate::cluster::membership::{ClusterServer, HeadsDesk, Lead, Story};
+use crate::cluster::{self, Chronicle, ClusterHandle, StatusBoard};
 use crate::dashboard;
+use crate::security::access::Gate;
 use crate::store::etcd::{Campaign, Deposed, EtcdPlace, HeadCard, HeadsSeen};
 
 /// Time for a head that has just started to learn whether another one leads.
@@ -24,6 +27,7 @@ const FIRST_LOOK: Duration = Duration::from_secs(3);
 /// A head that waits for the lead.
 pub struct StandingHead {
     head: BoundHead,
+    gate: Gate,
     campaign: Campaign,
     /// What the command line may ask of it: its status, and to stop.
     pub cluster: ClusterHandle,
@@ -43,19 +47,21 @@ impl BoundHead {
     /// Begins to stand by. `deposed` is called, on a thread of its own, when this head has led and must end at once.
     ///
     /// # Errors
-    /// A socket or a thread cannot be had.
+    /// A socket or a thread cannot be had, or this head's own keys cannot be used.
     pub fn stand_by(self, place: EtcdPlace, deposed: Deposed) -> Result<StandingHead, HeadError> {
+        let gate = gate(&self.options)?;
         let card = HeadCard {
             id: uuid::Uuid::new_v4().to_string(),
             address: self.status.address.clone(),
             http: self.status.http.clone(),
+            authority: gate.authority(),
         };
         let started = Campaign::start(place, card, deposed);
         let campaign = started.map_err(|source| HeadError::Socket { purpose: "the lease", source })?;
         let (cluster, board) = cluster::stand_by(self.status.clone(), campaign.seen.clone());
         let (end, ended) = watch::channel(false);
-        let servers = self.standby_servers(&cluster, &board, &campaign.seen, &ended)?;
-        Ok(StandingHead { head: self, campaign, cluster, servers, end })
+        let servers = self.standby_servers(&cluster, &board, &campaign.seen, &gate, &ended)?;
+        Ok(StandingHead { head: self, gate, campaign, cluster, servers, end })
     }
 
     fn standby_servers(
@@ -63,6 +69,7 @@ impl BoundHead {
         cluster: &ClusterHandle,
         board: &StatusBoard,
         seen: &watch::Receiver<HeadsSeen>,
+        gate: &Gate,
         ended: &watch::Receiver<bool>,
     ) -> Result<Vec<JoinHandle<()>>, HeadError> {
         let again = |listener: &TcpListener, purpose| {
@@ -72,20 +79,17 @@ impl BoundHead {
         let path = unix.as_ref().map(|(path, _)| path.display().to_string());
         let socket = path.map(|path| HeadSocket { path, boot_id: boot_id() });
         let desk = HeadsDesk { address: self.status.address.clone(), socket, lead: Lead::StandsBy(seen.clone()) };
-        let server = ClusterServer::new(cluster.clone(), board.clone()).with_heads(desk);
+        let story =
+            Story { chronicle: Chronicle::open(&self.options.home.events()), head_log: self.options.log.clone() };
+        let server = ClusterServer::new(cluster.clone(), board.clone(), gate.clone(), desk, story);
         let tcp = again(&self.cluster, "the cluster")?;
-        let mut servers = super::cluster_servers(&server, tcp, unix.map(|(_, listener)| listener), ended)?;
+        let mut servers = cluster_servers(&server, tcp, unix.map(|(_, listener)| listener), ended)?;
         let seen = seen.clone();
         let leader = move || seen.borrow().leader.as_ref().map(|leader| leader.http.clone());
         let http = api::standby::router(Arc::new(leader));
-        servers.push(super::http_server("HTTP", again(&self.http, "HTTP")?, http, ended.clone())?);
+        servers.push(http_server("HTTP", again(&self.http, "HTTP")?, http, ended.clone())?);
         let page = dashboard::router(board.clone());
-        servers.push(super::http_server(
-            "the dashboard",
-            again(&self.dashboard, "the dashboard")?,
-            page,
-            ended.clone(),
-        )?);
+        servers.push(http_server("the dashboard", again(&self.dashboard, "the dashboard")?, page, ended.clone())?);
         self.lock.write(&HeadRecord { stands_by: Some(String::new()), ..self.record() })?;
         Ok(servers)
     }
@@ -94,7 +98,7 @@ impl BoundHead {
 impl StandingHead {
     /// The heads, once it is known who leads: where nobody does, or etcd does not answer, as they are seen after a while.
     pub async fn first_look(&mut self) -> HeadsSeen {
-        let seen = self.campaign.seen.wait_for(|seen| seen.leader.is_some());
+        let seen = self.campaign.seen.wait_for(|seen| seen.leader.is_some() || seen.is_stranger);
         let _ = tokio::time::timeout(FIRST_LOOK, seen).await;
         self.campaign.seen.borrow().clone()
     }
@@ -121,7 +125,7 @@ impl StandingHead {
         };
         self.close().await;
         let shared = Shared { leadership: store.leadership(), campaign: self.campaign };
-        let running = self.head.start_with(Box::new(store), Some(shared))?;
+        let running = self.head.start_with(self.gate, Box::new(store), Some(shared))?;
         Ok(Stood::Leads(Box::new(running)))
     }
 

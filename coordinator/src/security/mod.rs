@@ -1,10 +1,12 @@
-//! Secrets: of one life of the head, launch tokens for ranks and keys for groups; of the store, API keys.
+//! Secrets: of one life of the head, launch tokens for ranks and keys for groups; of the store, API keys and join tokens.
 //!
 //! **Invariant:** a secret comes from the operating system's random numbers, is never logged and never leaves the
 //! process except to the agent or rank that it is for.
 
+pub mod access;
 pub mod key_file;
 pub mod keys;
+pub mod tokens;
 
 use std::fmt;
 

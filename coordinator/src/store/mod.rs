@@ -1,6 +1,7 @@
-//! What survives a restart of the head: its term, and one record for each deployment.
+//! What survives a restart of the head: its term, and one record for each deployment and each placement group.
 //!
-//! Two keep it: a database file of this head ([`Store`]), or etcd, which two heads share ([`etcd`]). Owns the file and the thread that writes. Knows names and bytes; what the records say is the cluster's business.
+//! Two keep it: a database file of this head ([`Store`]), or etcd, which two heads share ([`etcd`]). Owns the file and the thread
+//! that writes. Knows names and bytes; what the records say is the cluster's business.
 //!
 //! **Invariant:** a term is on disk before the head that has it listens, so no two lives of a head share one.
 //! **Invariant:** a change is answered only when it is on disk, and changes are written in the order in which they came.
@@ -23,8 +24,39 @@ const FILE: &str = "head.redb";
 const NUMBERS: TableDefinition<&str, u64> = TableDefinition::new("numbers");
 /// Records of deployments by name.
 const DEPLOYMENTS: TableDefinition<&str, &[u8]> = TableDefinition::new("deployments");
+/// Records of placement groups by name.
+const PLACEMENT_GROUPS: TableDefinition<&str, &[u8]> = TableDefinition::new("placement_groups");
 /// The head's term among the numbers.
 const TERM: &str = "term";
+
+/// What a record is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    /// A deployment.
+    Deployments,
+    /// A placement group that was made by hand.
+    PlacementGroups,
+}
+
+impl Table {
+    /// Every table.
+    pub const ALL: [Self; 2] = [Self::Deployments, Self::PlacementGroups];
+
+    /// Its name in a store.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deployments => "deployments",
+            Self::PlacementGroups => "placement_groups",
+        }
+    }
+
+    fn definition(self) -> TableDefinition<'static, &'static str, &'static [u8]> {
+        match self {
+            Self::Deployments => DEPLOYMENTS,
+            Self::PlacementGroups => PLACEMENT_GROUPS,
+        }
+    }
+}
 
 /// Why the store cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -60,17 +92,17 @@ pub trait Backend: Send {
     /// It cannot be written.
     fn next_term(&mut self) -> Result<Term, StoreError>;
 
-    /// All records of deployments, by name, as an earlier head has left them.
+    /// All records of a table, by name, as an earlier head has left them.
     ///
     /// # Errors
     /// They cannot be read.
-    fn deployments(&mut self) -> Result<Vec<(String, Vec<u8>)>, StoreError>;
+    fn records(&mut self, table: Table) -> Result<Vec<(String, Vec<u8>)>, StoreError>;
 
     /// Writes a record, or removes it where there is none; it survives this process when this returns.
     ///
     /// # Errors
     /// It cannot be written.
-    fn keep(&mut self, name: &str, record: Option<&[u8]>) -> Result<(), StoreError>;
+    fn keep(&mut self, table: Table, name: &str, record: Option<&[u8]>) -> Result<(), StoreError>;
 }
 
 impl Backend for Store {
@@ -78,19 +110,20 @@ impl Backend for Store {
         Store::next_term(self)
     }
 
-    fn deployments(&mut self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
-        Store::deployments(self)
+    fn records(&mut self, table: Table) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        Store::records(self, table)
     }
 
-    fn keep(&mut self, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
-        Store::keep(self, name, record)
+    fn keep(&mut self, table: Table, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
+        Store::keep(self, table, name, record)
     }
 }
 
 /// The open store.
 #[derive(Debug)]
 pub struct Store {
-    database: Database,
+    /// None behind a change that failed: a database that could not write takes nothing more until it is opened again.
+    database: Option<Database>,
     path: PathBuf,
 }
 
@@ -103,14 +136,14 @@ impl Store {
         fs::create_dir_all(dir).map_err(|source| StoreError::Folder { path: dir.to_owned(), source })?;
         let path = dir.join(FILE);
         let database = Database::create(&path).map_err(|error| failed(&path, error))?;
-        Ok(Self { database, path })
+        Ok(Self { database: Some(database), path })
     }
 
     /// Takes the next term: it is on disk when this returns.
     ///
     /// # Errors
     /// The database cannot be written.
-    pub fn next_term(&self) -> Result<Term, StoreError> {
+    pub fn next_term(&mut self) -> Result<Term, StoreError> {
         self.transact(|transaction| {
             let mut numbers = transaction.open_table(NUMBERS)?;
             let next = numbers.get(TERM)?.map_or(0, |term| term.value()) + 1;
@@ -119,14 +152,15 @@ impl Store {
         })
     }
 
-    /// All records of deployments, by name.
+    /// All records of a table, by name.
     ///
     /// # Errors
     /// The database cannot be read.
-    pub fn deployments(&self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
-        let read = || -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
-            let transaction = self.database.begin_read()?;
-            let table = match transaction.open_table(DEPLOYMENTS) {
+    pub fn records(&mut self, table: Table) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        let path = self.path.clone();
+        let mut read = || -> Result<Vec<(String, Vec<u8>)>, redb::Error> {
+            let transaction = self.database()?.begin_read()?;
+            let table = match transaction.open_table(table.definition()) {
                 Err(redb::TableError::TableDoesNotExist(_)) => return Ok(Vec::new()),
                 table => table?,
             };
@@ -137,16 +171,16 @@ impl Store {
             }
             Ok(records)
         };
-        read().map_err(|error| failed(&self.path, error))
+        read().map_err(|error| failed(&path, error))
     }
 
     /// Writes a record, or removes it where there is none; on disk when this returns.
     ///
     /// # Errors
     /// The database cannot be written.
-    pub fn keep(&self, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
+    pub fn keep(&mut self, table: Table, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
         self.transact(|transaction| {
-            let mut table = transaction.open_table(DEPLOYMENTS)?;
+            let mut table = transaction.open_table(table.definition())?;
             match record {
                 Some(record) => table.insert(name, record)?,
                 None => table.remove(name)?,
@@ -156,16 +190,28 @@ impl Store {
     }
 
     fn transact<T>(
-        &self,
+        &mut self,
         change: impl FnOnce(&redb::WriteTransaction) -> Result<T, redb::Error>,
     ) -> Result<T, StoreError> {
         let write = || {
-            let transaction = self.database.begin_write()?;
+            let transaction = self.database()?.begin_write()?;
             let value = change(&transaction)?;
             transaction.commit()?;
             Ok(value)
         };
-        write().map_err(|error: redb::Error| failed(&self.path, error))
+        write().map_err(|error: redb::Error| {
+            self.database = None;
+            failed(&self.path, error)
+        })
+    }
+
+    /// The database, opened again where a change had failed: what was committed before is there.
+    fn database(&mut self) -> Result<&Database, redb::Error> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => Database::create(&self.path)?,
+        };
+        Ok(self.database.insert(database))
     }
 }
 
@@ -181,18 +227,19 @@ mod tests {
     fn terms_grow_and_records_come_back() {
         let dir = tempfile::tempdir().expect("a folder");
         let folder = dir.path().join("store");
-        let store = Store::open(&folder).expect("opens");
-        assert_eq!(store.deployments().expect("reads"), []);
+        let mut store = Store::open(&folder).expect("opens");
+        assert_eq!(store.records(Table::Deployments).expect("reads"), []);
         assert_eq!(store.next_term().expect("writes"), Term(1));
-        store.keep("m", Some(b"one")).expect("writes");
-        store.keep("n", Some(b"two")).expect("writes");
-        store.keep("m", Some(b"three")).expect("writes");
-        store.keep("n", None).expect("writes");
+        store.keep(Table::Deployments, "m", Some(b"one")).expect("writes");
+        store.keep(Table::Deployments, "n", Some(b"two")).expect("writes");
+        store.keep(Table::Deployments, "m", Some(b"three")).expect("writes");
+        store.keep(Table::Deployments, "n", None).expect("writes");
+        store.keep(Table::PlacementGroups, "m", Some(b"four")).expect("writes");
         assert!(Store::open(&folder).is_err(), "one process has it");
         drop(store);
-        let store = Store::open(&folder).expect("opens again");
+        let mut store = Store::open(&folder).expect("opens again");
         assert_eq!(store.next_term().expect("writes"), Term(2));
-        assert_eq!(store.deployments().expect("reads"), [("m".to_owned(), b"three".to_vec())]);
+        assert_eq!(store.records(Table::Deployments).expect("reads"), [("m".to_owned(), b"three".to_vec())]);
     }
 
     #[test]

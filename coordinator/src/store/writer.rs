@@ -5,13 +5,15 @@
 use std::io;
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 
-use super::{Backend, StoreError};
+use super::{Backend, StoreError, Table};
 
 /// Changes that may wait for the disk.
 const CHANGES_MAX: usize = 64;
 
 /// One change of one record.
 pub struct Change {
+    /// What it is about.
+    pub table: Table,
     /// Whose.
     pub name: String,
     /// The record; none removes it.
@@ -34,12 +36,18 @@ impl StoreWriter {
     pub fn spawn(mut store: Box<dyn Backend>) -> io::Result<Self> {
         let (changes, inbox) = mpsc::sync_channel::<Change>(CHANGES_MAX);
         let write = move || {
-            for Change { name, record, done } in inbox {
-                done(store.keep(&name, record.as_deref()));
+            for Change { table, name, record, done } in inbox {
+                done(store.keep(table, &name, record.as_deref()));
             }
         };
         std::thread::Builder::new().name("store".into()).spawn(write)?;
         Ok(Self { changes })
+    }
+
+    /// A writer whose changes a simulation takes.
+    #[cfg(test)]
+    pub(crate) fn to(changes: SyncSender<Change>) -> Self {
+        Self { changes }
     }
 
     /// Hands a change over. False: too many wait, or the thread has ended; try again.

@@ -10,8 +10,8 @@ use serde_json::Map;
 use super::python_json;
 use super::{TextError, Tokenizer};
 
-/// Instructions that a template may spend on one conversation.
-const TEMPLATE_FUEL: u64 = 20_000_000;
+/// What a template may spend on one conversation: instructions, and 64 bytes of text for each, written or made in between.
+const TEMPLATE_FUEL: u64 = 4_000_000;
 
 /// What a chat template is asked to render.
 #[derive(Debug, Clone, Default)]
@@ -52,10 +52,10 @@ impl ChatTemplate {
             if value.is_undefined() {
                 return Ok(());
             }
-            out.write_str(&python_json::to_text(value)).map_err(Error::from)
+            out.write_str(&python_json::to_text(value)?).map_err(Error::from)
         });
         environment.add_filter("tojson", |value: Value, options| python_json::tojson(&value, options));
-        environment.add_filter("trim", |value: Value| python_json::to_text(&value).trim().to_owned());
+        environment.add_filter("trim", |value: Value| python_json::to_text(&value).map(|text| text.trim().to_owned()));
         environment.add_filter("string", |value: Value| python_json::to_text(&value));
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -203,6 +203,40 @@ mod tests {
         assert_eq!(strftime_utc("%d %b %Y", at(0)), "01 Jan 1970");
         assert_eq!(strftime_utc("%A %Y-%m-%d %H:%M:%S", at(1_709_210_096)), "Thursday 2024-02-29 12:34:56");
         assert_eq!(strftime_utc("%d %B %y %a", at(1_735_689_599)), "31 December 24 Tue");
+    }
+
+    /// Templates come with models, from wherever those come.
+    #[test]
+    fn hostile_templates_end_and_fill_no_memory() {
+        let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/tiny-llama/tokenizer.json");
+        let tokenizer = Tokenizer::from_json(&std::fs::read(file).unwrap(), None).unwrap();
+        let parens = format!("{{{{ {}1{} }}}}", "(".repeat(20_000), ")".repeat(20_000));
+        let ifs = format!("{}x{}", "{% if 1 %}".repeat(20_000), "{% endif %}".repeat(20_000));
+        for hostile in [
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=['a' * 1000]) %}{% for a in range(16) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+            "{% for a in range(1000) %}{{ 'x' * 90000000 }}{% endfor %}",
+            "{{ 'x' * 99999999999 }}",
+            "{{ messages | tojson(indent=9999999999999) }}",
+            "{{ '%999999999999d' | format(1) }}",
+            "{{ 'x'.rjust(999999999999) }}",
+            "{{ 'x' | indent(999999999999, true) }}",
+            "{{ 'ab' | replace('', 'x' * 9000000) | replace('x', 'y' * 9000000) }}",
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{% set ns = namespace(x=['a' * 1000]) %}{% for a in range(16) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | tojson }}",
+            &parens,
+            &ifs,
+        ] {
+            let prompt = ChatPrompt { messages: vec![serde_json::json!({"role": "user"})], ..ChatPrompt::default() };
+            let rendered = ChatTemplate::new(hostile.to_owned(), &tokenizer).and_then(|it| it.render(&prompt));
+            let shown = &hostile[..hostile.len().min(60)];
+            assert!(
+                rendered.as_ref().map_or(true, |text| text.len() < 1 << 20),
+                "{shown}: {:?}",
+                rendered.map(|t| t.len())
+            );
+        }
     }
 
     #[test]

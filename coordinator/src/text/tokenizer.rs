@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 
-use phalanx_formats::TokenizerSource;
+use phalanx_formats::{GgufVocab, TokenizerSource};
 use phalanx_proto::TokenId;
 use serde_json::{Map, Value, json};
 
@@ -36,15 +36,18 @@ impl Tokenizer {
                 let config = tokenizer_config.as_ref().and_then(Value::as_object);
                 Ok((Self::from_json(&bytes, config)?, chat_template.clone()))
             }
-            TokenizerSource::Gguf(vocab) => {
-                let value = gguf_vocab::to_tokenizer_json(vocab)?;
-                let bytes = serde_json::to_vec(&value).map_err(unusable)?;
-                let inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(unusable)?;
-                let token = |id: Option<u32>| id.and_then(|id| vocab.tokens.get(id as usize).cloned());
-                let tokenizer = Self { inner, bos_token: token(vocab.bos), eos_token: token(vocab.eos) };
-                Ok((tokenizer, vocab.chat_template.clone()))
-            }
+            TokenizerSource::Gguf(vocab) => Self::from_vocab(vocab),
+            TokenizerSource::SentencePiece(files) => Self::from_vocab(&files.read().map_err(unusable)?),
         }
+    }
+
+    fn from_vocab(vocab: &GgufVocab) -> Result<(Self, Option<String>), TextError> {
+        let value = gguf_vocab::to_tokenizer_json(vocab)?;
+        let bytes = serde_json::to_vec(&value).map_err(unusable)?;
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(unusable)?;
+        let token = |id: Option<u32>| id.and_then(|id| vocab.tokens.get(id as usize).cloned());
+        let tokenizer = Self { inner, bos_token: token(vocab.bos), eos_token: token(vocab.eos) };
+        Ok((tokenizer, vocab.chat_template.clone()))
     }
 
     /// Reads `tokenizer.json`, put right by `added_tokens_decoder` of `tokenizer_config.json`.

@@ -1,6 +1,7 @@
 //! GGUF metadata to [`Geometry`].
 
 use super::metadata::Metadata;
+use crate::architecture::{Switch, Window};
 use crate::{Architecture, Geometry, ModelError, RopeScaling, StoredType};
 
 /// Reads the geometry.
@@ -9,7 +10,8 @@ use crate::{Architecture, Geometry, ModelError, RopeScaling, StoredType};
 /// The architecture is unknown, an entry is missing or wrong, or the model needs something that is not supported.
 pub(crate) fn geometry(metadata: Metadata<'_>) -> Result<Geometry, ModelError> {
     let architecture = architecture(metadata)?;
-    let key = |name: &str| format!("{}.{name}", architecture.model_type());
+    let family = architecture.family();
+    let key = |name: &str| format!("{}.{name}", family.model_type);
     if metadata.count(&key("expert_count"))?.is_some_and(|experts| experts > 0) {
         return Err(metadata.error(&key("expert_count"), "is above 0; mixtures of experts are not supported"));
     }
@@ -31,11 +33,13 @@ pub(crate) fn geometry(metadata: Metadata<'_>) -> Result<Geometry, ModelError> {
         rope_theta: metadata.float(&key("rope.freq_base"))?.unwrap_or(10_000.0),
         rope_scaling: rope_scaling(metadata, &key)?,
         tied_embeddings: !has_tensor(metadata, "output.weight"),
-        qkv_bias: architecture == Architecture::Qwen2 || has_tensor(metadata, "blk.0.attn_q.bias"),
-        sliding_window: match architecture {
+        qkv_bias: matches!(family.qkv_bias, Switch::On) || has_tensor(metadata, "blk.0.attn_q.bias"),
+        sliding_window: match family.window {
             // 0 is how files say that there is none.
-            Architecture::Llama => metadata.count(&key("attention.sliding_window"))?.filter(|window| *window > 0),
-            Architecture::Qwen2 => None,
+            Window::Switched { absent: true } | Window::Length { .. } => {
+                metadata.count(&key("attention.sliding_window"))?.filter(|window| *window > 0)
+            }
+            Window::Switched { absent: false } | Window::Never => None,
         },
     };
     geometry.check(metadata.path)?;
@@ -49,10 +53,11 @@ fn has_tensor(metadata: Metadata<'_>, name: &str) -> bool {
 fn architecture(metadata: Metadata<'_>) -> Result<Architecture, ModelError> {
     let name = "general.architecture";
     let found = metadata.text(name)?.ok_or_else(|| metadata.error(name, "is missing"))?;
-    let known = Architecture::ALL.into_iter().find(|architecture| architecture.model_type() == found);
-    known.ok_or_else(|| ModelError::UnknownArchitecture {
+    let in_gguf = || Architecture::ALL.iter().filter(|architecture| architecture.is_in_gguf());
+    let known = in_gguf().find(|architecture| architecture.family().model_type == found);
+    known.copied().ok_or_else(|| ModelError::UnknownArchitecture {
         found: found.to_owned(),
-        known: Architecture::ALL.map(Architecture::model_type).join(", "),
+        known: in_gguf().map(|architecture| architecture.family().model_type).collect::<Vec<_>>().join(", "),
     })
 }
 

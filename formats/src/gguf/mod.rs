@@ -24,6 +24,7 @@ use header::{Header, read_header};
 use metadata::Metadata;
 
 pub(crate) use header::is_gguf;
+pub(crate) use names::NAMES;
 
 /// Most parts of a split file.
 const PARTS_MAX: usize = 1000;
@@ -88,7 +89,7 @@ impl GgufFile {
         header: &Header,
     ) -> Result<(), ModelError> {
         for tensor in &header.tensors {
-            let name = names::hugging_face(&tensor.name);
+            let name = NAMES.to_llama(&tensor.name);
             let entry = TensorEntry {
                 dtype: tensor.dtype.clone(),
                 shape: tensor.shape.clone(),

@@ -61,7 +61,7 @@ fn check_rows(model: &ModelFiles) {
 #[test]
 fn every_type_is_read_in_hugging_face_order() {
     for dtype in ALL_TYPES {
-        for architecture in Architecture::ALL {
+        for &architecture in Architecture::ALL.iter().filter(|architecture| architecture.is_in_gguf()) {
             let wide = dtype.block_len() == 256;
             let mut geometry = Geometry { num_layers: 1, ..small_geometry(architecture) };
             if wide {
@@ -223,7 +223,7 @@ fn tensors_that_lie_are_refused() {
     check_refused(&llama().lying_tensor("x", &[2, 31], 2, 0), "cannot be stored");
     check_refused(&llama().lying_tensor("output.weight", &[2, 32], 2, 0), "described twice");
     check_refused(&llama().without("output.weight").lying_tensor("output.weight", &[70, 96], 11, 0), "Q3_K");
-    check_refused(&llama().without("blk.1.ffn_up.weight"), "model.layers.1.mlp.up_proj.weight");
+    check_refused(&llama().without("blk.1.ffn_up.weight"), "tensor blk.1.ffn_up.weight");
     let padded = llama().tensor("blk.01.ffn_up.weight", &[1, 32], StoredType::Q8_0, vec![0; 34]);
     check_refused(&padded, "there twice");
 }

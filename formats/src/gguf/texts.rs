@@ -3,6 +3,7 @@
 use super::metadata::Metadata;
 use super::value::{Kind, Value};
 use crate::ModelError;
+use crate::embedding::{EmbeddingPooling, EmbeddingSettings};
 use crate::texts::{CHAT_END_TOKENS, EndTokens, GenerationDefaults, GgufVocab, ModelTexts};
 
 const TOKENS: &str = "tokenizer.ggml.tokens";
@@ -33,7 +34,19 @@ pub(crate) fn texts(metadata: Metadata<'_>) -> Result<ModelTexts, ModelError> {
         min_p: metadata.float("general.sampling.min_p")?,
         repetition_penalty: metadata.float("general.sampling.penalty_repeat")?,
     };
-    Ok(ModelTexts { end_token_ids: end_tokens.into_ids(), defaults, tokenizer: None })
+    let embedding = embedding(metadata)?;
+    Ok(ModelTexts { end_token_ids: end_tokens.into_ids(), defaults, tokenizer: None, embedding })
+}
+
+/// A file may name its pooling: 1 mean, 3 last.
+fn embedding(metadata: Metadata<'_>) -> Result<EmbeddingSettings, ModelError> {
+    let architecture = metadata.text("general.architecture")?.unwrap_or_default();
+    let pooling = match metadata.count(&format!("{architecture}.pooling_type"))? {
+        None | Some(0 | 3) => EmbeddingPooling::Last,
+        Some(1) => EmbeddingPooling::Mean,
+        Some(other) => EmbeddingPooling::Other(format!("pooling type {other}")),
+    };
+    Ok(EmbeddingSettings { pooling, ..EmbeddingSettings::default() })
 }
 
 /// Reads the vocabulary; `None` where the file has none.

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::architecture::{Family, Switch, Window};
 use crate::json::Fields;
 use crate::{Architecture, Geometry, ModelError, RopeScaling, StoredType};
 
@@ -17,6 +18,7 @@ use crate::{Architecture, Geometry, ModelError, RopeScaling, StoredType};
 pub(crate) fn geometry(path: &Path, config: &Value) -> Result<Geometry, ModelError> {
     let fields = Fields::root(path, config)?;
     let architecture = architecture(fields)?;
+    let family = architecture.family();
     refuse_unsupported(fields)?;
     let hidden_size = fields.required_count("hidden_size")?;
     let num_heads = fields.required_count("num_attention_heads")?;
@@ -31,19 +33,16 @@ pub(crate) fn geometry(path: &Path, config: &Value) -> Result<Geometry, ModelErr
         num_kv_heads: fields.count("num_key_value_heads")?.unwrap_or(num_heads),
         head_dim: head_dim(fields, hidden_size, num_heads)?,
         vocab_size: fields.required_count("vocab_size")?,
-        max_position: fields.count("max_position_embeddings")?.unwrap_or(match architecture {
-            Architecture::Llama => 2048,
-            Architecture::Qwen2 => 32768,
-        }),
+        max_position: fields.count("max_position_embeddings")?.unwrap_or(family.max_position),
         norm_eps: fields.float("rms_norm_eps")?.unwrap_or(1e-6),
         rope_theta,
         rope_scaling,
         tied_embeddings: fields.switch("tie_word_embeddings")?.unwrap_or(false),
-        qkv_bias: match architecture {
-            Architecture::Llama => fields.switch("attention_bias")?.unwrap_or(false),
-            Architecture::Qwen2 => true,
+        qkv_bias: match family.qkv_bias {
+            Switch::On => true,
+            Switch::Field { name, absent } => fields.switch(name)?.unwrap_or(absent),
         },
-        sliding_window: sliding_window(fields, architecture, num_layers)?,
+        sliding_window: sliding_window(fields, family, num_layers)?,
     };
     geometry.check(path)?;
     Ok(geometry)
@@ -65,7 +64,7 @@ pub(crate) fn declared_dtype(path: &Path, config: &Value) -> Result<StoredType, 
 
 /// The known architectures, for messages.
 pub(crate) fn known_architectures() -> String {
-    Architecture::ALL.map(Architecture::class_name).join(", ")
+    Architecture::ALL.iter().map(|known| known.family().class_name).collect::<Vec<_>>().join(", ")
 }
 
 fn architecture(fields: Fields<'_>) -> Result<Architecture, ModelError> {
@@ -78,14 +77,11 @@ fn architecture(fields: Fields<'_>) -> Result<Architecture, ModelError> {
     if classes.is_empty() && model_type.is_none() {
         return Err(fields.error("architectures", "is missing, and so is model_type"));
     }
-    let known = Architecture::ALL.into_iter().find(|architecture| {
-        if classes.is_empty() {
-            model_type == Some(architecture.model_type())
-        } else {
-            classes.contains(&architecture.class_name())
-        }
+    let known = Architecture::ALL.iter().find(|known| {
+        let Family { class_name, model_type: name, .. } = known.family();
+        if classes.is_empty() { model_type == Some(*name) } else { classes.contains(class_name) }
     });
-    known.ok_or_else(|| ModelError::UnknownArchitecture {
+    known.copied().ok_or_else(|| ModelError::UnknownArchitecture {
         found: if classes.is_empty() { model_type.unwrap_or_default().to_owned() } else { classes.join(", ") },
         known: known_architectures(),
     })
@@ -123,17 +119,17 @@ fn head_dim(fields: Fields<'_>, hidden_size: usize, num_heads: usize) -> Result<
     Ok(hidden_size / num_heads)
 }
 
-fn sliding_window(
-    fields: Fields<'_>,
-    architecture: Architecture,
-    num_layers: usize,
-) -> Result<Option<usize>, ModelError> {
-    let in_use = match architecture {
-        Architecture::Llama => fields.switch("use_sliding_window")?.unwrap_or(true),
-        Architecture::Qwen2 => fields.switch("use_sliding_window")?.unwrap_or(false),
+fn sliding_window(fields: Fields<'_>, family: &Family, num_layers: usize) -> Result<Option<usize>, ModelError> {
+    let window = match family.window {
+        Window::Never => None,
+        Window::Switched { absent } if fields.switch("use_sliding_window")?.unwrap_or(absent) => {
+            fields.count("sliding_window")?
+        }
+        Window::Switched { .. } => None,
+        Window::Length { absent } if fields.value.get("sliding_window").is_none() => Some(absent),
+        Window::Length { .. } => fields.count("sliding_window")?,
     };
-    let window = fields.count("sliding_window")?;
-    if !in_use || window.is_none() {
+    if window.is_none() {
         return Ok(None);
     }
     // Layers below this one see everything.
@@ -182,7 +178,8 @@ fn rope_scaling(rules: Fields<'_>, trained: Option<usize>) -> Result<RopeScaling
     };
     let required = |name: &str| rules.float(name)?.ok_or_else(|| rules.error(name, "is missing"));
     match kind {
-        "default" => Ok(RopeScaling::None),
+        // Dynamic: frequencies change only in sequences longer than the trained length, and none is.
+        "default" | "dynamic" => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor: required("factor")? }),
         "llama3" => {
             let name = "original_max_position_embeddings";
@@ -195,6 +192,6 @@ fn rope_scaling(rules: Fields<'_>, trained: Option<usize>) -> Result<RopeScaling
                     .map_err(|_| rules.error(name, format!("is {original}, which is absurd")))?,
             })
         }
-        other => Err(rules.error("rope_type", format!("is {other}; known are default, linear, llama3"))),
+        other => Err(rules.error("rope_type", format!("is {other}; known are default, dynamic, linear, llama3"))),
     }
 }

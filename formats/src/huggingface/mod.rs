@@ -4,6 +4,7 @@
 //! an index names. Does not know GGUF.
 
 mod config;
+mod embedding;
 mod safetensors;
 mod texts;
 
@@ -17,7 +18,8 @@ use serde_json::Value;
 
 use crate::json::{self, Fields};
 use crate::mapping::Mapping;
-use crate::model::{RowOrder, TensorEntry};
+use crate::model::TensorEntry;
+use crate::row_order::RowOrder;
 use crate::texts::ModelTexts;
 use crate::{Geometry, ModelError, StoredType};
 use safetensors::read_header;
@@ -39,7 +41,7 @@ pub(crate) struct Folder {
 
 /// Tensors of a folder, and the files that they are in.
 pub(crate) struct FolderTensors {
-    /// By Hugging Face name.
+    /// By the name that Hugging Face's Llama has for them.
     pub tensors: HashMap<String, TensorEntry>,
     /// In the order that `TensorEntry::file` counts.
     pub files: Vec<Mapping>,
@@ -61,11 +63,17 @@ pub(crate) fn open_folder(folder: &Path) -> Result<Folder, ModelError> {
     })
 }
 
-/// Reads the headers of all safetensors files.
+/// Reads the headers of all safetensors files of a model.
 ///
 /// # Errors
 /// A file is missing or damaged.
-pub(crate) fn open_tensors(folder: &Path) -> Result<FolderTensors, ModelError> {
+pub(crate) fn open_tensors(folder: &Path, geometry: &Geometry) -> Result<FolderTensors, ModelError> {
+    let FolderTensors { tensors, files } = open_stored(folder)?;
+    Ok(FolderTensors { tensors: geometry.architecture.family().names.adopt(geometry, tensors)?, files })
+}
+
+/// All tensors, by the names in the files.
+fn open_stored(folder: &Path) -> Result<FolderTensors, ModelError> {
     let index_path = folder.join(INDEX);
     if let Some(index) = json::read_optional(&index_path)? {
         return open_shards(folder, &index_path, &index);

@@ -7,8 +7,8 @@ use tempfile::TempDir;
 
 use crate::test_support::goldens;
 use crate::{
-    Architecture, FileKind, GenerationDefaults, Geometry, ModelError, ModelFiles, RopeScaling, StoredType,
-    TokenizerSource,
+    Architecture, EmbeddingPooling, EmbeddingSettings, EmbeddingWidths, FileKind, GenerationDefaults, Geometry,
+    ModelError, ModelFiles, RopeScaling, StoredType, TokenizerSource,
 };
 
 fn golden(name: &str) -> ModelFiles {
@@ -156,11 +156,13 @@ fn the_reference_models_say_what_ends_a_text() {
 
 #[test]
 fn a_config_of_another_architecture_lists_the_known_ones() {
-    let config = with(json!({"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2"}));
+    let config = with(json!({"architectures": ["GemmaForCausalLM"], "model_type": "gemma"}));
     let error = ModelFiles::open(folder(&config).path()).unwrap_err();
     let message = error.to_string();
     assert!(matches!(error, ModelError::UnknownArchitecture { .. }));
-    for word in ["InternLM2ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM"] {
+    for word in
+        ["GemmaForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "InternLM2ForCausalLM", "MistralForCausalLM"]
+    {
         assert!(message.contains(word), "{message}");
     }
 }
@@ -179,6 +181,9 @@ fn configs_of_all_styles_are_read() {
     check(json!({"architectures": null}), &|geometry| geometry.architecture == Architecture::Llama);
     check(json!({"sliding_window": 16}), &|geometry| geometry.sliding_window == Some(16));
     check(json!({"sliding_window": null}), &|geometry| geometry.sliding_window.is_none());
+    check(json!({"rope_scaling": {"type": "dynamic", "factor": 2}}), &|geometry| {
+        geometry.rope_scaling == RopeScaling::None && geometry.max_position == 64
+    });
     check(json!({"rope_scaling": {"type": "linear", "factor": 2}}), &|geometry| {
         geometry.rope_scaling == RopeScaling::Linear { factor: 2.0 }
     });
@@ -207,6 +212,75 @@ fn configs_of_all_styles_are_read() {
 }
 
 #[test]
+fn mistral_has_a_window_unless_it_says_null() {
+    let window = |changes: Value| {
+        let mut config = with(json!({"architectures": ["MistralForCausalLM"]}));
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        geometry_of(&config).unwrap().sliding_window
+    };
+    assert_eq!(window(json!({})), Some(4096));
+    assert_eq!(window(json!({"sliding_window": 32})), Some(32));
+    assert_eq!(window(json!({"sliding_window": null})), None);
+}
+
+#[test]
+fn internlm2_has_no_window_and_says_whether_it_has_biases() {
+    let geometry = |bias: Value| {
+        let architectures = json!(["InternLM2ForCausalLM"]);
+        geometry_of(&with(json!({"architectures": architectures, "bias": bias, "sliding_window": 8}))).unwrap()
+    };
+    assert!(!geometry(json!(false)).qkv_bias && geometry(json!(null)).qkv_bias);
+    assert_eq!(geometry(json!(false)).sliding_window, None);
+}
+
+/// Two groups of three query heads, K and V; heads of 16 rows.
+#[test]
+fn fused_projections_are_taken_apart() {
+    let model = golden("tiny-internlm2");
+    assert!(!model.has_tensor("model.layers.2.attention.wqkv.weight"));
+    let wqkv = {
+        let bytes = std::fs::read(goldens().join("tiny-internlm2/model.safetensors")).unwrap();
+        let data = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+        let header: Value = serde_json::from_slice(&bytes[8..data]).unwrap();
+        let [start, end] = [0, 1].map(|at| {
+            header["model.layers.2.attention.wqkv.weight"]["data_offsets"][at].as_u64().unwrap() as usize + data
+        });
+        bytes[start..end].to_vec()
+    };
+    let stored = |row: usize| &wqkv[row * 192..(row + 1) * 192];
+    let check = |part: &str, num_rows: usize, rows: &[(usize, usize)]| {
+        let view = model.tensor(&format!("model.layers.2.self_attn.{part}_proj.weight")).unwrap();
+        assert_eq!((view.num_rows(), view.cols(), view.shape.clone()), (num_rows, 96, vec![num_rows, 96]));
+        rows.iter().for_each(|(row, place)| assert_eq!(view.row(*row), stored(*place), "{part} {row}"));
+    };
+    check("q", 96, &[(0, 0), (47, 47), (48, 80), (95, 127)]);
+    check("k", 32, &[(0, 48), (15, 63), (16, 128), (31, 143)]);
+    check("v", 32, &[(0, 64), (16, 144), (31, 159)]);
+}
+
+#[test]
+fn what_is_wrong_is_said_in_the_names_of_the_files() {
+    let copy = copy_of("tiny-internlm2");
+    let path = copy.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let mut check = |field: &str, value: Value, words: &str| {
+        let before = std::mem::replace(&mut config[field], value);
+        std::fs::write(&path, config.to_string()).unwrap();
+        let message = ModelFiles::open(copy.path()).unwrap_err().to_string();
+        assert!(message.contains(words), "{message:?} does not say {words:?}");
+        config[field] = before;
+    };
+    check(
+        "num_key_value_heads",
+        json!(3),
+        "attention.wqkv.weight: has the shape [160, 96], but Q, K and V should have 192",
+    );
+    check("intermediate_size", json!(128), "model.layers.0.feed_forward.w1.weight: has the shape [256, 96]");
+    check("num_hidden_layers", json!(4), "model.layers.3.attention_norm.weight: is not in the model's files");
+    check("bias", json!(true), "model.layers.0.attention.wqkv.bias: is not in the model's files");
+}
+
+#[test]
 fn configs_that_lie_are_refused() {
     check_config_refused(json!({"architectures": ["MambaForCausalLM"]}), "known are LlamaForCausalLM");
     check_config_refused(json!({"architectures": null, "model_type": null}), "architectures is missing");
@@ -223,7 +297,7 @@ fn configs_that_lie_are_refused() {
     check_config_refused(json!({"head_dim": 5}), "must be even");
     check_config_refused(json!({"rms_norm_eps": 0}), "above 0");
     check_config_refused(json!({"rope_theta": "x"}), "not a number");
-    check_config_refused(json!({"rope_scaling": {"rope_type": "yarn"}}), "known are default, linear, llama3");
+    check_config_refused(json!({"rope_scaling": {"rope_type": "yarn"}}), "known are default, dynamic, linear, llama3");
     check_config_refused(json!({"rope_scaling": {"rope_type": "linear"}}), "rope_scaling.factor is missing");
     check_config_refused(json!({"rope_scaling": 3}), "not an object");
     check_config_refused(json!({"hidden_act": "gelu"}), "only silu");
@@ -258,6 +332,60 @@ fn end_tokens_are_found_where_they_hide() {
     assert_eq!(ends(), [3, 4, 8, 9]);
     let wanted = GenerationDefaults { temperature: Some(0.7), top_k: Some(20), ..GenerationDefaults::default() };
     assert_eq!(ModelFiles::open_config(folder.path()).unwrap().generation_defaults(), wanted);
+}
+
+/// Reads a folder with `config` fields, `modules.json` and the file of its pooling module.
+fn embedding_of(config: Value, modules: Value, pooling: Value) -> Result<EmbeddingSettings, String> {
+    let folder = folder(&with(config));
+    std::fs::create_dir(folder.path().join("1_Pooling")).unwrap();
+    let write = |name: &str, value: Value| std::fs::write(folder.path().join(name), value.to_string()).unwrap();
+    if !modules.is_null() {
+        write("modules.json", modules);
+    }
+    write("1_Pooling/config.json", pooling);
+    match ModelFiles::open_config(folder.path()) {
+        Ok(files) => Ok(files.embedding_settings()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[test]
+fn embeddings_are_made_as_a_folder_says() {
+    let module = |kind: &str, path: &str| json!({"type": format!("sentence_transformers.models.{kind}"), "path": path});
+    let (whole, pooling) = (module("Transformer", ""), module("Pooling", "1_Pooling"));
+    let check = |config: Value, modules: Value, file: Value, expected: EmbeddingSettings| {
+        assert_eq!(embedding_of(config, modules, file), Ok(expected));
+    };
+    let settings = |pooling, normalizes, widths| EmbeddingSettings { pooling, normalizes, widths };
+    let (none, any) = (EmbeddingWidths::Whole, EmbeddingWidths::Any);
+    check(json!({}), Value::Null, json!({}), EmbeddingSettings::default());
+    check(json!({"is_matryoshka": true}), Value::Null, json!({}), settings(EmbeddingPooling::Last, true, any));
+    let (mean, last) = (
+        json!({"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": false}),
+        json!({"pooling_mode": "lasttoken"}),
+    );
+    let modules = json!([whole, pooling, module("Normalize", "2_Normalize")]);
+    let only = EmbeddingWidths::Only(vec![32, 64]);
+    check(
+        json!({"matryoshka_dimensions": [32, 64]}),
+        modules.clone(),
+        mean.clone(),
+        settings(EmbeddingPooling::Mean, true, only),
+    );
+    check(json!({}), json!([whole, pooling]), last, settings(EmbeddingPooling::Last, false, none.clone()));
+    let other = |words: &str| EmbeddingPooling::Other(words.into());
+    let cls = json!({"pooling_mode_cls_token": true});
+    check(json!({}), json!([whole, pooling]), cls, settings(other("pooling mode cls"), false, none.clone()));
+    let dense = json!([whole, pooling, module("Dense", "3_Dense")]);
+    check(json!({}), dense, mean.clone(), settings(other("a module of type Dense"), false, none));
+    let refused = |config: Value, modules: Value, words: &str| {
+        let told = embedding_of(config, modules, mean.clone()).expect_err("it is refused");
+        assert!(told.contains(words), "{told}");
+    };
+    refused(json!({}), json!({}), "not a JSON list");
+    refused(json!({}), json!([module("Pooling", "../x")]), "out of the model's folder");
+    refused(json!({}), json!([module("Pooling", "2_Pooling")]), "not there");
+    refused(json!({"matryoshka_dimensions": [0]}), modules, "matryoshka_dimensions");
 }
 
 #[test]

@@ -5,9 +5,10 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::ModelError;
+use super::embedding::open_embedding;
 use crate::json::{self, Fields};
 use crate::texts::{CHAT_END_TOKENS, EndTokens, GenerationDefaults, ModelTexts, TokenizerSource};
+use crate::{ModelError, SentencePieceFiles};
 
 /// Reads what a folder says about text.
 ///
@@ -30,12 +31,17 @@ pub(crate) fn open_texts(folder: &Path, config: &Value) -> Result<ModelTexts, Mo
     let tokens = SpecialTokens::open(settings.as_ref(), &tokenizer_json)?;
     let eos = settings.as_ref().and_then(|settings| token_text(settings.get("eos_token")?));
     tokens.add_ends(eos, chat_template.as_deref(), &mut end_tokens);
-    let tokenizer = tokenizer_json.is_file().then_some(TokenizerSource::Json {
-        tokenizer_json,
-        tokenizer_config: settings,
-        chat_template,
-    });
-    Ok(ModelTexts { end_token_ids: end_tokens.into_ids(), defaults, tokenizer })
+    let tokenizer_model = folder.join("tokenizer.model");
+    let tokenizer = if tokenizer_json.is_file() {
+        Some(TokenizerSource::Json { tokenizer_json, tokenizer_config: settings, chat_template })
+    } else if tokenizer_model.is_file() {
+        let files = SentencePieceFiles { tokenizer_model, tokenizer_config: settings, chat_template };
+        Some(TokenizerSource::SentencePiece(files))
+    } else {
+        None
+    };
+    let embedding = open_embedding(folder, config)?;
+    Ok(ModelTexts { end_token_ids: end_tokens.into_ids(), defaults, tokenizer, embedding })
 }
 
 /// `eos_token_id` is an id, a list of ids or null.

@@ -60,21 +60,6 @@ impl Context {
         Ok(context)
     }
 
-    /// Opens a visible device by its UUID.
-    ///
-    /// # Errors
-    /// As `open`; the message lists what is visible.
-    pub fn open_uuid(uuid: &str) -> Result<Self, CudaError> {
-        let devices = device::devices()?;
-        match devices.iter().find(|device| device.uuid == uuid) {
-            Some(device) => Self::open(device.ordinal),
-            None => {
-                let visible: Vec<&str> = devices.iter().map(|device| device.uuid.as_str()).collect();
-                Err(CudaError::refused("open", format!("no device {uuid}; visible are: {}", visible.join(", "))))
-            }
-        }
-    }
-
     /// The device.
     pub fn device(&self) -> &Device {
         &self.0.device

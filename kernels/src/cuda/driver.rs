@@ -147,7 +147,6 @@ function_table! {
         stream_priorities = c"cuCtxGetStreamPriorityRange"(*mut c_int, *mut c_int) -> c_int;
         stream_destroy = c"cuStreamDestroy_v2"(Handle) -> c_int;
         stream_query = c"cuStreamQuery"(Handle) -> c_int;
-        stream_wait_event = c"cuStreamWaitEvent"(Handle, Handle, c_uint) -> c_int;
         capture_begin = c"cuStreamBeginCapture_v2"(Handle, c_int) -> c_int;
         capture_end = c"cuStreamEndCapture"(Handle, *mut Handle) -> c_int;
         event_create = c"cuEventCreate"(*mut Handle, c_uint) -> c_int;
@@ -167,7 +166,6 @@ function_table! {
         function_attribute = c"cuFuncGetAttribute"(*mut c_int, c_int, Handle) -> c_int;
         function_set_attribute = c"cuFuncSetAttribute"(Handle, c_int, c_int) -> c_int;
         occupancy = c"cuOccupancyMaxActiveBlocksPerMultiprocessor"(*mut c_int, Handle, c_int, usize) -> c_int;
-        occupancy_clusters = c"cuOccupancyMaxActiveClusters"(*mut c_int, Handle, *const RawLaunch) -> c_int;
         launch = c"cuLaunchKernelEx"(*const RawLaunch, Handle, *const *const c_void, *mut *mut c_void) -> c_int;
     }
     optional {

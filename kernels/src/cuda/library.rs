@@ -146,7 +146,7 @@ macro_rules! function_table {
         }
 
         impl $name {
-            pub(super) fn load(library: &super::library::Library) -> Result<Self, super::error::CudaError> {
+            pub(super) fn load(library: &$crate::cuda::library::Library) -> Result<Self, $crate::cuda::error::CudaError> {
                 $(
                     let address = library.symbol($symbol)?;
                     // SAFETY: the signature is the one in the library's header for this symbol.

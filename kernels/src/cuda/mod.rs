@@ -19,6 +19,7 @@ mod device;
 mod driver;
 mod edit_plan;
 mod error;
+mod event;
 mod graph;
 mod launch;
 mod library;
@@ -30,6 +31,7 @@ mod nvrtc;
 pub mod peer_memory;
 pub mod peer_plan;
 mod stream;
+mod transfer;
 
 pub use backend::{
     CudaBuffer, CudaInputs, CudaKvLayer, CudaMatrix, CudaOps, CudaRope, CudaSettings, CudaVector, Dtype, ReduceBench,
@@ -40,10 +42,12 @@ pub use check::{CheckLine, self_check};
 pub use context::{Context, DeviceBytes};
 pub use device::{Device, PeerAccess, devices, driver_version, peer_matrix};
 pub use error::CudaError;
+pub use event::Event;
 pub use graph::GraphExec;
 pub use launch::{ARGS_MAX, KernelArg, LaunchConfig};
 pub use library::{FoundLibrary, LibraryReport, libraries, search_also, toolkit_folders};
 pub use memory::{DeviceMemory, IpcHandle, PeerMemory, PinnedMemory, Plain, Span};
 pub use module::{Kernel, KernelAttributes, Module, ModuleSet, ModuleSettings, Origin, build_line, has_images};
 pub use nvml::{driver_release, num_nvlinks};
-pub use stream::{Event, PinnedRing, Priority, ReadBack, RingEntry, Rows, Stream};
+pub use stream::{Priority, Rows, Stream};
+pub use transfer::{PinnedRing, ReadBack, RingEntry};

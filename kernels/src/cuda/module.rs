@@ -15,7 +15,7 @@ use std::rc::Rc;
 
 use super::cache;
 use super::context::Context;
-use super::driver::{self, Handle, RawLaunch};
+use super::driver::{self, Handle};
 use super::error::CudaError;
 use super::launch::{ARGS_MAX, LaunchConfig};
 use super::nvrtc;
@@ -342,29 +342,6 @@ impl Kernel {
             unsafe { (driver.occupancy)(&raw mut blocks, self.handle, threads, shared_bytes as usize) }
         })?;
         Ok(u32::try_from(blocks).unwrap_or(0))
-    }
-
-    /// Clusters of this launch that the whole device holds at the same time.
-    ///
-    /// # Errors
-    /// A launch of that size cannot be.
-    pub fn clusters_resident(&self, config: &LaunchConfig) -> Result<u32, CudaError> {
-        self.prepare(config)?;
-        let (attributes, num_attributes) = config.attributes();
-        let raw = RawLaunch {
-            grid: config.grid,
-            block: config.block,
-            shared_bytes: config.shared_bytes,
-            stream: null_mut(),
-            attributes: attributes.as_ptr(),
-            num_attributes,
-        };
-        let mut clusters = 0;
-        self.context().call("cuOccupancyMaxActiveClusters", |driver| {
-            // SAFETY: writes one int; the structs are those of the header.
-            unsafe { (driver.occupancy_clusters)(&raw mut clusters, self.handle, &raw const raw) }
-        })?;
-        Ok(u32::try_from(clusters).unwrap_or(0))
     }
 
     /// Tells the driver what this launch needs beyond what every kernel may have.

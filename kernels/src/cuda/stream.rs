@@ -1,26 +1,20 @@
-//! Streams and events: the order of work on a device, and waiting for it.
+//! Streams: the order of work on a device.
 //!
-//! Owns copies, fills and waits. Launches are in `launch`, recording in `graph`.
+//! Owns copies and fills. Launches are in `launch`, recording in `graph`, waiting in `event`.
 //!
 //! **Invariant:** nothing here waits for the device without a deadline. A copy that takes a Rust slice has ended when it
 //! returns; copies that go on by themselves own or guard their host memory (`PinnedRing`, `ReadBack`).
 
 use std::ffi::c_int;
-use std::ops::Range;
 use std::ptr::null_mut;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::context::Context;
-use super::driver::{
-    Copy2d, Driver, EVENT_DISABLE_TIMING, Handle, MEMORY_DEVICE, NOT_READY, STREAM_NON_BLOCKING, SUCCESS,
-};
+use super::driver::{Copy2d, Driver, Handle, MEMORY_DEVICE, STREAM_NON_BLOCKING};
 use super::error::CudaError;
+use super::event::{Event, poll};
 use super::memory::{PinnedMemory, Span};
-
-/// How long a wait looks without pause before it begins to sleep: longer than most steps.
-const SPIN: Duration = Duration::from_millis(5);
-/// Pause between two looks after that.
-const PAUSE: Duration = Duration::from_micros(50);
+use super::transfer::ReadBack;
 
 /// Work that runs in order. Streams of one device run beside each other; none waits for the default stream.
 #[derive(Debug)]
@@ -78,27 +72,6 @@ impl Stream {
             // SAFETY: a live stream.
             unsafe { (driver.stream_query)(self.handle) }
         })
-    }
-
-    /// Whether everything in the stream has ended.
-    ///
-    /// # Errors
-    /// A fault of something in the stream.
-    pub fn is_idle(&self) -> Result<bool, CudaError> {
-        is_done(&self.context, "cuStreamQuery", |driver| {
-            // SAFETY: a live stream.
-            unsafe { (driver.stream_query)(self.handle) }
-        })
-    }
-
-    /// Lets what comes next in this stream wait for an event of another stream, of this or another device.
-    ///
-    /// # Errors
-    /// A device that is lost.
-    pub fn wait_event(&self, event: &Event) -> Result<(), CudaError> {
-        let event = event.handle;
-        // SAFETY: both are live; the flags must be 0.
-        self.call("cuStreamWaitEvent", |driver| unsafe { (driver.stream_wait_event)(self.handle, event, 0) })
     }
 
     /// Copies on the device, or between a device and memory that is mapped into it.
@@ -215,9 +188,9 @@ impl Stream {
         }
         let event = Event::new(&self.context)?;
         self.download_raw(from, into.host_address())?;
-        let pending = ReadBack { memory: Some(into), event };
-        pending.event.record(self)?;
-        Ok(pending)
+        let recorded = event.record(self);
+        let pending = ReadBack::new(into, event);
+        recorded.map(|()| pending)
     }
 
     /// Starts a copy whose source stays as it is until the copy has ended: the caller sees to that.
@@ -268,249 +241,4 @@ pub struct Rows {
     pub span: Span,
     /// Bytes from one row's begin to the next one's.
     pub pitch: usize,
-}
-
-/// A point in a stream.
-#[derive(Debug)]
-pub struct Event {
-    context: Context,
-    handle: Handle,
-}
-
-impl Event {
-    /// An event that orders and can be waited for.
-    ///
-    /// # Errors
-    /// A device that is lost.
-    pub fn new(context: &Context) -> Result<Self, CudaError> {
-        Self::with_flags(context, EVENT_DISABLE_TIMING)
-    }
-
-    /// An event that also takes the time.
-    ///
-    /// # Errors
-    /// A device that is lost.
-    pub fn timing(context: &Context) -> Result<Self, CudaError> {
-        Self::with_flags(context, 0)
-    }
-
-    fn with_flags(context: &Context, flags: u32) -> Result<Self, CudaError> {
-        let mut handle = null_mut();
-        // SAFETY: writes one handle.
-        context.call("cuEventCreate", |driver| unsafe { (driver.event_create)(&raw mut handle, flags) })?;
-        Ok(Self { context: context.clone(), handle })
-    }
-
-    /// Marks the stream's present end. An event that was never recorded counts as reached.
-    ///
-    /// # Errors
-    /// A device that is lost.
-    pub fn record(&self, stream: &Stream) -> Result<(), CudaError> {
-        // SAFETY: both are live.
-        self.context.call("cuEventRecord", |driver| unsafe { (driver.event_record)(self.handle, stream.handle) })
-    }
-
-    /// Whether the device has come by.
-    ///
-    /// # Errors
-    /// A fault of something before it.
-    pub fn is_reached(&self) -> Result<bool, CudaError> {
-        // SAFETY: a live event.
-        is_done(&self.context, "cuEventQuery", |driver| unsafe { (driver.event_query)(self.handle) })
-    }
-
-    /// Waits until the device has come by.
-    ///
-    /// # Errors
-    /// `Deadline`, or a fault of something before it.
-    pub fn wait(&self, deadline: Duration, awaited: &'static str) -> Result<(), CudaError> {
-        poll(&self.context, "cuEventQuery", deadline, awaited, |driver| {
-            // SAFETY: a live event.
-            unsafe { (driver.event_query)(self.handle) }
-        })
-    }
-
-    /// Time on the device since an earlier event; both were made by `timing` and have been reached.
-    ///
-    /// # Errors
-    /// One was not.
-    pub fn since(&self, earlier: &Self) -> Result<Duration, CudaError> {
-        let mut milliseconds = 0.0;
-        // SAFETY: writes one float; both are live.
-        self.context.call("cuEventElapsedTime", |driver| unsafe {
-            (driver.event_elapsed)(&raw mut milliseconds, earlier.handle, self.handle)
-        })?;
-        Ok(Duration::try_from_secs_f32(milliseconds / 1000.0).unwrap_or_default())
-    }
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        // SAFETY: created in `with_flags`, destroyed once; the driver keeps what it still needs of it.
-        self.context.call_in_drop(|driver| unsafe { (driver.event_destroy)(self.handle) });
-    }
-}
-
-/// Device memory on its way into pinned memory.
-#[derive(Debug)]
-pub struct ReadBack {
-    memory: Option<PinnedMemory>,
-    event: Event,
-}
-
-impl ReadBack {
-    /// Whether it has arrived.
-    ///
-    /// # Errors
-    /// A fault of something before it.
-    pub fn is_ready(&self) -> Result<bool, CudaError> {
-        self.event.is_reached()
-    }
-
-    /// Waits for it and gives the memory back.
-    ///
-    /// # Errors
-    /// `Deadline`, or a fault: the memory is lost then, as the device may still write it.
-    pub fn wait(mut self, deadline: Duration, awaited: &'static str) -> Result<PinnedMemory, CudaError> {
-        self.event.wait(deadline, awaited)?;
-        self.memory.take().ok_or_else(|| CudaError::refused("wait", "nothing was read"))
-    }
-}
-
-impl Drop for ReadBack {
-    fn drop(&mut self) {
-        if let Some(memory) = self.memory.take()
-            && !self.event.is_reached().unwrap_or(false)
-        {
-            // The device may still write it, and nobody may wait here: it stays allocated until the process ends.
-            std::mem::forget(memory);
-        }
-    }
-}
-
-/// Pinned buffers that are filled in turn and sent to the device while the host fills the next one.
-///
-/// An entry is lent only after the device has read what it held before.
-#[derive(Debug)]
-pub struct PinnedRing {
-    entries: Vec<(PinnedMemory, Event)>,
-    next: usize,
-}
-
-impl PinnedRing {
-    /// Allocates `num_entries` of `entry_bytes`.
-    ///
-    /// # Errors
-    /// The system does not lock that much memory.
-    pub fn new(context: &Context, num_entries: usize, entry_bytes: usize) -> Result<Self, CudaError> {
-        let entry = |_| Ok((PinnedMemory::alloc(context, entry_bytes)?, Event::new(context)?));
-        Ok(Self { entries: (0..num_entries.max(1)).map(entry).collect::<Result<_, CudaError>>()?, next: 0 })
-    }
-
-    /// The entry whose turn it is, once the device is through with it.
-    ///
-    /// # Errors
-    /// `Deadline`, or a fault.
-    pub fn entry(&mut self, deadline: Duration) -> Result<RingEntry<'_>, CudaError> {
-        let index = self.next;
-        self.next = (index + 1) % self.entries.len();
-        let (memory, event) = &mut self.entries[index];
-        event.wait(deadline, "an upload of an earlier step")?;
-        Ok(RingEntry { memory, event })
-    }
-}
-
-impl Drop for PinnedRing {
-    fn drop(&mut self) {
-        for (memory, event) in self.entries.drain(..) {
-            if !event.is_reached().unwrap_or(false) {
-                // As in `ReadBack`: the device may still read it.
-                std::mem::forget(memory);
-            }
-        }
-    }
-}
-
-/// An entry of a ring that the device does not look at.
-#[derive(Debug)]
-pub struct RingEntry<'a> {
-    memory: &'a mut PinnedMemory,
-    event: &'a Event,
-}
-
-impl RingEntry<'_> {
-    /// Its bytes, to be written; readers on other threads may fill parts of it.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        self.memory.slice_mut()
-    }
-
-    /// Its 32-bit words, to be written.
-    pub fn words_mut(&mut self) -> &mut [u32] {
-        self.memory.slice_mut()
-    }
-
-    /// Sends pieces of it to the device, in the stream's order.
-    ///
-    /// # Errors
-    /// A piece that does not lie inside, or a target of another length.
-    pub fn send(self, stream: &Stream, pieces: &[(Range<usize>, Span)]) -> Result<(), CudaError> {
-        let sent = pieces.iter().try_for_each(|(range, to)| {
-            let part = self.memory.span().part(range.clone())?;
-            if part.len() != to.len() {
-                return Err(CudaError::refused("send", format!("{} bytes into {}", part.len(), to.len())));
-            }
-            stream.upload_raw(self.memory.host_address().wrapping_add(range.start), *to)
-        });
-        // Recorded in any case: pieces before the one that failed are on their way.
-        self.event.record(stream)?;
-        sent
-    }
-
-    /// Lets kernels that `launch` puts into the stream read it in place.
-    ///
-    /// # Errors
-    /// Those of `launch`.
-    pub fn lend<E: From<CudaError>>(
-        self,
-        stream: &Stream,
-        launch: impl FnOnce(Span) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let launched = launch(self.memory.span());
-        self.event.record(stream)?;
-        launched
-    }
-}
-
-fn is_done(
-    context: &Context,
-    call: &'static str,
-    query: impl FnOnce(&'static Driver) -> c_int,
-) -> Result<bool, CudaError> {
-    context.bind()?;
-    match query(context.driver()) {
-        SUCCESS => Ok(true),
-        NOT_READY => Ok(false),
-        code => Err(context.error(call, code, None)),
-    }
-}
-
-fn poll(
-    context: &Context,
-    call: &'static str,
-    deadline: Duration,
-    awaited: &'static str,
-    query: impl Fn(&'static Driver) -> c_int,
-) -> Result<(), CudaError> {
-    let started = Instant::now();
-    loop {
-        if is_done(context, call, &query)? {
-            return Ok(());
-        }
-        let waited = started.elapsed();
-        if waited >= deadline {
-            let (device, kernel) = (context.ordinal(), context.last_launch());
-            return Err(CudaError::Deadline { device, awaited, waited, kernel });
-        }
-        if waited < SPIN { std::hint::spin_loop() } else { std::thread::sleep(PAUSE) }
-    }
 }

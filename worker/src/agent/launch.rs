@@ -24,6 +24,8 @@ pub struct RankLaunch {
     pub head_socket: Option<String>,
     /// Where the agent notes which head leads.
     pub head_note: PathBuf,
+    /// Folder of this node's certificate; absent: plain text (`--insecure`).
+    pub trust_dir: Option<PathBuf>,
     /// What proves to the head that this rank was asked for.
     pub launch_token: String,
     /// What the rank computes on.

@@ -6,8 +6,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
-use crate::config::{HeadAddress, defaults};
-use crate::session::HeadTarget;
+use super::credentials::Credentials;
+use crate::config::defaults;
+use crate::session::SessionError;
 
 /// Why there is no link.
 #[derive(Debug, thiserror::Error)]
@@ -45,14 +46,24 @@ pub struct Link {
 
 impl Link {
     /// Dials the head and says hello; the head's first message is its welcome.
-    pub async fn open(head: &HeadAddress, hello: AgentHello) -> Result<(Self, AgentWelcome), LinkError> {
-        let target = HeadTarget { address: head.as_str().into(), socket: None };
-        let channel = target.dial().await.map_err(|error| LinkError::Unreachable { reason: error.to_string() })?;
+    pub async fn open(
+        credentials: &Credentials,
+        head: &str,
+        hello: AgentHello,
+    ) -> Result<(Self, AgentWelcome), LinkError> {
+        credentials.ready().await?;
+        let channel = credentials.target(head).dial().await?;
         let (events, outbox) = mpsc::channel(defaults::OUTBOX);
         let mut client = AgentsClient::new(channel);
         let greeting = async {
             let _ = events.send(AgentEvent::Hello(hello).into()).await;
-            let commands = client.join(ReceiverStream::new(outbox)).await.map_err(refusal)?.into_inner();
+            let joined = client.join(ReceiverStream::new(outbox)).await;
+            let commands = joined.inspect_err(|status| {
+                if is_about_certificate(status) {
+                    credentials.forget();
+                }
+            });
+            let commands = commands.map_err(refusal)?.into_inner();
             let mut link = Self { commands, events };
             match link.next().await? {
                 AgentCommand::Welcome(welcome) => Ok((link, welcome)),
@@ -88,10 +99,37 @@ impl Link {
     }
 }
 
+impl From<SessionError> for LinkError {
+    fn from(error: SessionError) -> Self {
+        match error {
+            SessionError::Refused { message } => Self::Refused { message, is_final: false },
+            other => Self::Unreachable { reason: other.to_string() },
+        }
+    }
+}
+
+/// Whether TLS ended because of what this node has shown.
+fn is_about_certificate(status: &tonic::Status) -> bool {
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let words = error.to_string();
+        if words.contains("fatal alert") && (words.contains("Certificate") || words.contains("UnknownCA")) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 /// Reads a status: some cannot change by asking again.
-fn refusal(status: tonic::Status) -> LinkError {
+pub(super) fn refusal(status: tonic::Status) -> LinkError {
     let message = status.message().to_owned();
     match status.code() {
+        // How HTTP/2 says that a connection is not secure enough.
+        Code::PermissionDenied if message.starts_with("h2 protocol error") => {
+            let message = "it speaks TLS: leave --insecure away, and give --token".into();
+            LinkError::Refused { message, is_final: true }
+        }
         Code::FailedPrecondition | Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated => {
             LinkError::Refused { message, is_final: true }
         }

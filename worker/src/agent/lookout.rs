@@ -18,8 +18,8 @@ use tokio::time::Instant;
 use tonic::transport::Channel;
 use tracing::{info, warn};
 
+use super::credentials::Credentials;
 use super::node;
-use crate::config::HeadAddress;
 use crate::head_note::HeadNote;
 use crate::session::HeadTarget;
 
@@ -33,12 +33,12 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
 
 /// Starts to look; what is seen first is the head that the user has named.
-pub fn start(named: &HeadAddress, file: PathBuf) -> watch::Receiver<HeadNote> {
-    let first = HeadNote { term: 0, address: named.as_str().into(), socket: None };
+pub fn start(credentials: &Credentials, file: PathBuf) -> watch::Receiver<HeadNote> {
+    let named = credentials.head.as_str().to_owned();
+    let first = HeadNote { term: 0, address: named.clone(), socket: None };
     let (notes, seen) = watch::channel(first);
-    let named = named.as_str().to_owned();
     let heads = BTreeMap::from([(named.clone(), None)]);
-    let lookout = Lookout { named, heads, notes, file, led_at: Instant::now() };
+    let lookout = Lookout { named, credentials: credentials.clone(), heads, notes, file, led_at: Instant::now() };
     // It ends with the agent's runtime.
     tokio::spawn(lookout.run());
     seen
@@ -46,6 +46,7 @@ pub fn start(named: &HeadAddress, file: PathBuf) -> watch::Receiver<HeadNote> {
 
 struct Lookout {
     named: String,
+    credentials: Credentials,
     /// Connections by address; absent where there is none.
     heads: BTreeMap<String, Option<HeadsClient<Channel>>>,
     notes: watch::Sender<HeadNote>,
@@ -75,8 +76,9 @@ impl Lookout {
         let mut asked = JoinSet::new();
         for (address, client) in &mut self.heads {
             let (address, client) = (address.clone(), client.take());
+            let target = self.credentials.target(&address);
             asked.spawn(async move {
-                let answer = tokio::time::timeout(ANSWER_DEADLINE, ask(&address, client, seen_term)).await;
+                let answer = tokio::time::timeout(ANSWER_DEADLINE, ask(&target, client, seen_term)).await;
                 (address, answer.ok().flatten())
             });
         }
@@ -128,16 +130,13 @@ impl Lookout {
 
 /// One head's answer, over a connection that is kept.
 async fn ask(
-    address: &str,
+    target: &HeadTarget,
     client: Option<HeadsClient<Channel>>,
     seen_term: u64,
 ) -> Option<(HeadsClient<Channel>, HeadSight)> {
     let mut client = match client {
         Some(client) => client,
-        None => {
-            let target = HeadTarget { address: address.to_owned(), socket: None };
-            HeadsClient::new(target.dial().await.ok()?)
-        }
+        None => HeadsClient::new(target.dial().await.ok()?),
     };
     // A head without this service is the only one of its cluster.
     let reply = client.who(pb::WhoRequest { seen_term }).await.ok()?.into_inner();
@@ -146,13 +145,23 @@ async fn ask(
 
 #[cfg(test)]
 mod tests {
+    use phalanx_proto::NodeId;
+
+    use super::super::credentials::TrustWish;
     use super::*;
+    use crate::config::Home;
 
     fn lookout(dir: &std::path::Path) -> Lookout {
         let note = HeadNote { term: 0, address: "a".into(), socket: None };
         let heads = BTreeMap::from([("a".to_owned(), None)]);
         let file = dir.join("head.json");
-        Lookout { named: "a".into(), heads, notes: watch::channel(note).0, file, led_at: Instant::now() }
+        let credentials = Credentials {
+            home: Home::new(dir),
+            head: "a".parse().unwrap(),
+            node_id: NodeId("n".into()),
+            wish: TrustWish::Insecure,
+        };
+        Lookout { named: "a".into(), credentials, heads, notes: watch::channel(note).0, file, led_at: Instant::now() }
     }
 
     fn leads(term: u64, heads: &[&str]) -> HeadSight {

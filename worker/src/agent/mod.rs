@@ -7,10 +7,12 @@
 //! wait for a head that is not there goes on, and says so.
 
 pub mod background;
+pub mod credentials;
 pub mod devices;
 pub mod doctor;
 pub mod launch;
 pub mod link;
+pub mod log_reader;
 pub mod lookout;
 pub mod node;
 pub mod process;
@@ -30,8 +32,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{info, warn};
 
-use crate::config::{HeadAddress, defaults};
+use crate::config::defaults;
 use crate::head_note::HeadNote;
+use credentials::Credentials;
 use link::{Link, LinkError};
 use process::HeadFacts;
 use supervisor::{Order, SupervisorHandle};
@@ -88,14 +91,16 @@ pub enum End {
 
 /// How an agent was started.
 pub struct AgentSetup {
-    /// The head, or one of several.
-    pub head: HeadAddress,
+    /// The head, or one of several, how it is known, and what is shown to it.
+    pub credentials: Credentials,
     /// Where the ranks are told which head leads.
     pub head_note: PathBuf,
     /// What this machine is and offers.
     pub hello: AgentHello,
     /// Whether the agent ends with its head; else it waits for the head's return.
     pub with_head: bool,
+    /// Where this node's logs are.
+    pub log_dir: PathBuf,
     /// The ranks' thread.
     pub supervisor: SupervisorHandle,
 }
@@ -120,13 +125,23 @@ pub struct Agent<R> {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// Asks an agent to leave once its work has moved.
+    drain: Signal,
+}
+
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    End,
+    Drain,
 }
 
 impl Signals {
-    async fn any(&mut self) {
+    async fn any(&mut self) -> Asked {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => Asked::End,
+            _ = self.interrupt.recv() => Asked::End,
+            _ = self.drain.recv() => Asked::Drain,
         }
     }
 }
@@ -147,6 +162,32 @@ async fn moved(leading: &mut watch::Receiver<HeadNote>, head: &str) {
     }
 }
 
+/// Heartbeats of one link, and how long the head's answers take.
+#[derive(Debug, Default)]
+struct Pulse {
+    sequence: u64,
+    sent_at: Option<(u64, Instant)>,
+    round_trip: Option<Duration>,
+}
+
+impl Pulse {
+    /// The next heartbeat.
+    fn beat(&mut self, now: Instant) -> AgentEvent {
+        self.sequence += 1;
+        // One answer is waited for at a time: on a slow way it comes after later heartbeats.
+        self.sent_at.get_or_insert((self.sequence, now));
+        AgentEvent::Heartbeat { sequence: self.sequence, round_trip: self.round_trip.take() }
+    }
+
+    /// The head has seen a heartbeat.
+    fn seen(&mut self, sequence: u64, now: Instant) {
+        // A later one than what is waited for: the answer between them was lost.
+        if let Some((waited_for, sent_at)) = self.sent_at.take_if(|(waited_for, _)| *waited_for <= sequence) {
+            self.round_trip = (waited_for == sequence).then(|| now - sent_at);
+        }
+    }
+}
+
 /// Why a link ended.
 enum Served {
     Lost(String),
@@ -159,12 +200,15 @@ impl<R: FnMut(&Report)> Agent<R> {
     /// # Errors
     /// Signals cannot be received.
     pub fn new(setup: AgentSetup, report: R) -> Result<Self, AgentError> {
-        let signals =
-            Signals { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? };
+        let signals = Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            drain: signal(SignalKind::user_defined2())?,
+        };
         Ok(Self {
             // A head that was started together with this agent, and never came, is gone too.
             orphaned_at: setup.with_head.then(|| Instant::now() + defaults::HEAD_START_DEADLINE),
-            leading: lookout::start(&setup.head, setup.head_note.clone()),
+            leading: lookout::start(&setup.credentials, setup.head_note.clone()),
             setup,
             report,
             observed: BTreeMap::new(),
@@ -180,7 +224,9 @@ impl<R: FnMut(&Report)> Agent<R> {
     /// # Errors
     /// The head refuses this node, or the ranks' thread is gone.
     pub async fn run(mut self) -> Result<End, AgentError> {
+        let renewal = tokio::spawn(self.setup.credentials.clone().keep_renewed(self.leading.clone()));
         let result = self.serve_until_end().await;
+        renewal.abort();
         self.end_ranks().await?;
         result
     }
@@ -198,7 +244,7 @@ impl<R: FnMut(&Report)> Agent<R> {
                 }
                 Ok(None) => {}
                 Err(LinkError::Refused { message, is_final }) if is_final || !self.has_joined => {
-                    return Err(AgentError::Refused { head: self.setup.head.as_str().into(), message });
+                    return Err(AgentError::Refused { head: self.head(), message });
                 }
                 Err(error) => (self.report)(&Report::Waiting { reason: error.to_string() }),
             }
@@ -213,19 +259,20 @@ impl<R: FnMut(&Report)> Agent<R> {
     }
 
     /// One attempt to reach the head; `None` where something else must be looked at first.
-    async fn connect(&mut self) -> Result<Option<(HeadAddress, Link, AgentWelcome)>, LinkError> {
+    async fn connect(&mut self) -> Result<Option<(String, Link, AgentWelcome)>, LinkError> {
         if self.asked_to_end {
             return Ok(None);
         }
         let orphaned = sleep_until(self.orphaned_at);
         let head = self.head();
         tokio::select! {
-            linked = Link::open(&head, self.setup.hello.clone()) => {
+            linked = Link::open(&self.setup.credentials, &head, self.setup.hello.clone()) => {
                 linked.map(|(link, welcome)| Some((head.clone(), link, welcome)))
             }
-            () = moved(&mut self.leading, head.as_str()) => Ok(None),
+            () = moved(&mut self.leading, &head) => Ok(None),
             () = orphaned => Ok(None),
-            () = self.signals.any() => {
+            // Without a head there is no work to move: both are asked to end.
+            _ = self.signals.any() => {
                 self.asked_to_end = true;
                 Ok(None)
             }
@@ -233,17 +280,16 @@ impl<R: FnMut(&Report)> Agent<R> {
     }
 
     /// The head that leads, as far as this agent knows.
-    fn head(&self) -> HeadAddress {
-        // What cannot be read as an address was never dialled either.
-        self.leading.borrow().address.parse().unwrap_or_else(|_| self.setup.head.clone())
+    fn head(&self) -> String {
+        self.leading.borrow().address.clone()
     }
 
     /// The link's life: desired state down, observed state and heartbeats up.
-    async fn serve(&mut self, head: &HeadAddress, mut link: Link, welcome: AgentWelcome) -> Result<Served, AgentError> {
+    async fn serve(&mut self, head: &str, mut link: Link, welcome: AgentWelcome) -> Result<Served, AgentError> {
         self.joined(&mut link, &welcome).await;
         let mut beats = tokio::time::interval(welcome.heartbeat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut sequence = 0;
+        let mut pulse = Pulse::default();
         loop {
             let sent = tokio::select! {
                 command = link.next() => match command {
@@ -251,6 +297,15 @@ impl<R: FnMut(&Report)> Agent<R> {
                     Ok(AgentCommand::End(reason)) => {
                         info!(reason, "head ends this agent");
                         return self.leave(link, End::ByHead(reason)).await;
+                    }
+                    Ok(AgentCommand::Seen { sequence }) => { pulse.seen(sequence, Instant::now()); Ok(()) }
+                    Ok(AgentCommand::ReadLog(request)) => {
+                        let log_dir = self.setup.log_dir.clone();
+                        let read = tokio::task::spawn_blocking(move || log_reader::read(&log_dir, &request));
+                        match read.await {
+                            Ok(part) => link.send(AgentEvent::Log(part)).await,
+                            Err(_) => Ok(()),
+                        }
                     }
                     Ok(AgentCommand::Welcome(_)) => Ok(()),
                     Err(reason) => Err(reason),
@@ -260,14 +315,17 @@ impl<R: FnMut(&Report)> Agent<R> {
                     self.note(&observed);
                     link.send(AgentEvent::Rank(observed)).await
                 }
-                _ = beats.tick() => {
-                    sequence += 1;
-                    link.send(AgentEvent::Heartbeat { sequence }).await
+                _ = beats.tick() => link.send(pulse.beat(Instant::now())).await,
+                () = moved(&mut self.leading, head) => {
+                    return Ok(Served::Lost(format!("the head at {} leads", self.head())));
                 }
-                () = moved(&mut self.leading, head.as_str()) => {
-                    return Ok(Served::Lost(format!("the head at {} leads", self.head().as_str())));
-                }
-                () = self.signals.any() => return self.leave(link, End::Signal).await,
+                asked = self.signals.any() => match asked {
+                    Asked::End => return self.leave(link, End::Signal).await,
+                    Asked::Drain => {
+                        info!("asked to leave, once the work here has moved");
+                        link.send(AgentEvent::Draining("asked to leave".into())).await
+                    }
+                },
             };
             if let Err(error) = sent {
                 return Ok(Served::Lost(error.to_string()));
@@ -324,7 +382,7 @@ impl<R: FnMut(&Report)> Agent<R> {
                     }
                     self.desire(Vec::new())?;
                 }
-                () = self.signals.any() => self.asked_to_end = true,
+                _ = self.signals.any() => self.asked_to_end = true,
                 observed = self.setup.supervisor.observed.recv() => {
                     let observed = observed.ok_or(AgentError::SupervisorGone)?;
                     self.note(&observed);

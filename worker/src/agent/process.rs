@@ -16,10 +16,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 use phalanx_proto::{DesiredRank, DeviceKind, NodeId, RankKey};
+use phalanx_trust::variables;
 use tracing::warn;
 
 use super::devices::DeviceSlot;
 use super::launch::RankLaunch;
+use super::log_reader;
 use super::supervisor::Order;
 use crate::collective;
 use crate::config::defaults;
@@ -43,6 +45,10 @@ pub struct Launcher {
     pub head: String,
     /// Where it is noted which head leads.
     pub head_note: PathBuf,
+    /// Folder of this node's certificate; absent: plain text (`--insecure`).
+    pub trust_dir: Option<PathBuf>,
+    /// Names of variables that hold secrets of others: ranks do not get them.
+    pub secrets: Vec<String>,
     /// Where logs go.
     pub log_dir: PathBuf,
     /// What the slots are.
@@ -92,11 +98,19 @@ impl Launcher {
             let text = format!("slot {} of {}", rank.device_slot, self.slots.len());
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         };
+        if let Some((name, why)) = rank.env.keys().find_map(|name| Some((name, variables::refusal(name)?))) {
+            let text = format!("the head may not set {name:?} here: {why}");
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+        }
         let mut launch = serde_json::to_vec(&self.describe(rank, slot, head))?;
         launch.push(b'\n');
         let (reader, writer) = io::pipe()?;
         let log = RankLog::open(&self.log_dir, key)?;
-        let mut child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        for name in &self.secrets {
+            command.env_remove(name);
+        }
+        let mut child = command
             .args(&self.args)
             .arg(format!("{}.{}.{}", key.deployment, key.replica, key.rank))
             .envs(self.env.iter().map(|(name, value)| (*name, value)))
@@ -126,6 +140,7 @@ impl Launcher {
             head: self.head.clone(),
             head_socket: head.socket.clone(),
             head_note: self.head_note.clone(),
+            trust_dir: self.trust_dir.clone(),
             launch_token: rank.launch_token.clone(),
             device: self.device,
             device_name: slot.name.clone(),
@@ -224,9 +239,7 @@ impl RankLog {
     fn open(dir: &Path, key: &RankKey) -> io::Result<Arc<Self>> {
         fs::create_dir_all(dir)?;
         forget_old_logs(dir, defaults::RANK_LOGS_MAX);
-        let deployment: String =
-            key.deployment.0.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect();
-        let path = dir.join(format!("rank-{deployment}-{}-{}.log", key.replica, key.rank));
+        let path = log_reader::rank_log(dir, &key.deployment, key.replica, key.rank);
         Ok(Arc::new(Self { path, tail: Mutex::default() }))
     }
 

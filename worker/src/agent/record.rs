@@ -22,6 +22,9 @@ pub struct AgentRecord {
     pub node_id: NodeId,
     /// The head that it serves.
     pub head: String,
+    /// Whether it was started together with its head.
+    #[serde(default)]
+    pub with_head: bool,
 }
 
 /// Proof that this process is the home's agent.
@@ -101,7 +104,7 @@ mod tests {
     fn a_home_has_one_agent_at_a_time() {
         let dir = tempfile::tempdir().unwrap();
         let home = Home::new(dir.path());
-        let record = AgentRecord { pid: 7, node_id: NodeId("n".into()), head: "h:1".into() };
+        let record = AgentRecord { pid: 7, node_id: NodeId("n".into()), head: "h:1".into(), with_head: false };
         assert_eq!(running(&home).unwrap(), None);
         let Claim::Ours(lock) = claim(&home, &record).unwrap() else { panic!() };
         assert_eq!(running(&home).unwrap(), Some(record.clone()));

@@ -201,6 +201,8 @@ mod tests {
             node_id: NodeId("n".into()),
             head: "127.0.0.1:1".into(),
             head_note: dir.join("head.json"),
+            trust_dir: None,
+            secrets: Vec::new(),
             log_dir: dir.to_path_buf(),
             device: DeviceKind::Cpu,
             slots: vec![DeviceSlot { name: "cpu".into(), env: None }; 2],

@@ -56,7 +56,8 @@ pub struct DeviceHandle {
 pub fn spawn(setup: RankSetup) -> Result<DeviceHandle, WorkerError> {
     let (commands, inbox) = sync_channel(COMMANDS_MAX);
     let (outbox, events) = mpsc::channel(EVENTS_MAX);
-    let body = move || run(&setup, Head::new(inbox, outbox));
+    let span = tracing::Span::current();
+    let body = move || span.in_scope(|| run(&setup, Head::new(inbox, outbox)));
     std::thread::Builder::new().name("device".into()).spawn(body).map_err(WorkerError::Thread)?;
     Ok(DeviceHandle { commands, events })
 }

@@ -2,17 +2,10 @@
 //!
 //! Source: arXiv:1706.03762 (attention), arXiv:2305.13245 (groups), arXiv:2309.06180 (paged cache).
 
+use phalanx_formats::LayerNames;
 use phalanx_kernels::{AttentionShape, KernelError, Ops};
 
 use super::{Activations, Build, BuildError, QkvLinear, RowParallelLinear};
-
-/// Names of an attention block's projections, without `.weight` and `.bias`.
-pub struct AttentionNames {
-    /// Query, key and value.
-    pub qkv: [String; 3],
-    /// Output.
-    pub output: String,
-}
 
 /// Attention of one decoder layer.
 pub struct Attention<B: Ops> {
@@ -26,7 +19,7 @@ impl<B: Ops> Attention<B> {
     ///
     /// # Errors
     /// A tensor is absent or has another shape; no memory.
-    pub fn load(build: &mut Build<'_, B>, names: &AttentionNames) -> Result<Self, BuildError> {
+    pub fn load(build: &mut Build<'_, B>, names: &LayerNames) -> Result<Self, BuildError> {
         let (geometry, plan) = (build.geometry, build.plan);
         let shape = AttentionShape {
             num_kv_heads: plan.local_kv_heads,
@@ -38,7 +31,7 @@ impl<B: Ops> Attention<B> {
             window: geometry.sliding_window,
         };
         let qkv = QkvLinear::load(build, &names.qkv, geometry.qkv_bias)?;
-        let output = RowParallelLinear::load(build, &format!("{}.weight", names.output), &plan.attention)?;
+        let output = RowParallelLinear::load(build, &names.attention_output, &plan.attention)?;
         Ok(Self { qkv, shape, output })
     }
 

@@ -1,20 +1,9 @@
 //! The pre-norm decoder layer: attention, then a gated MLP, each added to the residual stream.
 
+use phalanx_formats::LayerNames;
 use phalanx_kernels::{KernelError, Ops};
 
-use super::{Activations, Attention, AttentionNames, Build, BuildError, Mlp, MlpNames, RmsNorm};
-
-/// Names of a layer's tensors.
-pub struct DecoderNames {
-    /// Norm before attention, with `.weight`.
-    pub input_norm: String,
-    /// Attention.
-    pub attention: AttentionNames,
-    /// Norm before the MLP, with `.weight`.
-    pub mlp_norm: String,
-    /// MLP.
-    pub mlp: MlpNames,
-}
+use super::{Activations, Attention, Build, BuildError, Mlp, RmsNorm};
 
 /// One layer. Its residual additions are fused with the norm that follows, so the next layer's norm is its last step.
 pub struct DecoderLayer<B: Ops> {
@@ -29,12 +18,12 @@ impl<B: Ops> DecoderLayer<B> {
     ///
     /// # Errors
     /// A tensor is absent or has another shape; no memory.
-    pub fn load(build: &mut Build<'_, B>, names: &DecoderNames) -> Result<Self, BuildError> {
+    pub fn load(build: &mut Build<'_, B>, names: &LayerNames) -> Result<Self, BuildError> {
         Ok(Self {
             input_norm: RmsNorm::load(build, &names.input_norm)?,
-            attention: Attention::load(build, &names.attention)?,
+            attention: Attention::load(build, names)?,
             mlp_norm: RmsNorm::load(build, &names.mlp_norm)?,
-            mlp: Mlp::load(build, &names.mlp)?,
+            mlp: Mlp::load(build, names)?,
         })
     }
 

@@ -2,17 +2,10 @@
 //!
 //! Source: Megatron-LM, arXiv:1909.08053, section 3.
 
+use phalanx_formats::{EMBEDDING, HEAD};
 use phalanx_kernels::{KernelError, Ops};
 
 use super::{Activations, Build, BuildError, placed};
-
-/// Names of the two tables, with `.weight`.
-pub struct VocabNames {
-    /// The embedding.
-    pub embedding: String,
-    /// The output head, where it is not the embedding.
-    pub head: String,
-}
 
 /// This rank's rows of the embedding and of the output head; one matrix where they are tied.
 pub struct Vocabulary<B: Ops> {
@@ -26,15 +19,15 @@ impl<B: Ops> Vocabulary<B> {
     ///
     /// # Errors
     /// A tensor is absent or has another shape; no memory.
-    pub fn load(build: &mut Build<'_, B>, names: &VocabNames) -> Result<Self, BuildError> {
+    pub fn load(build: &mut Build<'_, B>) -> Result<Self, BuildError> {
         let vocab = &build.plan.vocab;
         let rows = placed(vocab.owned.clone(), vocab.lead, vocab.padded);
-        let table = build.weights.rows(&names.embedding, &rows)?;
+        let table = build.weights.rows(EMBEDDING, &rows)?;
         let embedding = build.matrix(vec![table])?;
         let head = if build.geometry.tied_embeddings {
             None
         } else {
-            let table = build.weights.rows(&names.head, &rows)?;
+            let table = build.weights.rows(HEAD, &rows)?;
             Some(build.matrix(vec![table])?)
         };
         Ok(Self { embedding, head, first_id: vocab.owned.start.saturating_sub(vocab.lead) as u32 })

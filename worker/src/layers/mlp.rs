@@ -1,18 +1,9 @@
 //! The gated MLP, split along its inner dimension. Source: arXiv:2002.05202.
 
+use phalanx_formats::LayerNames;
 use phalanx_kernels::{KernelError, Ops};
 
 use super::{Activations, Build, BuildError, GateUpLinear, RowParallelLinear};
-
-/// Names of an MLP's projections, with `.weight`.
-pub struct MlpNames {
-    /// Gate.
-    pub gate: String,
-    /// Up.
-    pub up: String,
-    /// Down.
-    pub down: String,
-}
 
 /// `down(silu(gate(x)) * up(x))`.
 pub struct Mlp<B: Ops> {
@@ -25,7 +16,7 @@ impl<B: Ops> Mlp<B> {
     ///
     /// # Errors
     /// A tensor is absent or has another shape; no memory.
-    pub fn load(build: &mut Build<'_, B>, names: &MlpNames) -> Result<Self, BuildError> {
+    pub fn load(build: &mut Build<'_, B>, names: &LayerNames) -> Result<Self, BuildError> {
         let plan = build.plan;
         Ok(Self {
             gate_up: GateUpLinear::load(build, &names.gate, &names.up)?,

@@ -14,11 +14,11 @@ mod mlp;
 mod norm;
 mod rotary;
 
-pub use attention::{Attention, AttentionNames};
-pub use decoder::{DecoderLayer, DecoderNames};
-pub use embedding::{VocabNames, Vocabulary};
+pub use attention::Attention;
+pub use decoder::DecoderLayer;
+pub use embedding::Vocabulary;
 pub use linear::{GateUpLinear, QkvLinear, RowParallelLinear};
-pub use mlp::{Mlp, MlpNames};
+pub use mlp::Mlp;
 pub use norm::RmsNorm;
 pub use rotary::rope_table;
 

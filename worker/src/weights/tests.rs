@@ -9,7 +9,8 @@ use phalanx_kernels::HostMatrix;
 
 use super::{Rows, ShardLoader};
 
-const MODELS: [&str; 4] = ["tiny-qwen2", "tiny-llama", "tiny-llama3-rope", "tiny-qwen2-tied-sharded"];
+const MODELS: [&str; 6] =
+    ["tiny-qwen2", "tiny-llama", "tiny-llama3-rope", "tiny-qwen2-tied-sharded", "tiny-internlm2", "tiny-mistral"];
 
 fn golden(name: &str) -> ModelFiles {
     ModelFiles::open(&goldens().join(name)).unwrap()

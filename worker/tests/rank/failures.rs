@@ -76,6 +76,7 @@ fn a_plan_that_does_not_fit_ends_the_rank_and_nothing_panics() {
         new_blocks: vec![BlockId(block), BlockId(1)],
         samples: true,
         consumes: None,
+        pools: false,
     };
     for row in [row(0, 20, 9_999), row(3, 20, 0), row(0, u32::MAX, 0), row(u32::MAX, 20, 0)] {
         let mut group = Group::start(tiny(), DeviceKind::Cpu, 1);

@@ -113,6 +113,16 @@ fn tiny_qwen2_tied_sharded_is_the_reference_on_1_to_4_ranks() {
 }
 
 #[test]
+fn tiny_internlm2_is_the_reference_on_1_to_4_ranks() {
+    check_model("tiny-internlm2");
+}
+
+#[test]
+fn tiny_mistral_is_the_reference_on_1_to_4_ranks() {
+    check_model("tiny-mistral");
+}
+
+#[test]
 fn a_shared_prefix_gives_the_same_tokens_as_computing_it() {
     let golden = golden("tiny-llama");
     let pair: Vec<usize> = golden["shared_prefix_pair"]

@@ -309,7 +309,7 @@ impl<'a> TestBatch<'a> {
             state.sampled_in = Some(step);
         }
         let (start, num_tokens) = (start as u32, num_tokens as u32);
-        PlanRow { slot: slot(index), start, num_tokens, new_blocks, samples, consumes }
+        PlanRow { slot: slot(index), start, num_tokens, new_blocks, samples, consumes, pools: false }
     }
 
     fn collect(&self, output: StepOutput, results: &mut [Generated]) {

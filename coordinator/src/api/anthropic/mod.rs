@@ -82,10 +82,10 @@ async fn create(State(state): State<ApiState>, request: Request) -> Response {
 
 async fn answer(state: &ApiState, request: Request) -> Result<Response, ApiError> {
     let caller = Caller::of(&request);
-    let Body { fields, num_bytes } = body::read(request, state.limits.body).await?;
+    let Body { fields, num_bytes, room } = body::read(request, state.limits.body).await?;
     let fields = request::to_chat(fields)?;
     let Begun { answer, choices, usage, ignored } =
-        chat::begin(state, caller, Body { fields, num_bytes }, "msg_").await?;
+        chat::begin(state, caller, Body { fields, num_bytes, room }, "msg_").await?;
     let is_streamed = answer.options.stream.is_some();
     let mut writer = EventWriter::new(answer, usage);
     let response = if is_streamed {
@@ -111,8 +111,8 @@ async fn count(State(state): State<ApiState>, request: Request) -> Response {
 
 async fn counted(state: &ApiState, request: Request) -> Result<usize, ApiError> {
     let caller = Caller::of(&request);
-    let Body { mut fields, num_bytes } = body::read(request, state.limits.body).await?;
+    let Body { mut fields, num_bytes, room } = body::read(request, state.limits.body).await?;
     fields.take("max_tokens");
     let fields = request::rewritten(fields)?;
-    chat::count(state, caller, Body { fields, num_bytes }).await
+    chat::count(state, caller, Body { fields, num_bytes, room }).await
 }

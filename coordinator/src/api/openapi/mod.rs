@@ -13,7 +13,7 @@ use schemars::generate::{SchemaGenerator, SchemaSettings};
 use schemars::{JsonSchema, Schema};
 use serde_json::{Map, Value, json};
 
-use super::{ApiState, anthropic, chat, completions, error, models, responses, tokenize};
+use super::{ApiState, anthropic, chat, completions, embeddings, error, models, responses, tokenize};
 
 const PAGE: &str = include_str!("page.html");
 
@@ -94,6 +94,12 @@ const OPERATIONS: &[Operation] = &[
         of::<requests::ResponseRequest>,
         of::<responses::ResponseObject<'static>>,
     )),
+    post(
+        "/v1/embeddings",
+        "Vectors of texts or of token ids",
+        of::<requests::EmbeddingRequest>,
+        of::<embeddings::EmbeddingList<'static>>,
+    ),
     anthropics(streamed(post(
         "/v1/messages",
         "Answer a conversation in the form of Anthropic's API",

@@ -28,6 +28,20 @@ struct StreamOptions {
     continuous_usage_stats: Option<bool>,
 }
 
+/// A rule for the end of a beam search.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+enum EarlyStopping {
+    Flag(bool),
+    Never(NeverWord),
+}
+
+#[derive(JsonSchema)]
+#[schemars(rename_all = "lowercase")]
+enum NeverWord {
+    Never,
+}
+
 /// Fields of every request that generates.
 #[derive(JsonSchema)]
 struct Sampling {
@@ -82,6 +96,9 @@ struct Sampling {
     spaces_between_special_tokens: Option<bool>,
     /// Add the tokenizer's own special tokens to the prompt.
     add_special_tokens: Option<bool>,
+    /// Lower runs first; 0 where the model is served first come, first served.
+    #[schemars(range(min = -2_147_483_648_i64, max = 2_147_483_647))]
+    priority: Option<i32>,
     /// Send the answer in pieces.
     stream: Option<bool>,
 }
@@ -183,6 +200,12 @@ struct Shared {
     /// Outputs that are made to choose the best of; at least n.
     #[schemars(range(min = 1, max = 16_384))]
     best_of: Option<u32>,
+    /// Search for the likeliest outputs: `best_of` (or `n`) beams, of which the best `n` are given.
+    use_beam_search: Option<bool>,
+    /// Scores of a search are divided by length to this power.
+    length_penalty: Option<f64>,
+    /// When a search ends: `true`, `false` or `"never"`, as in transformers; absent: all steps are made.
+    early_stopping: Option<EarlyStopping>,
     /// Strings that end an output, four at the most.
     stop: Option<OneOrMany>,
     /// Log-probabilities of the prompt, with so many alternatives.
@@ -294,6 +317,50 @@ enum Prompt {
     Texts(#[schemars(length(min = 1, max = 1024))] Vec<String>),
     Ids(#[schemars(length(min = 1))] Vec<u32>),
     Lists(#[schemars(length(min = 1, max = 1024), inner(length(min = 1)))] Vec<Vec<u32>>),
+}
+
+/// How numbers are sent.
+#[derive(JsonSchema)]
+#[schemars(rename_all = "lowercase")]
+enum EncodingFormat {
+    Float,
+    Base64,
+}
+
+/// Which end of a prompt is cut off.
+#[derive(JsonSchema)]
+#[schemars(rename_all = "lowercase")]
+enum TruncationSide {
+    Left,
+    Right,
+}
+
+/// Body of `/v1/embeddings`.
+#[derive(JsonSchema)]
+pub struct EmbeddingRequest {
+    /// A served name, the model's path or its last part; the first model where it is absent.
+    model: Option<String>,
+    input: Prompt,
+    /// Lists of numbers, or little-endian 32-bit floats in base64.
+    encoding_format: Option<EncodingFormat>,
+    /// Cut each vector to its first numbers, where the model was trained for it.
+    #[schemars(range(min = 1, max = 4_294_967_295_u64))]
+    dimensions: Option<u32>,
+    /// Bring each vector to length 1; as the model's files say where it is absent.
+    normalize: Option<bool>,
+    /// Add the tokens that the model wants around a text.
+    add_special_tokens: Option<bool>,
+    /// Cut longer inputs to so many tokens; -1: to the model's context.
+    #[schemars(range(min = -1, max = 4_294_967_295_i64))]
+    truncate_prompt_tokens: Option<i64>,
+    /// The end that is cut off; `left` where it is absent.
+    truncation_side: Option<TruncationSide>,
+    /// Lower runs first, where the server is set to look at it.
+    #[schemars(range(min = -2_147_483_648_i64, max = 2_147_483_647))]
+    priority: Option<i32>,
+    /// The client's own name for the request.
+    #[schemars(length(max = 32))]
+    request_id: Option<String>,
 }
 
 /// Body of `/v1/completions`.

@@ -28,10 +28,10 @@ pub fn routes() -> Router<ApiState> {
 
 async fn create(State(state): State<ApiState>, request: Request) -> Result<Response, ApiError> {
     let caller = Caller::of(&request);
-    let Body { fields, num_bytes } = body::read(request, state.limits.body).await?;
+    let Body { fields, num_bytes, room } = body::read(request, state.limits.body).await?;
     let (fields, echo) = request::to_chat(fields)?;
     let Begun { answer, choices, usage, ignored } =
-        chat::begin(&state, caller, Body { fields, num_bytes }, "resp_").await.map_err(request::renamed)?;
+        chat::begin(&state, caller, Body { fields, num_bytes, room }, "resp_").await.map_err(request::renamed)?;
     let is_streamed = answer.options.stream.is_some();
     let mut writer = EventWriter::new(answer, echo, usage);
     let response = if is_streamed {

@@ -114,7 +114,9 @@ async fn features_that_come_later_are_refused() {
     let server = Server::new(|_| Says::stop("x"));
     let messages = r#""messages":[{"role":"user","content":"x"}]"#;
     for (path, base, field, param) in [
-        (TEXT, r#""prompt":"x""#, r#""use_beam_search":true"#, "use_beam_search"),
+        (TEXT, r#""prompt":"x""#, r#""length_penalty":2"#, "length_penalty"),
+        (TEXT, r#""prompt":"x""#, r#""early_stopping":true"#, "early_stopping"),
+        ("/v1/responses", r#""input":"x""#, r#""use_beam_search":true"#, "use_beam_search"),
         (TEXT, r#""prompt":"x""#, r#""suffix":"y""#, "suffix"),
         (CHAT, messages, r#""tools":[{"type":"web_search"}]"#, "tools[0].type"),
         (CHAT, messages, r#""response_format":{"type":"structural_tag"}"#, "response_format.type"),

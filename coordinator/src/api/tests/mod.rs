@@ -1,8 +1,10 @@
 //! The routes against an engine whose answers are written beforehand.
 
 mod admission;
+mod beam;
 mod chat;
 mod completions;
+mod embeddings;
 mod errors;
 mod openapi;
 mod responses;
@@ -17,11 +19,11 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, Response};
-use phalanx_formats::{GenerationDefaults, ModelFiles};
+use phalanx_formats::{EmbeddingSettings, GenerationDefaults, ModelFiles};
 use phalanx_proto::{SamplingParams, StatusSnapshot, TokenId, TokenLogprobs};
 use tower::ServiceExt;
 
-use super::{Admission, ApiState, ServedModel, ServedModels, router};
+use super::{Admission, AllowedOrigins, ApiState, ServedModel, ServedModels, router};
 use crate::constraint::GrammarCompiler;
 use crate::engine::scripted::{self, Cancelled, Submitted};
 use crate::engine::{EngineError, EngineLimits, EngineSnapshot, FinishReason, TokenEvent, Usage};
@@ -54,6 +56,7 @@ fn limits() -> EngineLimits {
         enable_prefix_caching: true,
         step_time_budget: Duration::from_millis(10),
         step_deadline_min: Duration::from_secs(5),
+        policy: crate::engine::policy::Policy::default(),
         recovery: crate::engine::RecoveryLimits::default(),
         features: phalanx_proto::SamplerFeatures { masks: true, edits: true },
     }
@@ -101,6 +104,11 @@ impl Says {
         }
         let usage =
             Usage { prompt_tokens: to.prompt.len() as u32, completion_tokens: tokens.len() as u32, cached_tokens: 0 };
+        if to.sampling.pooling.is_some() {
+            let values = to.prompt.iter().map(|token| token.0 as f32).chain([0.0; 4]).take(4).collect();
+            to.events.send(TokenEvent::Pooled(values)).await.unwrap();
+            tokens.clear();
+        }
         for (index, token) in (0..).zip(tokens) {
             let logprobs = to.sampling.logprobs.map(|count| described(token, count));
             if to.events.send(TokenEvent::Token { index, token, logprobs }).await.is_err() {
@@ -132,11 +140,13 @@ struct Setup {
     limits: EngineLimits,
     snapshot: EngineSnapshot,
     defaults: GenerationDefaults,
+    embedding: EmbeddingSettings,
     api_keys: Vec<String>,
     /// In place of the model's own.
     template: Option<&'static str>,
     queue_timeout: Option<Duration>,
     keys: Option<KeyRing>,
+    origins: AllowedOrigins,
     status: StatusSnapshot,
 }
 
@@ -147,10 +157,12 @@ impl Default for Setup {
             limits: limits(),
             snapshot: EngineSnapshot { num_blocks: 64, num_blocks_free: 48, running: 2, ..EngineSnapshot::default() },
             defaults: GenerationDefaults::default(),
+            embedding: EmbeddingSettings::default(),
             api_keys: Vec::new(),
             template: None,
             queue_timeout: None,
             keys: None,
+            origins: AllowedOrigins::default(),
             status: StatusSnapshot::default(),
         }
     }
@@ -182,6 +194,7 @@ impl Server {
             max_model_len,
             created: 7,
             defaults: setup.defaults,
+            embedding: setup.embedding,
             end_token_ids: vec![END],
             queue_timeout: setup.queue_timeout,
             admission: Admission::default(),
@@ -190,6 +203,7 @@ impl Server {
         let status = setup.status;
         let mut state = ApiState::new(models.clone(), Arc::new(move || status.clone()));
         state.keys = Arc::new(setup.keys.unwrap_or_else(|| KeyRing::new(&setup.api_keys, None).unwrap()));
+        state.origins = setup.origins;
         Self { router: router(state), models, cancelled, submitted }
     }
 

@@ -26,6 +26,7 @@ async fn every_documented_field_is_read() {
         ("/v1/chat/completions", json!({"messages": messages})),
         ("/v1/completions", json!({"prompt": "x"})),
         ("/v1/responses", json!({"input": "x"})),
+        ("/v1/embeddings", json!({"input": "x"})),
         ("/v1/messages", json!({"messages": messages, "max_tokens": 4})),
         ("/v1/messages/count_tokens", json!({"messages": messages})),
         ("/detokenize", json!({"tokens": [40]})),

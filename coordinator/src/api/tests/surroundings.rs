@@ -40,6 +40,58 @@ async fn bodies_have_a_type_and_a_size() {
 }
 
 #[tokio::test]
+async fn bodies_may_begin_with_a_mark_and_are_not_compressed() {
+    let server = Server::new(|_| Says::stop("x"));
+    assert_eq!(server.post("/v1/completions", "\u{feff}{\"prompt\":\"x\"}").await.status, 200);
+    let send = async |encoding: &str| {
+        let request = Request::post("/v1/completions").header("content-encoding", encoding);
+        Answer::read(server.send(request.body(Body::from(r#"{"prompt":"x"}"#)).unwrap()).await).await
+    };
+    assert_eq!(send("identity").await.status, 200);
+    let refused = send("gzip").await;
+    let message = refused.json()["error"]["message"].as_str().map(str::to_owned);
+    let expected = "the body must not be compressed; its content encoding is \"gzip\"";
+    assert_eq!((refused.status, message.as_deref()), (415, Some(expected)));
+}
+
+#[tokio::test]
+async fn slashes_around_an_address_do_not_matter() {
+    let setup = Setup { api_keys: vec!["secret".into()], ..Setup::default() };
+    let server = Server::with(setup, |_| Says::stop("x"));
+    for path in ["/v1/models/", "//v1/models", "/v1/models/tiny/", "/v1/models/?x=1"] {
+        let request = Request::get(path).header("authorization", "Bearer secret").body(Body::empty()).unwrap();
+        assert_eq!(server.send(request).await.status(), 200, "{path}");
+        assert_eq!(server.get(path).await.status, 401, "{path}");
+    }
+    assert_eq!(server.get("/health/").await.status, 200);
+    assert_eq!(server.get("/").await.status, 401);
+}
+
+/// What a page of `origin` is told by a server that lets `origins` in: to what it asks beforehand, and on an answer.
+async fn origins(origins: &str, origin: &str) -> [(u16, Option<String>); 2] {
+    let setup = Setup { api_keys: vec!["secret".into()], origins: origins.parse().unwrap(), ..Setup::default() };
+    let server = Server::with(setup, |_| Says::stop("x"));
+    let ask = async |request: axum::http::request::Builder| {
+        let request = request.uri("/v1/models").header("origin", origin).body(Body::empty()).unwrap();
+        let answer = Answer::read(server.send(request).await).await;
+        let allowed = answer.headers.get("access-control-allow-origin");
+        (answer.status, allowed.map(|origin| origin.to_str().unwrap().to_owned()))
+    };
+    let asked = ask(Request::options("/").header("access-control-request-method", "POST")).await;
+    [asked, ask(Request::get("/").header("authorization", "Bearer secret")).await]
+}
+
+#[tokio::test]
+async fn pages_read_answers_where_their_origin_is_let_in() {
+    let page = "http://localhost:3000";
+    // Without a key: browsers send none with what they ask beforehand.
+    assert_eq!(origins("", page).await, [(401, None), (200, None)]);
+    assert_eq!(origins("https://other.example", page).await, [(401, None), (200, None)]);
+    assert_eq!(origins("*", page).await, [(204, Some("*".into())), (200, Some("*".into()))]);
+    assert_eq!(origins(page, page).await, [(204, Some(page.into())), (200, Some(page.into()))]);
+}
+
+#[tokio::test]
 async fn health_follows_the_models() {
     let server = Server::new(|_| Says::stop("x"));
     assert_eq!(server.get("/health").await.status, 200);

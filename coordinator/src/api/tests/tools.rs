@@ -148,6 +148,10 @@ async fn bad_tools_are_refused_by_name() {
         (json!({"tools": [{"type": "function", "function": {}}]}), "tools[0].function.name"),
         (json!({"tools": [{"type": "function", "function": {"name": "a b"}}]}), "tools[0].function.name"),
         (json!({"tools": [tool("a"), tool("a")]}), "tools[1]"),
+        (
+            json!({"tools": [tool("a"), {"type": "function", "function": {"name": "b", "description": "x".repeat(1 << 20)}}]}),
+            "tools",
+        ),
         (json!({"tools": "x"}), "tools"),
         (json!({"tools": null, "tool_choice": "required"}), "tool_choice"),
         (json!({"tool_choice": "sometimes"}), "tool_choice"),

@@ -6,6 +6,8 @@ use phalanx_proto::{HeadSight, HeadSocket, Term, pb};
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
+use super::trust;
+use crate::security::access::Gate;
 use crate::store::etcd::{HeadsSeen, Leadership};
 
 /// What this head knows of the heads of its cluster.
@@ -46,12 +48,19 @@ impl HeadsDesk {
     }
 }
 
+/// Answers nodes of this cluster.
+pub(super) struct HeadsService {
+    pub desk: HeadsDesk,
+    pub gate: Gate,
+}
+
 #[tonic::async_trait]
-impl pb::heads_server::Heads for HeadsDesk {
+impl pb::heads_server::Heads for HeadsService {
     async fn who(&self, request: Request<pb::WhoRequest>) -> Result<Response<pb::WhoReply>, Status> {
-        if let Lead::First(leadership, _) = &self.lead {
+        self.gate.any_node(trust::peer(&request))?;
+        if let Lead::First(leadership, _) = &self.desk.lead {
             leadership.heard_of(Term(request.get_ref().seen_term));
         }
-        Ok(Response::new(self.sight().into()))
+        Ok(Response::new(self.desk.sight().into()))
     }
 }

@@ -7,13 +7,15 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::warn;
 
 use super::super::ClusterHandle;
-use super::{first_message, refused};
+use super::{first_message, refused, trust};
 use crate::config::defaults;
 use crate::engine::group::RankLink;
+use crate::security::access::Gate;
 
 /// Takes ranks in.
 pub(super) struct RankService {
     pub cluster: ClusterHandle,
+    pub gate: Gate,
 }
 
 #[tonic::async_trait]
@@ -24,17 +26,28 @@ impl pb::rank_sessions_server::RankSessions for RankService {
         &self,
         request: Request<Streaming<pb::RankMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
+        let peer = trust::peer(&request).cloned();
         let mut inbound = request.into_inner();
         let first = RankEvent::try_from(first_message(&mut inbound).await?).map_err(|error| refused(&error))?;
         let RankEvent::Hello(hello) = first else {
             return Err(Status::invalid_argument("a rank's first message must be hello"));
         };
+        let node = hello.node_id.clone();
+        self.gate.node(peer.as_ref(), &node.0).inspect_err(|error| {
+            warn!(node_id = %node, %error, "refused a rank");
+        })?;
         let RankHello { deployment, replica, rank, incarnation, .. } = hello.clone();
         let key = RankKey { deployment, replica, rank, incarnation };
         let (commands, outbound) = mpsc::channel(defaults::PEER_QUEUE);
         let (events, incoming) = mpsc::channel(defaults::PEER_QUEUE);
         self.cluster.rank_dialed(hello, RankLink { rank, commands, events: incoming }).await?;
-        tokio::spawn(listen(key, inbound, events));
+        let gate = self.gate.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = listen(key, inbound, events) => {}
+                () = gate.revoked(&node.0) => {}
+            }
+        });
         Ok(Response::new(ReceiverStream::new(outbound)))
     }
 }

@@ -1,6 +1,8 @@
 //! Agents and ranks that are made up, over the real sockets and the real cluster task, with engines that are real but for
 //! their devices.
 
+mod groups;
+mod moving;
 mod rig;
 
 pub use rig::checked;

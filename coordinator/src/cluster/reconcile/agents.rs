@@ -9,6 +9,7 @@ use phalanx_proto::{
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use super::super::chronicle::{Level, event};
 use super::super::event::{GroupKey, RankStep, StartedGroup};
 use super::super::nodes::{AgentSession, JoinError};
 use super::super::replica::{Process, Stage};
@@ -43,19 +44,36 @@ impl Reconciler {
         };
         commands.try_send(AgentCommand::Welcome(welcome)).map_err(|_| ClusterError::Unavailable)?;
         info!(node_id = %id, num_slots, pid, "node joined");
+        let text = format!("node {id} joined with {num_slots} slots (agent pid {pid})");
+        self.tell_node(&id, event(Level::Info, "node_joined", text));
         self.agents.insert(id, AgentLink { session, commands, revision: 0, told: None });
         Ok(session)
     }
 
-    pub(super) fn agent_said(&mut self, node: &NodeId, session: AgentSession, event: AgentEvent, now: Instant) {
+    pub(super) fn agent_said(&mut self, node: &NodeId, session: AgentSession, said: AgentEvent, now: Instant) {
         if !self.nodes.heard(node, session, now) {
             return;
         }
-        match event {
-            AgentEvent::Hello(_) | AgentEvent::Heartbeat { .. } => {}
+        match said {
+            AgentEvent::Heartbeat { round_trip: Some(round_trip), .. } => {
+                if let Some(slow) = self.nodes.note_round_trip(node, round_trip) {
+                    warn!(node_id = %node, round_trip_ms = slow.as_millis() as u64, "the way to a node is slow");
+                }
+            }
+            AgentEvent::Hello(_) | AgentEvent::Heartbeat { round_trip: None, .. } => {}
             AgentEvent::Rank(observed) => self.rank_observed(observed, now),
+            AgentEvent::Log(part) => self.log_was_read(node, part),
+            AgentEvent::Draining(reason) => {
+                info!(node_id = %node, reason, "node drains");
+                let text =
+                    format!("node {node} leaves: no new work goes there, what runs may end or goes on elsewhere");
+                self.tell_node(node, event(Level::Info, "node_drains", text));
+                self.nodes.leaving(node, session, reason);
+                self.leaving.entry(node.clone()).or_default();
+            }
             AgentEvent::Leaving(reason) => {
                 info!(node_id = %node, reason, "node leaves");
+                self.tell_node(node, event(Level::Info, "node_left", format!("node {node} leaves: {reason}")));
                 self.nodes.leaving(node, session, reason);
                 self.leaving.entry(node.clone()).or_default();
             }
@@ -68,6 +86,7 @@ impl Reconciler {
         }
         if self.nodes.closed(node, session) && self.stopping.is_none() {
             warn!(node_id = %node, "node died");
+            self.tell_node_died(node);
         }
         if self.nodes.node(node).is_some_and(|known| known.session == session) {
             self.lose_node(node, now);
@@ -185,6 +204,8 @@ impl Reconciler {
                 replica.serves_since = Some((now, engine.snapshot().counters.finished));
                 replica.engine = Some(engine);
                 info!(group_id = %key.deployment, incarnation = key.incarnation.0, epoch = epoch.0, "group ready");
+                let ready = event(Level::Info, "group_ready", replica.start_words(now));
+                self.tell_group(key, ready);
                 if let Some(deployment) = self.deployment_mut(&key.deployment) {
                     deployment.stale |= is_new;
                     deployment.settle_state();
@@ -199,7 +220,7 @@ impl Reconciler {
     }
 
     pub(super) fn group_failed(&mut self, key: &GroupKey, reason: String, now: Instant) {
-        let serving = self.replica_mut(key).is_some_and(|replica| matches!(replica.stage, Stage::Serving));
+        let serving = self.replica_mut(key).is_some_and(|replica| replica.engine().is_some());
         if serving {
             self.break_group(key, reason, now);
         }

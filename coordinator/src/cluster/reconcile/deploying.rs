@@ -4,25 +4,34 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use phalanx_proto::{DeploymentName, Epoch, NodeId};
+use phalanx_proto::{DeploymentName, Epoch, EventRecord, NodeId};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
+use super::super::chronicle::{Level, event};
 use super::super::deployment::{
-    CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode, Deployment, recent_restarts,
+    CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode, Deployment, DeploymentState, recent_restarts,
 };
 use super::super::event::{ClusterEvent, GroupKey};
 use super::super::launch::{self, GroupStart};
-use super::super::nodes::NodeState;
-use super::super::placement::{Hold, NodeCapacity, Placement, Shortage, Wanted, place};
-use super::super::placement_group::Place;
+use super::super::named_group::NamedGroup;
+use super::super::placement::{Placement, Shortage, Wanted, place};
+use super::super::placement_group::{GroupState, Place};
 use super::super::replica::Stage;
 use super::super::spec::TensorParallelSize;
 use super::super::{ServingChange, report};
 use super::Reconciler;
+use super::grouping::free_slot;
+use crate::config::defaults;
 
 /// Restarts wait longer each time, up to this many doublings of the settling time.
 const BACKOFF_DOUBLINGS_MAX: u32 = 4;
+
+/// Who is next to be given slots: a place in its list.
+enum Turn {
+    Group(usize),
+    Deployment(usize),
+}
 
 impl Reconciler {
     /// Takes a wish in, or says at once why it cannot be met.
@@ -50,7 +59,7 @@ impl Reconciler {
                 let hint = format!("coordinator undeploy {name} ends it; --served-model-name gives this one another");
                 return Err(fail(DeployFailureCode::NameTaken, message, hint));
             }
-            if known.group.bundles().iter().any(Option::is_some) {
+            if known.group.is_seated() {
                 let message = format!("the processes of the failed deployment {name} are still ending");
                 return Err(fail(DeployFailureCode::Busy, message, "Try again in a moment".to_owned()));
             }
@@ -58,7 +67,7 @@ impl Reconciler {
         let size = self.world_size(&checked);
         let mut deployment = Deployment::new(checked, size, now);
         deployment.watchers.push(watcher);
-        match place(&self.capacities(), &self.holds(), &deployment.wanted()) {
+        match self.could_place(&deployment) {
             Placement::Infeasible(Shortage { reason, hint, .. }) => {
                 return Err(fail(DeployFailureCode::Infeasible, reason, hint));
             }
@@ -71,8 +80,25 @@ impl Reconciler {
         self.deployments.retain(|(known, _)| *known != name);
         deployment.order = self.next_order;
         self.next_order += 1;
+        let replicas = deployment.replicas.len();
+        let text = format!("{} is to be served: {replicas} x {size} ranks", deployment.checked.spec.model);
+        self.tell_deployment(&name, event(Level::Info, "deployment_accepted", text));
         self.deployments.push((name, deployment));
         Ok(())
+    }
+
+    /// Whether a deployment that is asked for fits, now or ever.
+    fn could_place(&self, deployment: &Deployment) -> Placement {
+        let wanted = deployment.wanted();
+        let Some(group) = deployment.checked.spec.placement_group() else {
+            return place(&self.capacities(), &self.holds(), &wanted);
+        };
+        match self.free_in_group(group, wanted.tensor_parallel_size * wanted.replicas) {
+            Ok((_, None)) => Placement::Placed(Vec::new()),
+            Ok((_, Some(shortage))) => Placement::Pending(shortage),
+            Err((shortage, is_final)) if is_final && !wanted.waits => Placement::Infeasible(shortage),
+            Err((shortage, _)) => Placement::Pending(shortage),
+        }
     }
 
     fn world_size(&self, checked: &CheckedSpec) -> u32 {
@@ -80,65 +106,101 @@ impl Reconciler {
             TensorParallelSize::Fixed(size) => size,
             TensorParallelSize::Auto => {
                 let heads = u32::try_from(checked.geometry.num_heads).unwrap_or(u32::MAX);
-                let nodes = self.capacities();
-                let roomiest = nodes.iter().map(|node| node.num_slots - node.num_used).max();
+                let roomiest = match checked.spec.placement_group() {
+                    Some(group) => self.free_in_group(group, 1).ok().map(|(free, _)| free.len() as u32),
+                    None => self.capacities().iter().map(|node| node.num_slots - node.num_used).max(),
+                };
                 roomiest.unwrap_or(1).clamp(1, heads)
             }
         }
     }
 
-    /// Slots that are taken, from the one record of it.
-    fn taken(&self) -> BTreeSet<(NodeId, u32)> {
-        let bundles = self.deployments.iter().flat_map(|(_, deployment)| deployment.group.bundles());
-        bundles.flatten().map(|place| (place.node.clone(), place.slot)).collect()
-    }
-
-    /// Nodes that may take work.
-    fn capacities(&self) -> Vec<NodeCapacity> {
-        let taken = self.taken();
-        let alive = self.nodes.iter().filter(|node| node.state == NodeState::Alive);
-        alive
-            .map(|node| NodeCapacity {
-                id: node.hello.node_id.clone(),
-                device_kind: node.hello.device_kind,
-                num_slots: node.hello.num_slots,
-                num_used: taken.iter().filter(|(id, _)| *id == node.hello.node_id).count() as u32,
-            })
-            .collect()
-    }
-
-    /// Who holds slots of nodes that may take work.
-    fn holds(&self) -> Vec<Hold> {
-        let mut holds = Vec::new();
-        for (name, deployment) in &self.deployments {
-            let num_slots = deployment.group.bundles().iter().flatten().count() as u32;
-            if num_slots > 0 {
-                let since = report::clock(deployment.placed_at);
-                holds.push(Hold { deployment: name.to_string(), num_slots, since });
+    /// Places what has no slots: first bundles that lost theirs, then the oldest wish.
+    pub(super) fn place_waiting(&mut self, now: Instant) {
+        self.unseat_groups(now);
+        let groups = self.groups.iter().enumerate().filter(|(_, named)| named.is_waiting());
+        let mut turns: Vec<(bool, u64, Turn)> = groups
+            .map(|(index, named)| (named.group.state() != GroupState::Rescheduling, named.order, Turn::Group(index)))
+            .collect();
+        let deployments = self.deployments.iter().enumerate().filter(|(_, (_, deployment))| {
+            deployment.wanted().replicas > 0 && !deployment.gave_up && deployment.stopping_since.is_none()
+        });
+        turns.extend(deployments.map(|(index, (_, known))| (true, known.order, Turn::Deployment(index))));
+        turns.sort_by_key(|(later, order, _)| (*later, *order));
+        for (_, _, turn) in turns {
+            match turn {
+                Turn::Group(index) => self.place_group(index, now),
+                Turn::Deployment(index) => self.place_deployment(index, now),
             }
         }
-        holds
+        self.follow_machines(now);
     }
 
-    /// Places what has no slots, oldest wish first.
-    pub(super) fn place_waiting(&mut self, now: Instant) {
+    /// Gives deployments whose replicas follow the machines what nobody else waits for, and takes back what they cannot use.
+    fn follow_machines(&mut self, now: Instant) {
+        for (_, deployment) in &mut self.deployments {
+            let is_settled = deployment.has_served && deployment.rolling.is_none() && !deployment.gave_up;
+            let serves = deployment.replicas.iter().any(|replica| replica.engine().is_some());
+            if deployment.is_auto() && is_settled && serves && deployment.stopping_since.is_none() {
+                deployment.stale |= deployment.shrink();
+            }
+        }
+        let waits = |deployment: &Deployment| {
+            !deployment.is_auto()
+                && deployment.wanted().replicas > 0
+                && !deployment.gave_up
+                && deployment.stopping_since.is_none()
+        };
+        if self.groups.iter().any(NamedGroup::is_waiting) || self.deployments.iter().any(|(_, known)| waits(known)) {
+            return;
+        }
         for index in 0..self.deployments.len() {
             let (_, deployment) = &self.deployments[index];
-            let wanted = deployment.wanted();
-            if wanted.replicas == 0 || deployment.gave_up || deployment.stopping_since.is_some() {
-                continue;
-            }
-            match place(&self.capacities(), &self.holds(), &wanted) {
-                Placement::Placed(nodes) => self.take_slots(index, nodes, now),
-                Placement::Pending(shortage) | Placement::Infeasible(shortage) => {
-                    self.keep_waiting(index, &shortage, &wanted, now);
-                }
+            let has_room = deployment.replicas.len() < defaults::REPLICAS_MAX as usize;
+            let is_whole = deployment.state == DeploymentState::Ready && deployment.wanted().replicas == 0;
+            if deployment.is_auto() && is_whole && has_room && deployment.rolling.is_none() && self.fits_one_more(index)
+            {
+                let (name, deployment) = &mut self.deployments[index];
+                deployment.grow();
+                info!(group_id = %name, num_replicas = deployment.replicas.len(), "one more replica");
+                self.place_deployment(index, now);
             }
         }
     }
 
-    fn take_slots(&mut self, index: usize, replicas: Vec<Vec<NodeId>>, now: Instant) {
-        let mut taken = self.taken();
+    /// Whether one more replica of a deployment would find its slots now.
+    pub(super) fn fits_one_more(&self, index: usize) -> bool {
+        let (_, deployment) = &self.deployments[index];
+        let wanted = Wanted { replicas: 1, ..deployment.wanted() };
+        match deployment.checked.spec.placement_group() {
+            Some(group) => matches!(self.free_in_group(group, wanted.tensor_parallel_size), Ok((_, None))),
+            None => matches!(place(&self.capacities(), &self.holds(), &wanted), Placement::Placed(_)),
+        }
+    }
+
+    fn place_deployment(&mut self, index: usize, now: Instant) {
+        let (_, deployment) = &self.deployments[index];
+        let wanted = deployment.wanted();
+        if let Some(group) = deployment.checked.spec.placement_group().map(str::to_owned) {
+            return match self.places_in_group(index, &group) {
+                Ok(places) => self.take_slots(index, places, now),
+                Err((shortage, _)) => self.keep_waiting(index, &shortage, &wanted, now),
+            };
+        }
+        match place(&self.capacities(), &self.holds(), &wanted) {
+            Placement::Placed(nodes) => {
+                let mut taken = self.taken();
+                let mut place = |node: NodeId| Place { slot: free_slot(&mut taken, &node), node };
+                let places = nodes.into_iter().map(|replica| replica.into_iter().map(&mut place).collect()).collect();
+                self.take_slots(index, places, now);
+            }
+            Placement::Pending(shortage) | Placement::Infeasible(shortage) => {
+                self.keep_waiting(index, &shortage, &wanted, now);
+            }
+        }
+    }
+
+    fn take_slots(&mut self, index: usize, replicas: Vec<Vec<Place>>, now: Instant) {
         let (name, deployment) = &mut self.deployments[index];
         let mut replicas = replicas.into_iter();
         let mut words = Vec::new();
@@ -146,14 +208,8 @@ impl Reconciler {
             if !matches!(replica.stage, Stage::Unplaced) {
                 continue;
             }
-            let Some(nodes) = replicas.next() else { break };
-            let mut places = Vec::new();
-            for node in nodes {
-                let slot = (0..).find(|slot| !taken.contains(&(node.clone(), *slot))).unwrap_or_default();
-                taken.insert((node.clone(), slot));
-                words.push(format!("{node} slot {slot}"));
-                places.push(Place { node, slot });
-            }
+            let Some(places) = replicas.next() else { break };
+            words.extend(places.iter().map(|place| format!("{} slot {}", place.node, place.slot)));
             deployment.group.place(number as u32, places.clone());
             replica.launch(places, now);
         }
@@ -163,21 +219,30 @@ impl Reconciler {
         }
         info!(group_id = %name, places = words.join(", "), "placed");
         deployment.state = deployment.derive_state();
-        deployment.tell_line(format!("placed on {}", words.join(", ")));
+        let text = format!("placed on {}", words.join(", "));
+        deployment.tell_line(text.clone());
+        let name = name.clone();
         let _ = self.serving.try_send(ServingChange::Starting(Arc::clone(&deployment.checked)));
+        self.tell_deployment(&name, event(Level::Info, "placed", text));
     }
 
     fn keep_waiting(&mut self, index: usize, shortage: &Shortage, wanted: &Wanted, now: Instant) {
         let (name, deployment) = &mut self.deployments[index];
+        if deployment.is_auto() && deployment.replicas.iter().any(|replica| replica.engine().is_some()) {
+            return;
+        }
         let late = !deployment.has_served && deployment.wait_until.is_some_and(|until| now >= until);
         if late {
             let wait = deployment.checked.spec.wait.unwrap_or_default();
             let message = format!("waited {} s for machines: {}", wait.as_secs(), shortage.reason);
             warn!(group_id = %name, reason = shortage.reason, "deployment could not be placed in time");
+            let name = name.clone();
+            let given_up = event(Level::Error, "not_placed", message.clone());
             deployment.group.give_up(shortage.reason.clone());
             let hint =
                 format!("Join more machines, or use less than --tensor-parallel-size {}", wanted.tensor_parallel_size);
             deployment.give_up(DeployFailureCode::Timeout, message, hint);
+            self.tell_deployment(&name, given_up);
             return;
         }
         if deployment.group.reason() == shortage.reason {
@@ -190,6 +255,9 @@ impl Reconciler {
             None => shortage.reason.clone(),
         };
         deployment.tell_line(format!("pending: {}", shortage.reason));
+        let (name, waits) =
+            (name.clone(), event(Level::Warn, "waits", format!("waits for slots: {}", shortage.reason)));
+        self.tell_deployment(&name, waits);
     }
 
     /// Moves every replica as far as it can go.
@@ -247,6 +315,12 @@ impl Reconciler {
                     ));
                 }
             }
+            Stage::Yielding { until, why } => {
+                if replica.has_yielded(until, now) {
+                    replica.moves = true;
+                    self.break_group(&key, why.to_owned(), now);
+                }
+            }
             Stage::Starting { .. } | Stage::Serving | Stage::Draining | Stage::Ended { .. } => {}
         }
     }
@@ -258,7 +332,11 @@ impl Reconciler {
         let Some(deployment) = self.deployment_mut(&key.deployment) else { return };
         let stopping = deployment.stopping_since.is_some();
         let Some(replica) = deployment.replicas.get_mut(key.replica as usize) else { return };
-        warn!(group_id = %key.deployment, incarnation = key.incarnation.0, reason = cause, "group broke");
+        if replica.moves {
+            info!(group_id = %key.deployment, incarnation = key.incarnation.0, reason = cause, "group ends");
+        } else {
+            warn!(group_id = %key.deployment, incarnation = key.incarnation.0, reason = cause, "group broke");
+        }
         if stopping {
             replica.stage = Stage::Ended { since: now };
             replica.fail_requests(&cause);
@@ -273,32 +351,48 @@ impl Reconciler {
         deployment.state = deployment.derive_state();
         let text = format!("broke: {}", deployment.reason);
         deployment.tell_line(text);
+        // What became of the processes is told when it is known; what was asked for is no failure.
+        let is_asked = deployment.replicas.get(key.replica as usize).is_some_and(|replica| replica.moves);
+        let level = if is_asked { Level::Info } else { Level::Warn };
+        let kind = if is_asked { "group_ends" } else { "group_broke" };
+        let text = format!("the group ends: {}; its requests wait", deployment.reason);
+        self.tell_group(key, event(level, kind, text));
     }
 
     /// The processes of a broken group have ended: start again, wait for a machine, or give up.
     fn decide(&mut self, index: usize, number: usize, now: Instant) {
         let (max, window) = (self.settings.restarts_max, self.settings.restart_window);
         let alive: BTreeSet<NodeId> = self.capacities().into_iter().map(|node| node.id).collect();
+        let theirs = self.slots_of_its_group(index);
+        let (name, deployment) = &self.deployments[index];
+        let incarnation = deployment.replicas[number].incarnation;
+        let key = GroupKey { deployment: name.clone(), replica: number as u32, incarnation };
+        // The next processes have not failed.
+        let standing = self.standing(&key);
         let (name, deployment) = &mut self.deployments[index];
         let replica = &mut deployment.replicas[number];
         let reason = replica.reason();
         let restarts = recent_restarts(&mut replica.restarts, now, window);
         if !deployment.has_served {
-            deployment.give_up(
-                DeployFailureCode::StartFailed,
-                reason,
-                "The ranks' logs are in the logs folder of their node's PHALANX_HOME".to_owned(),
-            );
-        } else if restarts >= max {
+            let rank = standing.rank.unwrap_or_default();
+            let hint = format!("See what it wrote: coordinator logs {name}/{number}/{rank}");
+            deployment.give_up(DeployFailureCode::StartFailed, reason, hint);
+        } else if restarts >= max && !replica.moves {
             let minutes = window.as_secs() / 60;
             let message = format!("{reason}; gave up after {restarts} restarts in {minutes} minutes");
             let hint = format!("coordinator undeploy {name}, then serve it again");
             deployment.give_up(DeployFailureCode::StartFailed, message, hint);
         } else {
-            replica.restarts.push(now);
-            deployment.reason = format!("{reason}; starting again (restart {} of {max})", restarts + 1);
+            if replica.moves {
+                deployment.reason = format!("{reason}; starting again");
+            } else {
+                replica.restarts.push(now);
+                deployment.reason = format!("{reason}; starting again (restart {} of {max})", restarts + 1);
+            }
             let places = deployment.group.places(number as u32);
-            if !places.is_empty() && places.iter().all(|place| alive.contains(&place.node)) {
+            let may_stay =
+                |place: &Place| alive.contains(&place.node) && theirs.as_ref().is_none_or(|t| t.contains(place));
+            if !places.is_empty() && places.iter().all(may_stay) {
                 replica.launch(places, now);
             } else {
                 deployment.group.reschedule(number as u32, reason);
@@ -306,6 +400,17 @@ impl Reconciler {
             }
             info!(group_id = %name, reason = deployment.reason, "group starts again");
         }
+        let gave_up = deployment.gave_up;
+        let (level, kind) = if gave_up { (Level::Error, "gave_up") } else { (Level::Info, "starts_again") };
+        let text = deployment.reason.clone();
+        self.chronicle.note(EventRecord { level: level.as_str().to_owned(), kind: kind.to_owned(), text, ..standing });
+    }
+
+    /// Slots that a deployment in a placement group may use; the group may have lost some. None: any.
+    fn slots_of_its_group(&self, index: usize) -> Option<Vec<Place>> {
+        let group = self.deployments[index].1.checked.spec.placement_group()?;
+        let named = self.groups.iter().find(|named| named.spec.name == group);
+        Some(named.map(|named| named.group.slots().collect()).unwrap_or_default())
     }
 
     /// Tells the rest of the head what serves, once for each change.
@@ -335,7 +440,7 @@ impl Reconciler {
     }
 
     /// Requests find the deployment, or its text side cannot be used.
-    pub(super) fn published(&mut self, name: &DeploymentName, result: Result<(), String>) {
+    pub(super) fn published(&mut self, name: &DeploymentName, result: Result<(), String>, now: Instant) {
         let Some(deployment) = self.deployment_mut(name) else { return };
         if !std::mem::take(&mut deployment.publishing) {
             return;
@@ -347,11 +452,12 @@ impl Reconciler {
         }
         deployment.published = true;
         if deployment.settle_state() {
-            let mut status = report::deployment(name, deployment);
+            let mut status = report::deployment(name, deployment, now);
             let engines = deployment.replicas.iter().filter_map(|replica| replica.engine());
             status.num_blocks_free = engines.map(|engine| engine.snapshot().num_blocks_free).sum();
             deployment.tell(&DeployEvent::Ready(status));
             info!(group_id = %name, "deployment ready");
+            self.tell_deployment(name, event(Level::Info, "deployment_ready", format!("{name} is ready")));
         }
     }
 }

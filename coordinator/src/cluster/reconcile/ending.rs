@@ -6,6 +6,7 @@ use phalanx_proto::{AgentCommand, DeploymentName, NodeId};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
+use super::super::chronicle::{Level, event};
 use super::super::deployment::{DeployEvent, DeployFailure, DeployFailureCode, Deployment};
 use super::super::event::GroupKey;
 use super::super::replica::Stage;
@@ -29,17 +30,18 @@ impl Reconciler {
         self.begin_stop(name, now);
     }
 
-    fn begin_stop(&mut self, name: &DeploymentName, now: Instant) {
+    pub(super) fn begin_stop(&mut self, name: &DeploymentName, now: Instant) {
         let (drain, events) = (self.settings.drain, self.events.clone());
         let Some(deployment) = self.deployment_mut(name) else { return };
         if deployment.stopping_since.replace(now).is_some() {
             return;
         }
         info!(group_id = %name, "deployment stops");
+        let stops = event(Level::Info, "deployment_stops", "it is removed: what runs may still end");
         for (number, replica) in deployment.replicas.iter_mut().enumerate() {
             let key = GroupKey { deployment: name.clone(), replica: number as u32, incarnation: replica.incarnation };
             match (&replica.stage, &replica.engine) {
-                (Stage::Serving, Some(engine)) => {
+                (Stage::Serving | Stage::Yielding { .. }, Some(engine)) => {
                     launch::stop_engine(key, engine.clone(), drain, events.clone());
                     replica.stage = Stage::Draining;
                 }
@@ -51,6 +53,7 @@ impl Reconciler {
             }
         }
         let _ = self.serving.try_send(ServingChange::Gone(name.clone()));
+        self.tell_deployment(name, stops);
     }
 
     /// A group has drained: its processes may end.
@@ -64,8 +67,6 @@ impl Reconciler {
         replica.engine = None;
         if stopping {
             replica.stage = Stage::Ended { since: now };
-        } else {
-            self.break_group(key, "its node leaves".to_owned(), now);
         }
     }
 
@@ -83,7 +84,7 @@ impl Reconciler {
             Stage::Ended { since } => replica.is_gone(since, now),
             _ => false,
         });
-        if gone && deployment.group.bundles().iter().any(Option::is_some) {
+        if gone && deployment.group.is_seated() {
             deployment.group.remove();
         }
     }
@@ -131,9 +132,9 @@ impl Reconciler {
     }
 
     /// Drains what runs on leaving nodes, then ends their agents.
-    pub(super) fn send_away(&mut self) {
+    pub(super) fn send_away(&mut self, now: Instant) {
         for node in self.leaving.keys().cloned().collect::<Vec<_>>() {
-            let busy = self.drain_node(&node);
+            let busy = self.drain_node(&node, now);
             let Some(leaving) = self.leaving.get_mut(&node).filter(|leaving| !busy && !leaving.told) else { continue };
             if let Some(link) = self.agents.get(&node) {
                 leaving.told = link.commands.try_send(AgentCommand::End("the node leaves".to_owned())).is_ok();
@@ -142,21 +143,19 @@ impl Reconciler {
     }
 
     /// Moves the groups of a node away; true while there are any.
-    fn drain_node(&mut self, node: &NodeId) -> bool {
-        let (drain, events) = (self.settings.drain, self.events.clone());
+    fn drain_node(&mut self, node: &NodeId, now: Instant) -> bool {
+        let have_room: Vec<bool> = (0..self.deployments.len()).map(|index| self.fits_one_more(index)).collect();
+        let (drain, drain_in_place) = (self.settings.drain, self.settings.drain_in_place);
         let mut busy = false;
-        for (name, deployment) in &mut self.deployments {
-            for (number, replica) in deployment.replicas.iter_mut().enumerate() {
+        for ((_, deployment), has_room) in self.deployments.iter_mut().zip(have_room) {
+            // Where nothing else has room for what would be left, it may take longer to end here.
+            let patience = if has_room { drain } else { drain_in_place };
+            for replica in &mut deployment.replicas {
                 if !replica.lingering().any(|rank| rank.place.node == *node) {
                     continue;
                 }
                 busy = true;
-                if let Some(engine) = replica.engine().cloned() {
-                    let (deployment, incarnation) = (name.clone(), replica.incarnation);
-                    let key = GroupKey { deployment, replica: number as u32, incarnation };
-                    launch::stop_engine(key, engine, drain, events.clone());
-                    replica.stage = Stage::Draining;
-                }
+                replica.yield_work("its node leaves", now + patience);
             }
         }
         busy
@@ -198,7 +197,8 @@ impl Reconciler {
 
 fn has_ended(deployment: &Deployment) -> bool {
     let ended = deployment.replicas.iter().all(|replica| matches!(replica.stage, Stage::Ended { .. }));
-    deployment.stopping_since.is_some() && ended && deployment.group.bundles().iter().all(Option::is_none)
+    let is_kept = deployment.keep_again_at.is_none();
+    deployment.stopping_since.is_some() && ended && is_kept && !deployment.group.is_seated()
 }
 
 fn lingering(deployment: &Deployment) -> String {

@@ -1,16 +1,21 @@
 //! What the store must know, and that nothing is told to agents before it does.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use phalanx_proto::DeploymentName;
 use tracing::{error, info, warn};
 
-use super::super::ServingChange;
-use super::super::deployment::{DeployFailureCode, Deployment};
+use super::super::deployment::{DeployFailure, DeployFailureCode, Deployment};
 use super::super::event::ClusterEvent;
-use super::super::record::DeploymentRecord;
+use super::super::named_group::GroupRecord;
+use super::super::record::{DeploymentRecord, Restored};
+use super::super::{ClusterError, ServingChange};
 use super::Reconciler;
-use crate::store::{Change, StoreError};
+use crate::store::{Change, StoreError, Table};
+
+/// When a store that could not write is asked again.
+const KEEP_AGAIN: Duration = Duration::from_secs(2);
 
 /// What of a deployment the store holds or is about to hold: a cheap sign of its record.
 pub(in super::super) type KeptVersion = Vec<(u64, u64, bool)>;
@@ -22,7 +27,14 @@ fn version(deployment: &Deployment) -> KeptVersion {
 
 impl Reconciler {
     /// Takes in what an earlier head has left.
-    pub(super) fn restore(&mut self, mut records: Vec<DeploymentRecord>, now: Instant) {
+    pub(super) fn restore(&mut self, restored: Restored, now: Instant) {
+        let Restored { deployments: mut records, groups } = restored;
+        self.groups = groups.into_iter().map(|record| record.restore(now)).collect();
+        self.groups.sort_by_key(|named| named.order);
+        self.next_order = self.groups.last().map_or(0, |named| named.order + 1);
+        for named in &self.groups {
+            info!(placement_group = named.spec.name, "placement group comes back");
+        }
         records.sort_by_key(DeploymentRecord::order);
         for record in records {
             self.next_order = self.next_order.max(record.order() + 1);
@@ -38,32 +50,59 @@ impl Reconciler {
     }
 
     /// Hands to the store what it does not know yet.
-    pub(super) fn keep(&mut self) {
-        let Some(store) = self.settings.store.clone() else { return };
+    pub(super) fn keep(&mut self, now: Instant) {
+        self.keep_groups(now);
         for index in 0..self.deployments.len() {
             let (name, deployment) = &self.deployments[index];
             let never_served = deployment.gave_up && !deployment.has_served;
             let wanted = (deployment.stopping_since.is_none() && !never_served).then(|| version(deployment));
-            if deployment.kept == wanted {
+            // What is new is tried at once, what failed after a pause.
+            if deployment.kept == wanted && deployment.keep_again_at.is_none_or(|at| now < at) {
                 continue;
             }
-            let record = match wanted.as_ref().map(|_| DeploymentRecord::of(deployment).to_bytes()).transpose() {
-                Ok(record) => record,
-                Err(error) => {
-                    error!(group_id = %name, %error, "deployment cannot be written down");
-                    continue;
-                }
-            };
-            let (events, deployment) = (self.events.clone(), name.clone());
-            let done = move |result: Result<(), StoreError>| {
-                let result = result.map_err(|error| error.to_string());
-                let _ = events.blocking_send(ClusterEvent::Kept { deployment, result });
-            };
-            if store.write(Change { name: name.to_string(), record, done: Box::new(done) }) {
-                self.num_keeping += 1;
-                self.deployments[index].1.kept = wanted;
+            let record = wanted.as_ref().map(|_| DeploymentRecord::of(deployment).to_bytes()).transpose();
+            let name = name.to_string();
+            if self.write_down(Table::Deployments, name, record) {
+                let deployment = &mut self.deployments[index].1;
+                (deployment.kept, deployment.keep_again_at) = (wanted, None);
             }
         }
+    }
+
+    fn keep_groups(&mut self, now: Instant) {
+        for index in 0..self.groups.len() {
+            let named = &self.groups[index];
+            let wanted = named.version();
+            if named.kept == wanted && named.keep_again_at.is_none_or(|at| now < at) {
+                continue;
+            }
+            let record = wanted.as_ref().map(|_| GroupRecord::of(named).to_bytes()).transpose();
+            let name = named.spec.name.clone();
+            if self.write_down(Table::PlacementGroups, name, record) {
+                let named = &mut self.groups[index];
+                (named.kept, named.keep_again_at) = (wanted, None);
+            }
+        }
+    }
+
+    /// Hands a record to the store; true where it took it, or where nothing is kept at all.
+    fn write_down(&mut self, table: Table, name: String, record: Result<Option<Vec<u8>>, serde_json::Error>) -> bool {
+        let Some(store) = &self.settings.store else { return true };
+        let record = match record {
+            Ok(record) => record,
+            Err(error) => {
+                error!(?table, name, %error, "a record cannot be written down");
+                return false;
+            }
+        };
+        let (events, whose) = (self.events.clone(), name.clone());
+        let done = move |result: Result<(), StoreError>| {
+            let result = result.map_err(|error| error.to_string());
+            let _ = events.blocking_send(ClusterEvent::Kept { table, name: whose, result });
+        };
+        let taken = store.write(Change { table, name, record, done: Box::new(done) });
+        self.num_keeping += usize::from(taken);
+        taken
     }
 
     /// Whether the store has not answered yet: until then nothing new is told to anybody.
@@ -72,21 +111,55 @@ impl Reconciler {
     }
 
     /// A change is on disk, or cannot be.
-    pub(super) fn kept(&mut self, name: &phalanx_proto::DeploymentName, result: Result<(), String>) {
+    pub(super) fn kept(&mut self, table: Table, name: String, result: Result<(), String>, now: Instant) {
         self.num_keeping -= 1;
+        match table {
+            Table::Deployments => self.deployment_kept(&DeploymentName(name), result, now),
+            Table::PlacementGroups => self.group_kept(&name, result, now),
+        }
+    }
+
+    fn deployment_kept(&mut self, name: &DeploymentName, result: Result<(), String>, now: Instant) {
         let Some(deployment) = self.deployment_mut(name) else { return };
         match result {
             Ok(()) => deployment.was_kept = true,
             Err(reason) if deployment.was_kept => {
-                // What serves goes on serving: it only would not come back as it is now.
+                // What serves goes on serving: it only would not come back as it is now. What ends has not ended before.
                 warn!(group_id = %name, reason, "deployment is not on disk as it is");
+                deployment.keep_again_at = Some(now + KEEP_AGAIN);
+                for reply in std::mem::take(&mut deployment.undeploy_replies) {
+                    let (name, reason) = (name.to_string(), reason.clone());
+                    let _ = reply.send(Err(ClusterError::NotKept { name, reason }));
+                }
             }
             Err(reason) => {
                 error!(group_id = %name, reason, "deployment refused: it cannot be kept");
-                let message = format!("the head cannot write it down: {reason}");
-                let hint = "Free space in the store folder of the head's PHALANX_HOME".to_owned();
+                let (message, hint) = unwritable(&reason);
                 deployment.give_up(DeployFailureCode::StartFailed, message, hint);
             }
         }
     }
+
+    /// A group that nobody was told of, and that cannot be kept, never was.
+    fn group_kept(&mut self, name: &str, result: Result<(), String>, now: Instant) {
+        let Some(index) = self.groups.iter().position(|named| named.spec.name == name) else { return };
+        let Err(reason) = result else { return };
+        warn!(placement_group = name, reason, "placement group is not on disk as it is");
+        if let Some(reply) = self.groups[index].create_reply.take() {
+            let (message, hint) = unwritable(&reason);
+            let _ = reply.send(Err(DeployFailure { code: DeployFailureCode::StartFailed, message, hint }));
+            self.groups.remove(index);
+            return;
+        }
+        let named = &mut self.groups[index];
+        named.keep_again_at = Some(now + KEEP_AGAIN);
+        for reply in std::mem::take(&mut named.remove_replies) {
+            let _ = reply.send(Err(ClusterError::NotKept { name: name.to_owned(), reason: reason.clone() }));
+        }
+    }
+}
+
+fn unwritable(reason: &str) -> (String, String) {
+    let hint = "Free space in the store folder of the head's PHALANX_HOME".to_owned();
+    (format!("the head cannot write it down: {reason}"), hint)
 }

@@ -2,13 +2,16 @@
 //!
 //! **Invariant:** the node with the least room to spare is taken, so that large gaps stay for large groups.
 
-/// Puts all bundles on the smallest node that holds them.
-pub(super) fn assign(free: &[u32], bundles: &[u32]) -> Option<Vec<usize>> {
-    let needed = bundles.iter().sum::<u32>();
-    if bundles.is_empty() {
-        return Some(Vec::new());
-    }
-    let fitting = (0..free.len()).filter(|&node| free[node] >= needed);
-    let node = fitting.min_by_key(|&node| (free[node], node))?;
-    Some(vec![node; bundles.len()])
+use super::Search;
+
+/// The nodes that hold all bundles, tightest first; once one holds some, that one.
+pub(super) fn candidates(search: &Search<'_>, waiting: &[usize]) -> Vec<usize> {
+    let holds_some = |node: &usize| search.taken[*node] > 0;
+    let mut nodes: Vec<usize> = match (0..search.left.len()).find(holds_some) {
+        Some(node) => vec![node],
+        None => (0..search.left.len()).collect(),
+    };
+    nodes.retain(|&node| search.holds_all(node, waiting));
+    nodes.sort_by_key(|&node| (search.left[node], node));
+    nodes
 }

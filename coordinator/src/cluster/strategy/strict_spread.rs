@@ -2,16 +2,13 @@
 //!
 //! **Invariant:** no node is named twice.
 
-use super::largest_first;
+use std::cmp::Reverse;
 
-/// Gives the largest bundle the roomiest node, and so on: where that fails, every matching fails.
-pub(super) fn assign(free: &[u32], bundles: &[u32]) -> Option<Vec<usize>> {
-    let mut nodes: Vec<usize> = (0..free.len()).collect();
-    nodes.sort_by_key(|&node| (std::cmp::Reverse(free[node]), node));
-    let mut assigned = vec![0; bundles.len()];
-    let mut nodes = nodes.into_iter();
-    for bundle in largest_first(bundles) {
-        assigned[bundle] = nodes.next().filter(|&node| free[node] >= bundles[bundle])?;
-    }
-    Some(assigned)
+use super::Search;
+
+/// Nodes without a bundle, roomiest first, so that the largest bundle gets the most room.
+pub(super) fn candidates(search: &Search<'_>, waiting: &[usize]) -> Vec<usize> {
+    let mut nodes: Vec<usize> = search.fitting(waiting).filter(|&node| search.taken[node] == 0).collect();
+    nodes.sort_by_key(|&node| (Reverse(search.left[node]), node));
+    nodes
 }

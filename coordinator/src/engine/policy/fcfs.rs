@@ -4,23 +4,15 @@
 
 use std::collections::VecDeque;
 
-use phalanx_proto::SeqId;
+use super::Turn;
 
-pub(super) fn enqueue(waiting: &mut VecDeque<SeqId>, id: SeqId) {
-    let place = waiting.iter().rposition(|other| *other < id).map_or(0, |index| index + 1);
-    waiting.insert(place, id);
+/// Behind everything that came before: of two sequences that are preempted the older one returns first.
+pub(super) fn place(waiting: &VecDeque<Turn>, turn: Turn) -> usize {
+    let key = |turn: &Turn| (turn.arrival, turn.id);
+    waiting.partition_point(|other| key(other) < key(&turn))
 }
 
-/// In front of everything that came later: of two sequences that are preempted the older one returns first.
-pub(super) fn requeue(waiting: &mut VecDeque<SeqId>, id: SeqId) {
-    let place = waiting.iter().position(|other| *other > id).unwrap_or(waiting.len());
-    waiting.insert(place, id);
-}
-
-pub(super) fn next(waiting: &VecDeque<SeqId>) -> Option<SeqId> {
-    waiting.front().copied()
-}
-
-pub(super) fn victim(running: &[SeqId]) -> Option<SeqId> {
-    running.last().copied()
+/// The last one to start gives way first.
+pub(super) fn outlasts(_running: Turn, _starting: Turn) -> bool {
+    true
 }

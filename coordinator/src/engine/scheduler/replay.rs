@@ -20,7 +20,9 @@ impl Scheduler {
     /// Those whose budget of replays is spent fail with `error`.
     pub fn end_epoch(&mut self, replays_max: u32, error: &EngineError) {
         for id in std::mem::take(&mut self.running) {
-            self.policy.requeue(&mut self.waiting, id);
+            if let Some(sequence) = self.sequences.get(&id) {
+                self.policy.enqueue(&mut self.waiting, sequence.turn);
+            }
         }
         let mut spent = Vec::new();
         for (id, sequence) in &mut self.sequences {
@@ -42,7 +44,7 @@ impl Scheduler {
     /// Another group takes over, with so many KV blocks. What no longer fits ends here.
     pub fn begin_epoch(&mut self, num_blocks: u32) {
         self.limits.num_blocks = num_blocks;
-        let mut ids: Vec<SeqId> = self.waiting.iter().copied().collect();
+        let mut ids: Vec<SeqId> = self.waiting.iter().map(|turn| turn.id).collect();
         ids.sort_unstable();
         for id in ids {
             self.fit(id);
@@ -51,9 +53,10 @@ impl Scheduler {
 
     /// Shortens what a waiting sequence may still generate to what the KV blocks hold; fails it where not even what is known fits.
     pub(super) fn fit(&mut self, id: SeqId) {
-        let (context, total) = (self.limits.context(), self.limits.num_blocks);
+        let total = self.limits.num_blocks;
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        if !sequence.shorten(context) {
+        sequence.shorten(self.limits.context());
+        if sequence.tokens().len() as u32 > self.limits.known_max(sequence.pools()) {
             let needed = (sequence.tokens().len() as u32).div_ceil(self.limits.block_size);
             self.fail_waiting(id, EngineError::TooFewBlocks { needed, total });
         }
@@ -80,7 +83,7 @@ impl Scheduler {
     fn fail_waiting(&mut self, id: SeqId, error: EngineError) {
         let Some(sequence) = self.sequences.remove(&id) else { return };
         debug_assert!(matches!(sequence.phase, Phase::Waiting), "only waiting sequences fail here");
-        self.waiting.retain(|other| *other != id);
+        self.waiting.retain(|other| other.id != id);
         self.counters.finished += 1;
         self.events.push((id, TokenEvent::Failed(error)));
     }

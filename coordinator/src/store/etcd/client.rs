@@ -30,6 +30,20 @@ pub enum EtcdError {
         /// What the last one did.
         reason: String,
     },
+    /// Its records are those of a cluster that is not this head's.
+    #[error(
+        "the cluster in etcd at {endpoints} has the authority {known} (last led by the head at {leader}), this head has {own}"
+    )]
+    OtherAuthority {
+        /// Where.
+        endpoints: String,
+        /// Who led it last.
+        leader: String,
+        /// The beginning of its pin.
+        known: String,
+        /// The beginning of this head's.
+        own: String,
+    },
     /// It refuses, and would do so again.
     #[error("etcd at {endpoints} refuses: {reason}")]
     Refused {
@@ -102,6 +116,11 @@ impl Client {
             reason: error.to_string(),
         };
         Ok(Self { channels: channels.map_err(refused)?.into(), preferred: Arc::default(), names })
+    }
+
+    /// Where it looks.
+    pub fn names(&self) -> &str {
+        &self.names
     }
 
     /// One key.

@@ -18,8 +18,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, oneshot, watch};
 use tracing::{info, warn};
 
+use super::super::Table;
 use super::client::{Check, Client, Done, Entry, EtcdError, Write};
-use super::{EtcdPlace, EtcdStore};
+use super::{EtcdPlace, EtcdStore, Records};
 
 /// How long a lead outlives the head that had it.
 const TTL: Duration = Duration::from_secs(4);
@@ -39,6 +40,9 @@ pub struct HeadCard {
     pub address: String,
     /// OpenAI-compatible HTTP.
     pub http: String,
+    /// By what nodes know its authority; empty where there is none (`--insecure`).
+    #[serde(default)]
+    pub authority: String,
 }
 
 /// The heads as one of them sees them.
@@ -54,6 +58,8 @@ pub struct HeadsSeen {
     pub heads: Vec<String>,
     /// What is wrong with etcd; empty: nothing.
     pub trouble: String,
+    /// The records are those of a cluster with another authority: this head never leads it.
+    pub is_stranger: bool,
 }
 
 /// Hears that another head leads; this one must end at once.
@@ -192,6 +198,11 @@ impl From<EtcdError> for Lapse {
     }
 }
 
+/// The beginning of a pin, in words.
+fn in_short(authority: &str) -> String {
+    authority.get(..16).map_or_else(|| "none (--insecure)".to_owned(), str::to_owned)
+}
+
 /// A lease that was renewed: this head may act until then.
 #[derive(Clone, Copy)]
 struct Lease {
@@ -224,12 +235,17 @@ impl Candidate {
     }
 
     /// Waits for the lead; none where this head has resigned.
-    async fn stand(&mut self) -> Option<(Leadership, Vec<(String, Vec<u8>)>)> {
+    async fn stand(&mut self) -> Option<(Leadership, Records)> {
         loop {
             match self.attempt().await {
                 Ok(Some(won)) => return Some(won),
                 Ok(None) => self.note(String::new()),
-                Err(error) => self.note(error.to_string()),
+                Err(error) => {
+                    self.note(error.to_string());
+                    let is_stranger = matches!(error, EtcdError::OtherAuthority { .. });
+                    self.seen
+                        .send_if_modified(|seen| std::mem::replace(&mut seen.is_stranger, is_stranger) != is_stranger);
+                }
             }
             tokio::select! {
                 () = self.resign.notified() => return None,
@@ -239,7 +255,8 @@ impl Candidate {
     }
 
     /// Takes the lead where nobody has it; reads what the last leader has left.
-    async fn attempt(&mut self) -> Result<Option<(Leadership, Vec<(String, Vec<u8>)>)>, EtcdError> {
+    async fn attempt(&mut self) -> Result<Option<(Leadership, Records)>, EtcdError> {
+        self.check_authority().await?;
         let lease = self.renewed().await?;
         let vacant = Check::Created(self.place.leader(), 0);
         let created = match self.client.write_if(&[vacant], self.claim(lease.id)).await? {
@@ -250,9 +267,12 @@ impl Candidate {
                 _ => return Ok(None),
             },
         };
-        let prefix = self.place.records();
-        let name = |entry: Entry| Some((entry.key.strip_prefix(&prefix)?.to_owned(), entry.value));
-        let records = self.client.below(&prefix).await?.into_iter().filter_map(name).collect();
+        let mut records = Records::new();
+        for table in Table::ALL {
+            let prefix = self.place.records(table);
+            let record = |entry: Entry| Some((table, entry.key.strip_prefix(&prefix)?.to_owned(), entry.value));
+            records.extend(self.client.below(&prefix).await?.into_iter().filter_map(record));
+        }
         let leadership = Leadership {
             client: self.client.clone(),
             place: self.place.clone(),
@@ -263,6 +283,20 @@ impl Candidate {
         };
         self.look().await?;
         Ok(Some((leadership, records)))
+    }
+
+    /// Agents and ranks of the head before would not know a head with another authority, and their records are not its business.
+    async fn check_authority(&self) -> Result<(), EtcdError> {
+        let last = self.client.one(&self.place.last_leader()).await?;
+        match last.and_then(|last| serde_json::from_slice::<HeadCard>(&last.value).ok()) {
+            Some(last) if last.authority != self.card.authority => Err(EtcdError::OtherAuthority {
+                endpoints: self.client.names().to_owned(),
+                leader: last.address,
+                known: in_short(&last.authority),
+                own: in_short(&self.card.authority),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Holds the lead. Says why it was lost; none where this head has resigned.
@@ -365,6 +399,7 @@ impl Candidate {
             term: Term(leader.as_ref().map_or(0, |(created, _)| created.unsigned_abs())),
             heads,
             trouble: self.seen.borrow().trouble.clone(),
+            is_stranger: false,
         };
         self.seen.send_if_modified(|seen| std::mem::replace(seen, now.clone()) != now);
         Ok(leader)

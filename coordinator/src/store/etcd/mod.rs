@@ -20,17 +20,20 @@ pub use client::EtcdError;
 pub use leadership::{Campaign, Deposed, HeadCard, HeadsSeen, Leadership};
 pub use place::EtcdPlace;
 
-use super::{Backend, StoreError};
+use super::{Backend, StoreError, Table};
 use client::{Check, Done, Write};
 
 /// Time between two attempts at a write that etcd has not answered.
 const WRITE_AGAIN: Duration = Duration::from_millis(100);
 
+/// Records, with their table and name.
+type Records = Vec<(Table, String, Vec<u8>)>;
+
 /// The records of a head that leads.
 pub struct EtcdStore {
     leadership: Arc<Leadership>,
     /// What the head before has left, as it was read when the lead was taken.
-    records: Vec<(String, Vec<u8>)>,
+    records: Records,
     /// The runtime that drives the connections to etcd.
     runtime: Handle,
 }
@@ -40,20 +43,22 @@ impl Backend for EtcdStore {
         Ok(self.leadership.term())
     }
 
-    fn deployments(&mut self) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
-        Ok(self.records.clone())
+    fn records(&mut self, table: Table) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        let of_table =
+            |(of, name, record): &(Table, String, Vec<u8>)| (*of == table).then(|| (name.clone(), record.clone()));
+        Ok(self.records.iter().filter_map(of_table).collect())
     }
 
-    fn keep(&mut self, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
-        self.runtime.block_on(self.leadership.keep(name, record)).map_err(StoreError::Etcd)
+    fn keep(&mut self, table: Table, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
+        self.runtime.block_on(self.leadership.keep(table, name, record)).map_err(StoreError::Etcd)
     }
 }
 
 impl Leadership {
     /// Writes a record, or removes it. Waits for as long as etcd does not answer, or this head may not act: what was not
     /// written is never told to anybody, and a head that does not lead any more ends meanwhile.
-    async fn keep(&self, name: &str, record: Option<&[u8]>) -> Result<(), EtcdError> {
-        let key = self.place().record(name);
+    async fn keep(&self, table: Table, name: &str, record: Option<&[u8]>) -> Result<(), EtcdError> {
+        let key = self.place().record(table, name);
         loop {
             if let Some(fence) = self.fence() {
                 let write = match record {
@@ -64,7 +69,7 @@ impl Leadership {
                 match self.client().write_if(&[leads], vec![write]).await {
                     Ok(Done::Yes { .. }) => return Ok(()),
                     Ok(Done::No) => self.doubt(),
-                    Err(error @ EtcdError::Refused { .. }) => return Err(error),
+                    Err(error @ (EtcdError::Refused { .. } | EtcdError::OtherAuthority { .. })) => return Err(error),
                     // It may have been done: doing it again changes nothing.
                     Err(EtcdError::Unreachable { .. }) => {}
                 }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::super::Table;
+
 /// The port of an endpoint that names none.
 const PORT: u16 = 2379;
 /// The prefix where none is named.
@@ -36,14 +38,14 @@ impl EtcdPlace {
         format!("{}/heads/", self.prefix)
     }
 
-    /// Below it: records of deployments.
-    pub(super) fn records(&self) -> String {
-        format!("{}/deployments/", self.prefix)
+    /// Below it: the records of a table.
+    pub(super) fn records(&self, table: Table) -> String {
+        format!("{}/{}/", self.prefix, table.as_str())
     }
 
     /// The key of a record.
-    pub(super) fn record(&self, name: &str) -> String {
-        format!("{}{name}", self.records())
+    pub(super) fn record(&self, table: Table, name: &str) -> String {
+        format!("{}{name}", self.records(table))
     }
 }
 

@@ -97,6 +97,8 @@ impl Reader<'_> {
             "True" | "true" => Some(Value::Bool(true)),
             "False" | "false" => Some(Value::Bool(false)),
             "None" | "null" => Some(Value::Null),
+            // JSON's reader makes a float of it, which is no integer to many clients.
+            "-0" => Some(Value::from(0)),
             number => {
                 let number = number.strip_prefix('+').unwrap_or(number).replace('_', "");
                 number.parse().map(Value::Number).ok().or_else(|| {
@@ -147,6 +149,7 @@ mod tests {
         check("null", "null");
         check("-1.5e3", "-1500.0");
         check("1_000", "1000");
+        check("-0", "0");
         check(".5", "0.5");
         check("[1, 'a', (2,), {}]", r#"[1,"a",[2],{}]"#);
         check("{'a': {'b': [None, False]}, 3: 1}", r#"{"a":{"b":[null,false]},"3":1}"#);

@@ -18,6 +18,8 @@ mod prompt;
 mod pythonic;
 mod qwen3_coder;
 #[cfg(test)]
+mod split_tests;
+#[cfg(test)]
 mod tests;
 
 use std::sync::Arc;

@@ -110,7 +110,11 @@ impl ToolParser {
     /// The end of the text: what was held back.
     pub fn finish(&mut self) -> Vec<ToolEvent> {
         let held = std::mem::take(&mut self.held);
+        // Behind a call, the beginning of another one that was cut off is no text that anybody should read.
+        let is_cut_off = self.is_marked && self.num_calls > 0;
         match std::mem::replace(&mut self.state, State::Text) {
+            State::Between | State::Name | State::XmlName | State::PythonName if is_cut_off => {}
+            State::Json(call) if is_cut_off && !call.is_named() => {}
             State::Start | State::Text => held.chars().for_each(|c| self.emit_text(c)),
             State::Broken => self.emit_arguments(&held),
             State::Between | State::Name | State::XmlName | State::PythonName if !self.region_has_call => {

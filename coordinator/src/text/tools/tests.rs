@@ -14,12 +14,12 @@ fn tools() -> Tools {
 
 /// An answer as it looks in the end.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-struct Whole {
-    text: String,
-    calls: Vec<(String, String)>,
+pub(super) struct Whole {
+    pub(super) text: String,
+    pub(super) calls: Vec<(String, String)>,
 }
 
-fn fold(format: &'static ToolFormat, pieces: &[&str]) -> Whole {
+pub(super) fn fold(format: &'static ToolFormat, pieces: &[&str]) -> Whole {
     let mut parser = ToolParser::new(format, tools(), usize::MAX);
     let mut whole = Whole::default();
     let mut take = |events: Vec<ToolEvent>| {

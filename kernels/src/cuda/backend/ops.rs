@@ -1,5 +1,7 @@
 //! The contract's ops, one launch or a few each.
 
+use std::ops::Range;
+
 use super::attention::{AttentionScratch, planner};
 use super::buckets::warm_up_steps;
 use super::buffers::{CudaBuffer, CudaKvLayer, CudaMatrix, CudaRope, CudaVector, Dtype};
@@ -157,9 +159,15 @@ impl Ops for CudaOps {
     }
 
     fn read<'a>(&'a mut self, buffer: &'a CudaBuffer, rows: usize) -> Result<&'a [f32], KernelError> {
-        buffer.rows("read", rows)?;
-        let mut bytes = vec![0; rows * buffer.width * buffer.dtype.bytes()];
-        self.stream.download(buffer.memory.part(0..bytes.len())?, &mut bytes, STEP_DEADLINE)?;
+        self.read_rows(buffer, 0..rows)
+    }
+
+    fn read_rows<'a>(&'a mut self, buffer: &'a CudaBuffer, rows: Range<usize>) -> Result<&'a [f32], KernelError> {
+        buffer.rows("read", rows.end)?;
+        let row_bytes = buffer.width * buffer.dtype.bytes();
+        let mut bytes = vec![0; rows.len() * row_bytes];
+        let part = buffer.memory.part(rows.start * row_bytes..rows.end * row_bytes)?;
+        self.stream.download(part, &mut bytes, STEP_DEADLINE)?;
         self.group.check()?;
         let halves = bytes.as_chunks::<2>().0.iter();
         self.read_back = match buffer.dtype {

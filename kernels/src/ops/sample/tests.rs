@@ -87,6 +87,23 @@ fn edited(record: &serde_json::Value, params: &serde_json::Value, eos: u32, num:
     logits
 }
 
+fn cut_params(params: &serde_json::Value) -> CutParams {
+    CutParams {
+        temperature: number(params, "temperature", 1.0),
+        top_k: number(params, "top_k", 0.0) as u32,
+        top_p: number(params, "top_p", 1.0),
+        min_p: number(params, "min_p", 0.0),
+    }
+}
+
+/// The reference probabilities of a case, by token.
+fn expected(case: &serde_json::Value, vocab_size: usize) -> Vec<f64> {
+    match case["probs"].as_array() {
+        Some(all) => all.iter().map(|v| v.as_f64().expect("number")).collect(),
+        None => (0..vocab_size).map(|i| case["sparse"][i.to_string()].as_f64().unwrap_or(0.0)).collect(),
+    }
+}
+
 #[test]
 fn edits_and_cuts_have_the_reference_distributions_in_1_2_and_3_parts() {
     let reference = golden("decoding/sampling-tiny-llama.json");
@@ -97,16 +114,8 @@ fn edits_and_cuts_have_the_reference_distributions_in_1_2_and_3_parts() {
             let p = &case["params"];
             for num in 1..=3 {
                 let logits = edited(record, p, eos, num);
-                let expected: Vec<f64> = match case["probs"].as_array() {
-                    Some(all) => all.iter().map(|v| v.as_f64().expect("number")).collect(),
-                    None => (0..logits.len()).map(|i| case["sparse"][i.to_string()].as_f64().unwrap_or(0.0)).collect(),
-                };
-                let params = CutParams {
-                    temperature: number(p, "temperature", 1.0),
-                    top_k: number(p, "top_k", 0.0) as u32,
-                    top_p: number(p, "top_p", 1.0),
-                    min_p: number(p, "min_p", 0.0),
-                };
+                let expected = expected(case, logits.len());
+                let params = cut_params(p);
                 check(&logits, params, num, &expected);
             }
             num_checked += 1;
@@ -150,6 +159,64 @@ fn draws_follow_the_distribution_whatever_the_parts() {
         .sum();
     assert!(kept > 4 && chi < 3.0 * kept as f64, "chi-square {chi} over {kept} tokens");
     assert!(counts.iter().zip(&expected).all(|(&n, &p)| n == 0 || p > 0.0));
+}
+
+/// How far a chi-square of `degrees` is above its mean, in standard deviations (Wilson and Hilferty, 1931).
+fn chi_square_z(chi: f64, degrees: f64) -> f64 {
+    let spread = 2.0 / (9.0 * degrees);
+    ((chi / degrees).cbrt() - (1.0 - spread)) / spread.sqrt()
+}
+
+/// Draws of as many seeds against probabilities; tokens that are rarely due share one class.
+fn check_draws(label: &str, expected: &[f64], counts: &[u32], num_draws: u32) {
+    let (mut chi, mut classes) = (0.0, 0_u32);
+    let (mut rare_due, mut rare_count) = (0.0, 0.0);
+    let mut class = |due: f64, count: f64| {
+        chi += (count - due).powi(2) / due;
+        classes += 1;
+    };
+    for (id, (p, count)) in expected.iter().zip(counts).enumerate() {
+        let (due, count) = (p * f64::from(num_draws), f64::from(*count));
+        assert!(due > 0.0 || count == 0.0, "{label}: token {id} is drawn {count} times and never due");
+        if due >= 5.0 {
+            class(due, count);
+        } else {
+            (rare_due, rare_count) = (rare_due + due, rare_count + count);
+        }
+    }
+    if rare_due > 0.0 {
+        class(rare_due, rare_count);
+    }
+    let z = if classes > 1 { chi_square_z(chi, f64::from(classes - 1)) } else { 0.0 };
+    assert!(z < 4.0, "{label}: chi-square {chi:.1} over {classes} classes, z {z:.2}");
+}
+
+#[test]
+fn draws_of_every_seed_follow_the_reference_distributions() {
+    const NUM_DRAWS: u32 = 4_000;
+    let reference = golden("decoding/sampling-tiny-llama.json");
+    let eos = reference["eos_token_id"].as_u64().expect("an id") as u32;
+    let mut num_checked = 0;
+    for (place, record) in reference["records"].as_array().expect("records").iter().enumerate() {
+        for case in record["cases"].as_array().expect("cases") {
+            let p = &case["params"];
+            let params = cut_params(p);
+            if params.temperature == 0.0 {
+                continue;
+            }
+            let logits = edited(record, p, eos, 2);
+            let floor = cut(&logits, params, 2).floor();
+            let expected = expected(case, logits.len());
+            let mut counts = vec![0u32; logits.len()];
+            for seed in 0..u64::from(NUM_DRAWS) {
+                let key = RandomKey { seed, output_index: place as u32 };
+                counts[winner(&logits, 2, params.temperature, floor, &key) as usize] += 1;
+            }
+            check_draws(&format!("record {place}, {p}"), &expected, &counts, NUM_DRAWS);
+            num_checked += 1;
+        }
+    }
+    assert!(num_checked >= 3 * 26, "{num_checked}");
 }
 
 #[test]

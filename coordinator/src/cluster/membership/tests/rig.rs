@@ -15,11 +15,12 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::cluster::membership::{ClusterServer, HeadAddress, HeadClient};
+use crate::cluster::membership::{ClusterServer, HeadAddress, HeadClient, HeadsDesk, Lead, Story};
 use crate::cluster::{
-    self, CheckedSpec, ClusterHandle, ClusterSettings, DeployEvent, DeploymentSpec, ServingChange, StatusBoard,
-    TensorParallelSize,
+    self, CheckedSpec, Chronicle, ClusterHandle, ClusterSettings, DeployEvent, DeploymentSpec, Restored, ServingChange,
+    StatusBoard, TensorParallelSize,
 };
+use crate::security::access::Gate;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -28,6 +29,7 @@ pub struct Rig {
     pub cluster: ClusterHandle,
     board: StatusBoard,
     address: String,
+    pub chronicle: Chronicle,
     served: Arc<Mutex<Vec<String>>>,
 }
 
@@ -85,16 +87,20 @@ impl Rig {
         settings.settle = Duration::from_millis(100);
         settings.end_deadline = Duration::from_secs(5);
         settings.drain = Duration::from_millis(200);
+        settings.drain_in_place = Duration::from_millis(400);
         change(&mut settings);
         let (serving, changes) = mpsc::channel(16);
-        let (cluster, board) = cluster::start(settings, Vec::new(), serving);
+        let chronicle = settings.chronicle.clone();
+        let (cluster, board) = cluster::start(settings, Restored::default(), serving);
         let served = Arc::new(Mutex::new(Vec::new()));
         tokio::spawn(keep_names(changes, Arc::clone(&served)));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address").to_string();
-        let server = ClusterServer::new(cluster.clone(), board.clone());
+        let desk = HeadsDesk { address: address.clone(), socket: None, lead: Lead::Alone(Term(1)) };
+        let story = Story { chronicle: chronicle.clone(), head_log: None };
+        let server = ClusterServer::new(cluster.clone(), board.clone(), Gate::Open, desk, story);
         tokio::spawn(server.serve_tcp(listener, std::future::pending()));
-        Self { cluster, board, address, served }
+        Self { cluster, board, address, served, chronicle }
     }
 
     pub async fn client(&self) -> HeadClient {
@@ -198,6 +204,7 @@ impl FakeAgent {
             memory_bytes: 1 << 33,
             pid: if version == "same" { 2 } else { 1 },
             device_names: vec!["cpu".into(); num_slots as usize],
+            labels: BTreeMap::from([("zone".to_owned(), node.to_owned())]),
         };
         says.send(AgentEvent::Hello(hello).into()).await.expect("room");
         let url = format!("http://{}", rig.address);
@@ -266,13 +273,14 @@ impl AgentState {
         loop {
             tokio::select! {
                 Ok(Some(command)) = commands.message() => match AgentCommand::try_from(command).expect("valid") {
-                    AgentCommand::Welcome(_) => {}
+                    AgentCommand::Welcome(_) | AgentCommand::Seen { .. } => {}
                     AgentCommand::Desired(desired) => self.desire(desired.ranks).await,
+                    AgentCommand::ReadLog(_) => {}
                     AgentCommand::End(_) => return,
                 },
                 _ = beats.tick() => if !frozen {
                     sequence += 1;
-                    let _ = self.says.send(AgentEvent::Heartbeat { sequence }.into()).await;
+                    let _ = self.says.send(AgentEvent::Heartbeat { sequence, round_trip: None }.into()).await;
                 },
                 order = orders.recv() => match order {
                     Some(Order::Kill(rank)) => self.kill(rank).await,
