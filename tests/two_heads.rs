@@ -137,7 +137,7 @@ fn serving_does_not_need_etcd() {
     // Shorter than the lease: nobody notices.
     let company = two.work.start(&two.a.cluster.http);
     two.etcd.signal(Signal::SIGSTOP);
-    std::thread::sleep(Duration::from_secs(3));
+    std::thread::sleep(Duration::from_secs(2));
     two.etcd.signal(Signal::SIGCONT);
     company.check();
     assert_eq!((head(&two.a).state.as_str(), head(&two.b).state.as_str()), ("leading", "standby"));
