@@ -5,6 +5,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/phalanx/v1/session.proto",
         "proto/phalanx/v1/agent.proto",
         "proto/phalanx/v1/admin.proto",
+        "proto/phalanx/v1/heads.proto",
+        "proto/etcd/v3.proto",
         "proto/phalanx/v1/trust.proto",
     ];
     for file in files {

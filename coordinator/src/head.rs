@@ -8,7 +8,9 @@
 
 mod ports;
 mod record;
+mod servers;
 mod serving;
+mod standby;
 
 use std::fs;
 use std::io;
@@ -19,16 +21,17 @@ use std::time::Duration;
 
 use phalanx_proto::{HeadSocket, HeadStatus, VERSION};
 use phalanx_trust::{TrustError, rendezvous};
-use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 use tracing::{error, info, warn};
 
 use ports::PickedPorts;
 pub use ports::{PortError, PortWish};
 pub use record::{HeadRecord, HomeError, HomeLock, ProcessId, running_head};
+use servers::{cluster_servers, http_server, unix_socket, until};
+pub use standby::{StandingHead, Stood};
 
 use crate::api::{self, AllowedOrigins, ApiState, ServedModels};
-use crate::cluster::membership::ClusterServer;
+use crate::cluster::membership::{ClusterServer, HeadsDesk, Lead, Story};
 use crate::cluster::{
     self, Chronicle, ClusterHandle, ClusterSettings, DeploymentRecord, GroupRecord, Patience, Restored, StatusBoard,
 };
@@ -38,7 +41,8 @@ use crate::security::access::Gate;
 use crate::security::key_file::{KeyFile, KeyFileError};
 use crate::security::keys::KeyRing;
 use crate::security::tokens::{TokenBook, TokenBookError};
-use crate::store::{Store, StoreError, StoreWriter, Table};
+use crate::store::etcd::{Campaign, Leadership};
+use crate::store::{Backend, Store, StoreError, StoreWriter, Table};
 
 /// Time between two writings of what keys have used.
 const USAGE_INTERVAL: Duration = Duration::from_secs(10);
@@ -129,8 +133,15 @@ pub struct RunningHead {
     end: watch::Sender<bool>,
     socket: Option<PathBuf>,
     picked: PickedPorts,
+    campaign: Option<Campaign>,
     _rendezvous: Option<Rendezvous>,
     _lock: HomeLock,
+}
+
+/// What a head holds that leads others.
+struct Shared {
+    leadership: Arc<Leadership>,
+    campaign: Campaign,
 }
 
 /// Takes the home and binds every port.
@@ -154,9 +165,9 @@ pub fn bind(options: HeadOptions) -> Result<BoundHead, HeadError> {
         http: url(at(&http, "HTTP")?),
         dashboard: url(at(&dashboard, "the dashboard")?),
         version: VERSION.to_owned(),
-        uptime_s: 0.0,
         pid: std::process::id(),
         insecure: options.insecure,
+        ..HeadStatus::default()
     };
     let rendezvous = (!options.insecure && address.ip().is_loopback())
         .then(|| Rendezvous::announce(address.port(), options.home.path()))
@@ -209,31 +220,59 @@ fn hostname() -> Option<String> {
 }
 
 impl BoundHead {
-    /// Starts everything on the current runtime.
+    /// Starts everything on the current runtime, with the store in this head's home.
     ///
     /// # Errors
     /// The store or a socket cannot be used.
     pub fn start(self) -> Result<RunningHead, HeadError> {
-        let Self { options, picked, lock, cluster, http, dashboard, status, local_address, rendezvous } = self;
-        let gate = gate(&options)?;
-        let mut store = Store::open(&options.home.store_dir())?;
+        let gate = gate(&self.options)?;
+        let store = Store::open(&self.options.home.store_dir())?;
+        self.start_with(gate, Box::new(store), None)
+    }
+
+    /// The ports of cluster, HTTP and dashboard.
+    pub fn ports(&self) -> [u16; 3] {
+        let port = |listener: &TcpListener| listener.local_addr().map_or(0, |address| address.port());
+        [port(&self.cluster), port(&self.http), port(&self.dashboard)]
+    }
+
+    /// What it says of itself.
+    fn record(&self) -> HeadRecord {
+        let pid = self.status.pid;
+        HeadRecord {
+            process: ProcessId::of(pid).unwrap_or(ProcessId { pid, started: 0 }),
+            address: self.status.address.clone(),
+            local_address: self.local_address.clone(),
+            http: self.status.http.clone(),
+            dashboard: self.status.dashboard.clone(),
+            socket: Some(self.options.home.head_socket()).filter(|path| path.exists()),
+            log_dir: self.options.home.log_dir(),
+            stands_by: None,
+            trust_dir: self.options.home.trust_dir(),
+            insecure: self.options.insecure,
+        }
+    }
+
+    fn start_with(
+        self,
+        gate: Gate,
+        mut store: Box<dyn Backend>,
+        shared: Option<Shared>,
+    ) -> Result<RunningHead, HeadError> {
         let term = store.next_term()?;
-        let restored = restored(&mut store)?;
-        let unix = unix_socket(&options.home);
+        let restored = restored(store.as_mut())?;
+        let unix = unix_socket(&self.options.home);
+        let record = self.record();
+        let Self { options, picked, lock, cluster, http, dashboard, status, rendezvous, .. } = self;
         let socket = unix.as_ref().map(|(path, _)| path.clone());
-        let record = HeadRecord {
-            process: ProcessId::of(std::process::id()).unwrap_or(ProcessId { pid: status.pid, started: 0 }),
-            address: status.address.clone(),
-            local_address,
-            http: status.http.clone(),
-            dashboard: status.dashboard.clone(),
-            socket: socket.clone(),
-            log_dir: options.home.log_dir(),
-            trust_dir: options.home.trust_dir(),
-            insecure: options.insecure,
-        };
         let head_socket =
             socket.as_ref().map(|path| HeadSocket { path: path.display().to_string(), boot_id: boot_id() });
+        let seen = shared.as_ref().map(|shared| shared.campaign.seen.clone());
+        let lead = match (&shared, &seen) {
+            (Some(shared), Some(seen)) => Lead::First(Arc::clone(&shared.leadership), seen.clone()),
+            _ => Lead::Alone(term),
+        };
+        let desk = HeadsDesk { address: status.address.clone(), socket: head_socket.clone(), lead };
         let mut settings = ClusterSettings::new(term, status, head_socket, options.head_grace);
         settings.patience = Patience::of(options.node_timeout);
         settings.heartbeat = settings.patience.heartbeat();
@@ -241,14 +280,15 @@ impl BoundHead {
         settings.chronicle = Chronicle::open(&options.home.events());
         let chronicle = settings.chronicle.clone();
         settings.store = Some(writer.map_err(|source| HeadError::Socket { purpose: "the store", source })?);
+        settings.heads = seen;
         let models = ServedModels::default();
         let (serving, changes) = mpsc::channel(defaults::PEER_QUEUE);
         let (handle, board) = cluster::start(settings, restored, serving);
         tokio::spawn(serving::keep_table(models.clone(), changes));
         let (end, ended) = watch::channel(false);
-        let head_log = options.log.clone();
-        let server = ClusterServer::new(handle.clone(), board.clone(), gate, chronicle, head_log);
-        let mut servers = cluster_servers(server, cluster, unix.map(|(_, listener)| listener), &ended)?;
+        let story = Story { chronicle, head_log: options.log.clone() };
+        let server = ClusterServer::new(handle.clone(), board.clone(), gate, desk, story);
+        let mut servers = cluster_servers(&server, cluster, unix.map(|(_, listener)| listener), &ended)?;
         servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
         let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
         servers.push(tokio::spawn(keep_usage(Arc::clone(&keys), ended.clone())));
@@ -267,7 +307,9 @@ impl BoundHead {
             term = term.0,
             "head listens"
         );
-        Ok(RunningHead { record, cluster: handle, servers, end, socket, picked, _rendezvous: rendezvous, _lock: lock })
+        let campaign = shared.map(|shared| shared.campaign);
+        let _rendezvous = rendezvous;
+        Ok(RunningHead { record, cluster: handle, servers, end, socket, picked, campaign, _rendezvous, _lock: lock })
     }
 }
 
@@ -289,6 +331,9 @@ impl RunningHead {
         }
         if let Some(socket) = &self.socket {
             let _ = fs::remove_file(socket);
+        }
+        if let Some(campaign) = self.campaign {
+            campaign.resign().await;
         }
     }
 }
@@ -330,7 +375,7 @@ fn gate(options: &HeadOptions) -> Result<Gate, HeadError> {
 }
 
 /// What an earlier head has left. A record that cannot be read is named and passed over: the others come back.
-fn restored(store: &mut Store) -> Result<Restored, StoreError> {
+fn restored(store: &mut dyn Backend) -> Result<Restored, StoreError> {
     Ok(Restored {
         deployments: readable(store, Table::Deployments, DeploymentRecord::from_bytes)?,
         groups: readable(store, Table::PlacementGroups, GroupRecord::from_bytes)?,
@@ -338,7 +383,7 @@ fn restored(store: &mut Store) -> Result<Restored, StoreError> {
 }
 
 fn readable<T>(
-    store: &mut Store,
+    store: &mut dyn Backend,
     table: Table,
     read: impl Fn(&[u8]) -> Result<T, serde_json::Error>,
 ) -> Result<Vec<T>, StoreError> {
@@ -378,65 +423,6 @@ fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>, ori
     state.keys = keys;
     state.origins = origins;
     api::router(state)
-}
-
-fn cluster_servers(
-    server: ClusterServer,
-    tcp: TcpListener,
-    unix: Option<UnixListener>,
-    ended: &watch::Receiver<bool>,
-) -> Result<Vec<tokio::task::JoinHandle<()>>, HeadError> {
-    let purpose = "the cluster";
-    let tcp = tokio::net::TcpListener::from_std(tcp).map_err(|source| HeadError::Socket { purpose, source })?;
-    let mut servers = Vec::new();
-    let (tcp_server, end) = (server.clone(), until(ended.clone()));
-    servers.push(tokio::spawn(async move { log_end(purpose, tcp_server.serve_tcp(tcp, end).await) }));
-    if let Some(unix) = unix {
-        let end = until(ended.clone());
-        servers.push(tokio::spawn(async move { log_end("this machine", server.serve_unix(unix, end).await) }));
-    }
-    Ok(servers)
-}
-
-fn http_server(
-    purpose: &'static str,
-    listener: TcpListener,
-    router: axum::Router,
-    ended: watch::Receiver<bool>,
-) -> Result<tokio::task::JoinHandle<()>, HeadError> {
-    use axum::serve::ListenerExt;
-    let listener =
-        tokio::net::TcpListener::from_std(listener).map_err(|source| HeadError::Socket { purpose, source })?;
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            warn!(%error, "a connection keeps its delay");
-        }
-    });
-    let serve = axum::serve(listener, router).with_graceful_shutdown(until(ended));
-    Ok(tokio::spawn(async move { log_end(purpose, serve.await) }))
-}
-
-async fn until(mut ended: watch::Receiver<bool>) {
-    let _ = ended.wait_for(|ended| *ended).await;
-}
-
-fn log_end<E: std::fmt::Display>(purpose: &'static str, result: Result<(), E>) {
-    if let Err(error) = result {
-        error!(purpose, %error, "server ended");
-    }
-}
-
-/// The socket for this machine; where its path is too long, agents and ranks use TCP.
-fn unix_socket(home: &Home) -> Option<(PathBuf, UnixListener)> {
-    let path = home.head_socket();
-    let _ = fs::remove_file(&path);
-    match UnixListener::bind(&path) {
-        Ok(listener) => Some((path, listener)),
-        Err(error) => {
-            info!(path = %path.display(), %error, "no Unix socket: ranks of this machine use TCP");
-            None
-        }
-    }
 }
 
 fn boot_id() -> String {

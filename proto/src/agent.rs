@@ -197,7 +197,7 @@ pub enum AgentEvent {
 }
 
 /// A Unix socket of the head, of use only on the head's machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct HeadSocket {
     /// Absolute path.
     pub path: String,

@@ -9,6 +9,7 @@
 mod agent;
 mod edits;
 mod error;
+mod heads;
 mod ids;
 mod masks;
 mod plan;
@@ -22,6 +23,7 @@ pub use agent::{
 };
 pub use edits::{EditStaging, LogitEdits, edit_messages};
 pub use error::WireError;
+pub use heads::HeadSight;
 pub use ids::{BlockId, DeploymentName, Epoch, Incarnation, NodeId, Rank, SeqId, SeqSlot, StepId, Term, TokenId};
 pub use masks::{MaskStaging, TokenMask, mask_messages};
 pub use pb::RecalledPart;
@@ -40,6 +42,12 @@ pub use status::*;
 pub mod pb {
     #![expect(clippy::allow_attributes, clippy::allow_attributes_without_reason, reason = "generated code")]
     tonic::include_proto!("phalanx.v1");
+}
+
+/// The part of etcd's interface that is used. Only `coordinator/src/store/etcd` may name it.
+pub mod etcd {
+    #![expect(clippy::allow_attributes, clippy::allow_attributes_without_reason, reason = "generated code")]
+    tonic::include_proto!("etcdserverpb");
 }
 
 /// The version that both ends must share.

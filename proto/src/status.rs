@@ -36,6 +36,18 @@ pub struct HeadStatus {
     pub uptime_s: f64,
     /// Process id.
     pub pid: u32,
+    /// `leading` or `standby`.
+    #[serde(default)]
+    pub state: String,
+    /// Cluster address of the head that leads, as far as this one knows.
+    #[serde(default)]
+    pub leader: String,
+    /// Cluster addresses of all heads; none where there is only one store, in this head's home.
+    #[serde(default)]
+    pub heads: Vec<String>,
+    /// What is wrong with the store, else empty.
+    #[serde(default)]
+    pub reason: String,
     /// Plain text between machines, and everybody may join and command (`--insecure`).
     #[serde(default)]
     pub insecure: bool,

@@ -83,6 +83,20 @@ impl Node {
         self
     }
 
+    /// Gives its head, before it is first started, the keys of another, as an operator does for a second head.
+    ///
+    /// # Panics
+    /// If that head has none, or they cannot be copied.
+    #[must_use]
+    pub fn with_keys_of(self, head: &Self) -> Self {
+        for file in ["trust/authority.json", "store/tokens.json"] {
+            let copy = self.home().join(file);
+            fs::create_dir_all(copy.parent().expect("a folder")).expect("a folder");
+            fs::copy(head.home().join(file), copy).expect("its keys");
+        }
+        self
+    }
+
     /// The same machine without one.
     #[must_use]
     pub fn without_token(mut self) -> Self {

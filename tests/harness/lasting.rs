@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{Cluster, Node, Processes, wait_for};
+use crate::{Cluster, Node, Processes, free_ports, wait_for};
 
 /// A cluster on ports that it keeps.
 pub struct Lasting {
@@ -27,13 +27,9 @@ impl Lasting {
     /// # Panics
     /// If there are no ports.
     pub fn start_on(node: Node, slots: u32, more: &[&str]) -> Self {
-        let free = |_| std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let listeners: Vec<_> = (0..3).map(free).collect();
-        let port = |listener: &std::net::TcpListener| listener.local_addr().expect("an address").port().to_string();
-        let numbers = listeners.iter().map(port);
         let flags = ["--port", "--http-port", "--dashboard-port"];
+        let numbers = free_ports(flags.len()).into_iter().map(|port| port.to_string());
         let ports: Vec<String> = flags.into_iter().zip(numbers).flat_map(|(flag, port)| [flag.into(), port]).collect();
-        drop(listeners);
         let ports: Vec<String> = ports.into_iter().chain(more.iter().map(|&word| word.to_owned())).collect();
         let words: Vec<&str> = ports.iter().map(String::as_str).collect();
         Self { cluster: Cluster::start_on(node, slots, &words), num_slots: slots.to_string(), ports }

@@ -257,6 +257,11 @@ impl Home {
         self.run_dir().join("agent.json")
     }
 
+    /// Which head leads, for the ranks.
+    pub fn head_note(&self) -> PathBuf {
+        self.run_dir().join("leading-head.json")
+    }
+
     /// Held by the running agent for as long as it lives.
     pub fn agent_lock(&self) -> PathBuf {
         self.run_dir().join("agent.lock")

@@ -10,6 +10,7 @@ pub mod decoder;
 pub mod device_thread;
 pub mod epoch;
 pub mod error;
+pub mod head_note;
 pub mod inputs;
 pub mod kv_cache;
 pub mod layers;

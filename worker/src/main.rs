@@ -250,7 +250,7 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
             format!("--log-level={}", config.log_level),
         ],
         node_id: node_id.clone(),
-        head: head.as_str().into(),
+        head_note: config.home.head_note(),
         trust_dir: (config.trust != TrustWish::Insecure).then(|| config.home.trust_dir()),
         secrets: config.secrets.clone(),
         log_dir: config.home.log_dir(),
@@ -265,7 +265,8 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
     let credentials =
         Credentials { home: config.home.clone(), head, node_id: node_id.clone(), wish: config.trust.clone() };
     let log_dir = config.home.log_dir();
-    let setup = AgentSetup { credentials, hello, with_head: args.with_head, log_dir, supervisor };
+    let head_note = config.home.head_note();
+    let setup = AgentSetup { credentials, head_note, hello, with_head: args.with_head, log_dir, supervisor };
     let mut reporter = Reporter { args, config, node_id, num_waits: 0, has_printed: false };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let end = runtime.block_on(async { Agent::new(setup, |report: &Report| reporter.take(report))?.run().await })?;

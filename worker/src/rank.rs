@@ -20,6 +20,7 @@ use crate::agent::launch::RankLaunch;
 use crate::backend;
 use crate::device_thread::{self, DeviceHandle, RankSetup};
 use crate::error::WorkerError;
+use crate::head_note::Heads;
 use crate::session::{HeadTarget, HeadTrust, Session, SessionError};
 
 /// Longest launch line, bytes.
@@ -109,10 +110,10 @@ pub fn run(launch: RankLaunch) -> Result<(), RankError> {
     );
     let trust = launch.trust_dir.clone().map_or(HeadTrust::Plain, HeadTrust::Certificate);
     let socket = launch.head_socket.clone().map(Into::into);
-    let head = HeadTarget { address: launch.head.clone(), socket, trust };
+    let heads = Heads::new(HeadTarget { address: launch.head.clone(), socket, trust }, launch.head_note.clone());
     let device = device_thread::spawn(setup)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let ended = runtime.block_on(serve(&head, hello(launch), device, grace));
+    let ended = runtime.block_on(serve(&heads, hello(launch), device, grace));
     match ended {
         Ok(reason) => {
             info!(reason, "rank ends");
@@ -127,21 +128,25 @@ pub fn run(launch: RankLaunch) -> Result<(), RankError> {
 
 /// Serves one head after the other, as long as none is gone for longer than the grace.
 async fn serve(
-    head: &HeadTarget,
+    heads: &Heads,
     hello: RankHello,
     mut device: DeviceHandle,
     grace: Duration,
 ) -> Result<String, SessionError> {
-    let mut session = Session::open(head, hello.clone(), &mut device).await?;
+    let mut session = Session::open(heads, hello.clone(), &mut device).await?;
     loop {
-        let lost = match session.run().await {
-            Err(error @ SessionError::HeadGone { .. }) => error,
-            ended => return ended,
+        let led = session.led().clone();
+        let lost = tokio::select! {
+            ended = session.run() => match ended {
+                Err(error @ SessionError::HeadGone { .. }) => error,
+                ended => return ended,
+            },
+            () = heads.superseded(&led) => SessionError::HeadGone { reason: "another head leads".into() },
         };
         // What has not been ready has nothing worth waiting with.
         let Some(kept) = session.into_kept().filter(|_| !grace.is_zero()) else { return Err(lost) };
         warn!(error = %lost, ?grace, "waiting for a head");
-        session = Session::resume(head, &hello, &mut device, kept, Instant::now() + grace).await?;
+        session = Session::resume(heads, &hello, &mut device, kept, Instant::now() + grace).await?;
     }
 }
 

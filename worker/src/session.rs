@@ -3,6 +3,7 @@
 //! Owns the connection, what came ahead of its plan (`staging`), and the plans that are not finished (`held`), which the next head may
 //! ask for. Knows no model and no device.
 //!
+//! **Invariant:** a head that another one has followed ends no rank.
 //! **Invariant:** the device thread sees messages in the order of the head, each whole and checked. Nothing is taken before the
 //! hello, and nothing waits without a bound: a full queue ends the session.
 
@@ -24,6 +25,7 @@ use tracing::{debug, info};
 
 use crate::config::defaults;
 use crate::device_thread::DeviceHandle;
+use crate::head_note::{Heads, Led};
 use dialing::own_ip;
 pub use dialing::{HeadTarget, HeadTrust, dial_tcp};
 use held::HeldPlans;
@@ -85,6 +87,8 @@ pub struct Kept {
 /// A rank's open stream.
 pub struct Session<'a> {
     device: &'a mut DeviceHandle,
+    heads: Heads,
+    led: Led,
     plans: tonic::Streaming<pb::HeadToRank>,
     results: mpsc::Sender<pb::RankMessage>,
     staging: Staging,
@@ -103,11 +107,12 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// The head does not answer after some attempts, or refuses this rank.
-    pub async fn open(head: &HeadTarget, hello: RankHello, device: &'a mut DeviceHandle) -> Result<Self, SessionError> {
+    pub async fn open(heads: &Heads, hello: RankHello, device: &'a mut DeviceHandle) -> Result<Self, SessionError> {
+        let led = heads.now();
         let mut pause = defaults::RETRY_PAUSE_MIN;
         let mut attempt = 1;
         let channel = loop {
-            match head.dial().await {
+            match led.target.dial().await {
                 Ok(channel) => break channel,
                 Err(error) if attempt == defaults::RANK_CONNECT_ATTEMPTS => return Err(error),
                 Err(error) => debug!(%error, attempt, "head does not answer"),
@@ -116,15 +121,15 @@ impl<'a> Session<'a> {
             (pause, attempt) = (pause * 2, attempt + 1);
         };
         let (plans, results) = greet(channel, hello).await?;
-        Ok(Self::new(head, device, plans, results))
+        Ok(Self::new(heads, led, device, plans, results))
     }
 
-    /// Dials until a head is there again that takes this rank with what it has kept.
+    /// Dials until a head is there again, the same or another, that takes this rank with what it has kept.
     ///
     /// # Errors
     /// No head came until `ends`, one refuses this rank, or the device thread has ended meanwhile.
     pub async fn resume(
-        head: &HeadTarget,
+        heads: &Heads,
         hello: &RankHello,
         device: &'a mut DeviceHandle,
         kept: Kept,
@@ -134,10 +139,16 @@ impl<'a> Session<'a> {
         let mut held = kept.held;
         held.cut();
         loop {
-            let dialed = tokio::time::timeout_at(ends, async { greet(head.dial().await?, hello.clone()).await });
-            match dialed.await.map_err(|_| gone("it did not come back"))? {
+            let led = heads.now();
+            let greeted = async {
+                tokio::select! {
+                    greeted = async { greet(led.target.dial().await?, hello.clone()).await } => greeted,
+                    () = heads.superseded(&led) => Err(gone("another head leads")),
+                }
+            };
+            match tokio::time::timeout_at(ends, greeted).await.map_err(|_| gone("it did not come back"))? {
                 Ok((plans, results)) => {
-                    let mut session = Self::new(head, device, plans, results);
+                    let mut session = Self::new(heads, led, device, plans, results);
                     session.staging.num_tokens_max = kept.staged_tokens_max;
                     session.held = held;
                     (session.kept, session.is_stale) = (Some(kept.resumes), true);
@@ -154,15 +165,21 @@ impl<'a> Session<'a> {
     }
 
     fn new(
-        head: &HeadTarget,
+        heads: &Heads,
+        led: Led,
         device: &'a mut DeviceHandle,
         plans: tonic::Streaming<pb::HeadToRank>,
         results: mpsc::Sender<pb::RankMessage>,
     ) -> Self {
-        info!(head = %head.address, "session open");
-        let (staging, own_ip) = (Staging::default(), own_ip(&head.address));
+        info!(head = %led.target.address, "session open");
+        let (staging, own_ip, heads) = (Staging::default(), own_ip(&led.target.address), heads.clone());
         let held = HeldPlans::default();
-        Self { device, plans, results, staging, held, own_ip, capacity: None, kept: None, is_stale: false }
+        Self { device, heads, led, plans, results, staging, held, own_ip, capacity: None, kept: None, is_stale: false }
+    }
+
+    /// The head that it serves.
+    pub fn led(&self) -> &Led {
+        &self.led
     }
 
     /// What the rank holds that another head can go on with; none before it was ready.
@@ -224,6 +241,8 @@ impl<'a> Session<'a> {
                 HeadMessage::Load(self.name_interface(load))
             }
             HeadMessage::RecallPlans => return self.give_back().await.map(|()| None),
+            // What was asked of this rank is another head's business now.
+            HeadMessage::Shutdown(_) if self.heads.is_superseded(&self.led) => return Err(gone("another head leads")),
             HeadMessage::Shutdown(reason) => {
                 // The thread ends with its channel, whether or not this message finds room.
                 let _ = self.device.commands.try_send(HeadMessage::Shutdown(reason.clone()));

@@ -9,6 +9,7 @@ mod demo;
 mod device_code;
 mod fetch;
 mod gpu;
+mod packages;
 mod process;
 mod test;
 
@@ -74,7 +75,7 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
-    /// Obtains the model and the tokenizers that tests use, with their checksums.
+    /// Obtains what tests use: a model and tokenizers, with their checksums, and etcd.
     Fetch,
     /// Builds what needs a GPU and runs it, or packs it for a machine without Rust.
     GpuTest {
@@ -116,7 +117,7 @@ fn main() -> anyhow::Result<()> {
         Command::Simulate { seeds, first } => test::simulate(seeds, first),
         Command::Document { examples } => test::document(examples),
         Command::ToolCalls { out } => test::tool_calls(out.as_deref()),
-        Command::Fetch => fetch::model().and(fetch::tokenizers()).map(|_| ()),
+        Command::Fetch => fetch::model().and(fetch::tokenizers()).and(packages::etcd()),
         Command::GpuTest { pack, profile, what } => gpu::run(pack.as_deref(), &profile, &what),
         Command::Bench { pack: Some(folder), profile, .. } => gpu::run(Some(&folder), &profile, &[]),
         Command::Bench { pack: None, profile, flags } => bench::run_here(&flags, &profile),

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::device_code;
 use crate::fetch;
+use crate::packages;
 use crate::process::{build_binaries, cache, cargo, check, root};
 
 /// Checks licences, bans and sources.
@@ -42,6 +43,7 @@ pub fn run() -> anyhow::Result<()> {
     step("what tests need");
     fetch::model()?;
     fetch::tokenizers()?;
+    packages::etcd()?;
     // Builds the two programs as well: packages with tests of their own binaries have them built beside the tests.
     step("tests");
     check(cargo().args(["test", "--workspace", "--no-fail-fast"]))?;

@@ -245,6 +245,12 @@ pub enum ApiError {
         /// What is wrong with it.
         reason: String,
     },
+    /// This head stands by.
+    #[error("this head stands by; {}", leading(.leader))]
+    Standby {
+        /// HTTP address of the head that leads, where one does.
+        leader: Option<String>,
+    },
     /// The server cannot take work.
     #[error("not healthy: {reason}")]
     Unhealthy {
@@ -284,6 +290,7 @@ impl ApiError {
             Self::NothingServed
             | Self::NotReady { .. }
             | Self::QueueTimeout { .. }
+            | Self::Standby { .. }
             | Self::Unhealthy { .. }
             | Self::EngineGone => StatusCode::SERVICE_UNAVAILABLE,
             Self::Heavy(HeavyError::Busy) => StatusCode::SERVICE_UNAVAILABLE,
@@ -333,6 +340,7 @@ impl ApiError {
         match self {
             Self::UnknownModel { .. } => Some("model_not_found"),
             Self::NothingServed => Some("no_model"),
+            Self::Standby { .. } => Some("standby"),
             Self::ContextLength { .. } => Some("context_length_exceeded"),
             Self::Unsupported { .. } => Some("unsupported_parameter"),
             Self::Grammar { .. } => Some("invalid_grammar"),
@@ -386,6 +394,10 @@ impl ApiError {
 /// Whole seconds, at least one.
 fn seconds(wait: Duration) -> u64 {
     wait.as_secs_f64().ceil().max(1.0) as u64
+}
+
+fn leading(leader: &Option<String>) -> String {
+    leader.as_ref().map_or_else(|| "no head leads now".to_owned(), |leader| format!("{leader} leads"))
 }
 
 fn because(reason: &str) -> String {

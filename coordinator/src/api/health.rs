@@ -17,8 +17,12 @@ pub fn routes() -> Router<ApiState> {
     Router::new()
         .route("/health", routing::get(health))
         .route("/ping", routing::get(health).post(health))
-        .route("/health/live", routing::get(live))
-        .route("/version", routing::get(version))
+        .merge(routes_of_any_head())
+}
+
+/// What a head answers whether or not it leads.
+pub(super) fn routes_of_any_head<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    Router::new().route("/health/live", routing::get(live)).route("/version", routing::get(version))
 }
 
 /// All is well.

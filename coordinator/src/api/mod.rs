@@ -36,6 +36,7 @@ mod reply;
 mod responses;
 mod served_models;
 mod sse;
+pub mod standby;
 pub mod stats;
 mod structured;
 mod submission;

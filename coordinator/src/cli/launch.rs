@@ -23,6 +23,7 @@ use crate::cluster::membership::HeadClient;
 use crate::config::{Home, defaults, parse_duration};
 use crate::head::{HeadOptions, HeadRecord, PortWish, ProcessId};
 use crate::security::tokens::home_token;
+use crate::store::etcd::EtcdPlace;
 
 /// Which devices a machine offers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -86,6 +87,9 @@ pub struct HeadFlags {
     /// Silence after which a machine counts as dead and its ranks are started elsewhere, at least 1s
     #[arg(long, value_name = "DURATION", default_value = "4500ms", value_parser = parse_node_timeout)]
     pub node_timeout: Duration,
+    /// Where the cluster's state is, for two heads: the second stands by [default: in this PHALANX_HOME, for one head]
+    #[arg(long, value_name = "etcd://HOST:PORT[,HOST:PORT]")]
+    pub store: Option<EtcdPlace>,
 }
 
 fn parse_node_timeout(text: &str) -> Result<Duration, String> {
@@ -123,7 +127,7 @@ impl HeadFlags {
     }
 
     /// The same flags for another process.
-    fn words(&self) -> Vec<String> {
+    pub(super) fn words(&self) -> Vec<String> {
         let mut words = vec![
             format!("--port={}", self.port),
             format!("--cluster-host={}", self.cluster_host),
@@ -137,6 +141,7 @@ impl HeadFlags {
         ];
         words.extend(self.allowed_origins.as_ref().map(|origins| format!("--allowed-origins={origins}")));
         words.extend(self.advertise_address.as_ref().map(|address| format!("--advertise-address={address}")));
+        words.extend(self.store.as_ref().map(|place| format!("--store={place}")));
         words
     }
 }
@@ -262,7 +267,9 @@ pub async fn start_agent(
 ) -> Result<u32, CliError> {
     if let Some(pid) = waiting_agent(&surroundings.environment.home, record) {
         eprintln!("this machine's agent (pid {pid}) has waited for its head, with what runs on it");
-        wait_for_agent(record, pid).await?;
+        if record.stands_by.is_none() {
+            wait_for_agent(record, pid).await?;
+        }
         return Ok(pid);
     }
     let program = worker_program()?;
@@ -301,6 +308,10 @@ pub async fn start_agent(
     let pid = line
         .map(|line| line.pid)
         .ok_or_else(|| CliError::failed("agent_failed", format!("{} is of another version", program.display())))?;
+    if record.stands_by.is_some() {
+        // It joins the head that leads, which need not be there yet.
+        return Ok(pid);
+    }
     if let Err(error) = wait_for_agent(record, pid).await {
         let mut leave = tokio::process::Command::new(&program);
         leave.arg("leave").env("PHALANX_HOME", surroundings.environment.home.path());

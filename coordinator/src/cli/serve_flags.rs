@@ -227,6 +227,7 @@ impl OwnHeadFlags {
     pub fn head(&self) -> HeadFlags {
         let host = |given: &Option<String>| given.clone().unwrap_or_else(|| defaults::HOST.to_owned());
         HeadFlags {
+            store: None,
             certificate_lifetime: phalanx_trust::CERTIFICATE_LIFETIME,
             port: self.cluster_port.unwrap_or(defaults::CLUSTER_PORT),
             cluster_host: host(&self.cluster_host),

@@ -20,7 +20,7 @@ use crate::security::tokens::{TokenScope, TokenWish};
 #[derive(Debug, Clone, Args)]
 #[command(
     after_help = "Examples:\n  coordinator start --head --num-gpus 2\n  coordinator start --head --cluster-host \
-                        0.0.0.0 --block\n\nExample:\n  coordinator start --head"
+                        0.0.0.0 --block\n  coordinator start --head --store etcd://etcd-1:2379 --cluster-host 0.0.0.0\n\nExample:\n  coordinator start --head"
 )]
 pub struct StartFlags {
     /// Start a head here (machines without a head join one: worker join)
@@ -63,8 +63,9 @@ pub(super) fn run(surroundings: &Surroundings, flags: &StartFlags) -> Outcome {
 
 async fn announce(record: &HeadRecord, agent: u32, flags: &StartFlags) -> Outcome {
     let client = HeadClient::connect(local_address(record)).await?;
-    let token = join_token(&client, record).await?;
-    if let Some(file) = flags.join_token_file.as_deref().filter(|_| !record.insecure) {
+    let leads = record.stands_by.is_none();
+    let token = if leads { join_token(&client, record).await? } else { None };
+    if let Some(file) = flags.join_token_file.as_deref().filter(|_| leads && !record.insecure) {
         write_join_token(&client, file).await?;
     }
     if flags.json {
@@ -75,10 +76,18 @@ async fn announce(record: &HeadRecord, agent: u32, flags: &StartFlags) -> Outcom
             "pid": record.process.pid,
             "agent_pid": agent,
             "log_dir": record.log_dir,
+            "stands_by": record.stands_by,
             "token": token,
             "insecure": record.insecure,
         });
         println!("{line}");
+        return Ok(());
+    }
+    if let Some(leader) = &record.stands_by {
+        let leader = if leader.is_empty() { "no head leads yet".to_owned() } else { format!("{leader} leads") };
+        println!("head      {} (pid {}) stands by; {leader}", record.address, record.process.pid);
+        println!("agent     pid {agent}; joins the head that leads");
+        println!("logs      {}", record.log_dir.display());
         return Ok(());
     }
     let snapshot = client.status().await?;
@@ -197,6 +206,7 @@ mod tests {
             dashboard: String::new(),
             socket: None,
             log_dir: "/l".into(),
+            stands_by: None,
             trust_dir: "/t".into(),
             insecure,
         };

@@ -21,6 +21,16 @@ pub(super) fn text(snapshot: &StatusSnapshot) -> String {
         head.http,
         head.dashboard
     );
+    if head.state == "standby" {
+        let leader =
+            if head.leader.is_empty() { "no head leads now".to_owned() } else { format!("{} leads", head.leader) };
+        let _ = writeln!(out, "standby: {leader}");
+    } else if !head.heads.is_empty() {
+        let _ = writeln!(out, "this head leads; heads: {}", head.heads.join(", "));
+    }
+    if !head.reason.is_empty() {
+        let _ = writeln!(out, "store: {}", head.reason);
+    }
     if head.insecure {
         let _ = writeln!(
             out,

@@ -5,9 +5,11 @@
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
-use phalanx_proto::{RankStatus, StatusSnapshot};
+use phalanx_proto::{HeadStatus, RankStatus, StatusSnapshot};
+use tokio::sync::watch;
 
 use crate::engine::EngineHandle;
+use crate::store::etcd::HeadsSeen;
 
 /// The engine of one replica, and where its numbers belong.
 pub(super) struct PostedEngine {
@@ -24,6 +26,7 @@ pub(super) struct PostedEngine {
 pub struct StatusBoard {
     posted: Arc<RwLock<Posted>>,
     started: Instant,
+    heads: Option<watch::Receiver<HeadsSeen>>,
 }
 
 #[derive(Default)]
@@ -35,7 +38,13 @@ struct Posted {
 impl StatusBoard {
     /// A board that shows nothing yet.
     pub fn new(started: Instant) -> Self {
-        Self { posted: Arc::default(), started }
+        Self { posted: Arc::default(), started, heads: None }
+    }
+
+    /// The same board for one of several heads.
+    pub(super) fn with_heads(mut self, heads: Option<watch::Receiver<HeadsSeen>>) -> Self {
+        self.heads = heads;
+        self
     }
 
     /// Puts a new snapshot up, with the engines that serve.
@@ -50,6 +59,7 @@ impl StatusBoard {
             (posted.snapshot.clone(), Arc::clone(&posted.engines))
         };
         snapshot.head.uptime_s = self.started.elapsed().as_secs_f64();
+        describe(&mut snapshot.head, self.heads.as_ref());
         for posted in engines.iter() {
             let now = posted.engine.snapshot();
             let Some(deployment) = snapshot.deployments.get_mut(posted.deployment) else { continue };
@@ -67,4 +77,17 @@ impl StatusBoard {
         }
         snapshot
     }
+}
+
+/// Says which of the heads this one is.
+fn describe(head: &mut HeadStatus, heads: Option<&watch::Receiver<HeadsSeen>>) {
+    let Some(heads) = heads else {
+        (head.state, head.leader) = ("leading".to_owned(), head.address.clone());
+        return;
+    };
+    let seen = heads.borrow();
+    head.state = if seen.leads { "leading" } else { "standby" }.to_owned();
+    head.leader = seen.leader.as_ref().map(|leader| leader.address.clone()).unwrap_or_default();
+    head.heads.clone_from(&seen.heads);
+    head.reason.clone_from(&seen.trouble);
 }

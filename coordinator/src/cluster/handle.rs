@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use phalanx_proto::{
     AgentCommand, AgentEvent, AgentHello, DeploymentName, HeadSocket, HeadStatus, LogPart, LogRequest, NodeId,
-    PlacementGroupStatus, RankHello, Term,
+    PlacementGroupStatus, RankHello, StatusSnapshot, Term,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::chronicle::Chronicle;
 use super::deployment::{CheckedSpec, DeployEvent, DeployFailure};
@@ -19,6 +19,7 @@ use super::{ClusterError, ServingChange, StatusBoard};
 use crate::config::defaults;
 use crate::engine::group::RankLink;
 use crate::store::StoreWriter;
+use crate::store::etcd::HeadsSeen;
 
 /// What a cluster is told once, when it starts.
 #[derive(Debug, Clone)]
@@ -47,6 +48,8 @@ pub struct ClusterSettings {
     pub drain_in_place: Duration,
     /// Longest wait of running requests while there is no machine to start their group on.
     pub no_machine_deadline: Duration,
+    /// The heads of this cluster, where there may be several.
+    pub heads: Option<watch::Receiver<HeadsSeen>>,
     /// Where what happens is told.
     pub chronicle: Chronicle,
     /// Where what must survive is written; none: nowhere.
@@ -75,6 +78,7 @@ impl ClusterSettings {
             drain: defaults::DRAIN,
             drain_in_place: defaults::DRAIN_IN_PLACE,
             no_machine_deadline: defaults::NO_MACHINE_DEADLINE,
+            heads: None,
             chronicle: Chronicle::default(),
             store: None,
             restarts_max: defaults::RESTARTS_MAX,
@@ -92,16 +96,34 @@ pub fn start(
     serving: mpsc::Sender<ServingChange>,
 ) -> (ClusterHandle, StatusBoard) {
     let (events, inbox) = mpsc::channel(defaults::CLUSTER_QUEUE);
-    let board = StatusBoard::new(Instant::now());
-    let handle = ClusterHandle { events: events.clone() };
+    let board = StatusBoard::new(Instant::now()).with_heads(settings.heads.clone());
+    let handle = ClusterHandle { events: events.clone(), stands_by: None };
     tokio::spawn(Reconciler::new(settings, restored, events, serving, board.clone()).run(inbox));
     (handle, board)
+}
+
+/// The cluster of a head that stands by: it has nothing, takes nothing in, and ends after [`ClusterHandle::stop`].
+pub fn stand_by(head: HeadStatus, heads: watch::Receiver<HeadsSeen>) -> (ClusterHandle, StatusBoard) {
+    let (events, mut inbox) = mpsc::channel(1);
+    tokio::spawn(async move {
+        while let Some(event) = inbox.recv().await {
+            if let ClusterEvent::Stop { reply } = event {
+                let _ = reply.send(());
+                return;
+            }
+        }
+    });
+    let board = StatusBoard::new(Instant::now()).with_heads(Some(heads.clone()));
+    board.post(StatusSnapshot { head, ..StatusSnapshot::default() }, Vec::new());
+    (ClusterHandle { events, stands_by: Some(heads) }, board)
 }
 
 /// Asks things of the cluster's task.
 #[derive(Clone)]
 pub struct ClusterHandle {
     events: mpsc::Sender<ClusterEvent>,
+    /// Present where this head does not lead.
+    stands_by: Option<watch::Receiver<HeadsSeen>>,
 }
 
 impl ClusterHandle {
@@ -220,6 +242,10 @@ impl ClusterHandle {
     }
 
     async fn send(&self, event: ClusterEvent) -> Result<(), ClusterError> {
+        if let Some(heads) = self.stands_by.as_ref().filter(|_| !matches!(event, ClusterEvent::Stop { .. })) {
+            let leader = heads.borrow().leader.as_ref().map(|leader| leader.address.clone());
+            return Err(ClusterError::Standby { leader });
+        }
         self.events.send(event).await.map_err(|_| ClusterError::Unavailable)
     }
 

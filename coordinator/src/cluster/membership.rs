@@ -10,6 +10,7 @@
 mod admin;
 mod agents;
 mod client;
+mod heads;
 mod ranks;
 mod story;
 #[cfg(test)]
@@ -17,7 +18,6 @@ pub(super) mod tests;
 mod trust;
 
 use std::future::Future;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use phalanx_proto::pb;
@@ -30,9 +30,10 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::Router;
 
 pub use client::{CallError, HeadAddress, HeadClient, LogText, NewToken};
-use story::Story;
+pub use heads::{HeadsDesk, Lead};
+pub use story::Story;
 
-use super::{Chronicle, ClusterError, ClusterHandle, JoinError, StatusBoard};
+use super::{ClusterError, ClusterHandle, JoinError, StatusBoard};
 use crate::config::defaults;
 use crate::security::access::Gate;
 
@@ -46,20 +47,13 @@ pub struct ClusterServer {
     board: StatusBoard,
     gate: Gate,
     story: Story,
+    heads: HeadsDesk,
 }
 
 impl ClusterServer {
-    /// Serves this cluster to those whom the gate lets in; its events are told in `chronicle`, and its head writes `head_log`,
-    /// where it writes any.
-    pub fn new(
-        cluster: ClusterHandle,
-        board: StatusBoard,
-        gate: Gate,
-        chronicle: Chronicle,
-        head_log: Option<PathBuf>,
-    ) -> Self {
-        let story = Story { chronicle, head_log };
-        Self { cluster, board, gate, story }
+    /// Serves this cluster to those whom the gate lets in, and answers who leads; its story is read there, too.
+    pub fn new(cluster: ClusterHandle, board: StatusBoard, gate: Gate, heads: HeadsDesk, story: Story) -> Self {
+        Self { cluster, board, gate, story, heads }
     }
 
     /// Serves machines until `end`.
@@ -90,7 +84,8 @@ impl ClusterServer {
 
     fn router(self) -> Router {
         let limit = defaults::MESSAGE_BYTES_MAX;
-        let Self { cluster, board, gate, story } = self;
+        let Self { cluster, board, gate, story, heads } = self;
+        let heads = pb::heads_server::HeadsServer::new(heads::HeadsService { desk: heads, gate: gate.clone() });
         let agents = agents::AgentService { cluster: cluster.clone(), gate: gate.clone() };
         let agents = pb::agents_server::AgentsServer::new(agents);
         let ranks = ranks::RankService { cluster: cluster.clone(), gate: gate.clone() };
@@ -105,6 +100,7 @@ impl ClusterServer {
             .initial_connection_window_size(defaults::CONNECTION_WINDOW_BYTES)
             .http2_keepalive_interval(Some(defaults::KEEPALIVE))
             .http2_keepalive_timeout(Some(defaults::KEEPALIVE_TIMEOUT))
+            .add_service(heads)
             .add_service(agents)
             .add_service(ranks.max_decoding_message_size(limit).max_encoding_message_size(limit))
             .add_service(enrollment)
@@ -119,7 +115,9 @@ impl From<ClusterError> for Status {
         match error {
             ClusterError::Join(JoinError::Version { .. }) => Self::failed_precondition(text),
             ClusterError::Join(JoinError::Duplicate { .. }) => Self::already_exists(text),
-            ClusterError::Join(JoinError::Stopping) | ClusterError::Unavailable => Self::unavailable(text),
+            ClusterError::Join(JoinError::Stopping) | ClusterError::Unavailable | ClusterError::Standby { .. } => {
+                Self::unavailable(text)
+            }
             ClusterError::UnknownRank { .. } => Self::permission_denied(text),
             ClusterError::UnknownDeployment { .. }
             | ClusterError::UnknownNode { .. }

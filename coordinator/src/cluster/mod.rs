@@ -30,7 +30,7 @@ pub use board::StatusBoard;
 pub use chronicle::Chronicle;
 pub use deployment::{CheckedSpec, DeployEvent, DeployFailure, DeployFailureCode, DeploymentState};
 pub use event::ServingChange;
-pub use handle::{ClusterHandle, ClusterSettings, start};
+pub use handle::{ClusterHandle, ClusterSettings, stand_by, start};
 pub use named_group::{GroupRecord, GroupSpec};
 pub use nodes::{AgentSession, JoinError, NodeState, Patience};
 pub use record::{DeploymentRecord, Restored};
@@ -100,6 +100,12 @@ pub enum ClusterError {
         /// Ranks, pids and nodes.
         which: String,
     },
+    /// This head leads no cluster now.
+    #[error("this head stands by: {}", leading(.leader))]
+    Standby {
+        /// Cluster address of the head that leads, where one does.
+        leader: Option<String>,
+    },
     /// The store cannot write that a deployment or a placement group has ended.
     #[error("the end of {name} cannot be written down, so it has not ended: {reason}")]
     NotKept {
@@ -111,6 +117,10 @@ pub enum ClusterError {
     /// The head ends, or its queue is full.
     #[error("the head is stopping or overloaded")]
     Unavailable,
+}
+
+fn leading(leader: &Option<String>) -> String {
+    leader.as_ref().map_or_else(|| "no head leads now".to_owned(), |leader| format!("{leader} leads"))
 }
 
 fn listing(known: &[String]) -> String {

@@ -16,8 +16,9 @@ use tokio::time::{Instant, timeout_at};
 
 use super::group::{GroupError, Member, RankLink, SendFailure, TpGroup, event_name, to_wire};
 
-/// How long ranks that have kept their weights may take to end the steps that they were at and begin an epoch.
-const RESUME_DEADLINE: Duration = Duration::from_secs(10);
+/// How long ranks that have kept their weights may take to end the steps that they were at and begin an epoch. Short: a rank that was
+/// sent a plan which the head could send to no other waits in a collective for ever, and its group must start again.
+const RESUME_DEADLINE: Duration = Duration::from_secs(3);
 
 /// How long each phase of a rank's start may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -61,6 +61,9 @@ pub struct HeadRecord {
     pub socket: Option<PathBuf>,
     /// Where its logs are.
     pub log_dir: PathBuf,
+    /// Present while it stands by: the cluster address of the head that leads, empty where none does.
+    #[serde(default)]
+    pub stands_by: Option<String>,
     /// Its keys and certificates.
     pub trust_dir: PathBuf,
     /// Plain text between machines.
@@ -169,6 +172,7 @@ mod tests {
             dashboard: "127.0.0.1:8265".into(),
             socket: None,
             log_dir: home.log_dir(),
+            stands_by: None,
             trust_dir: home.trust_dir(),
             insecure: false,
         };

@@ -134,6 +134,25 @@ impl Gate {
         book.node_may(node_id)
     }
 
+    /// Whether whoever is at the other end is a node of this cluster.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn any_node(&self, peer: Option<&Peer>) -> Result<(), AccessError> {
+        match (self, peer) {
+            (Self::Open, _) | (_, Some(Peer::Local)) => Ok(()),
+            (Self::Guarded { book, .. }, peer) => book.node_may(&self.shown(peer)?.node_id),
+        }
+    }
+
+    /// By what nodes know this head's authority; empty with `--insecure`.
+    pub fn authority(&self) -> String {
+        match self {
+            Self::Open => String::new(),
+            Self::Guarded { book, .. } => book.authority().pin().to_string(),
+        }
+    }
+
     /// The node at the other end.
     ///
     /// # Errors

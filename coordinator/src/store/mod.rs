@@ -1,10 +1,12 @@
 //! What survives a restart of the head: its term, and one record for each deployment and each placement group.
 //!
-//! Owns the database file and the thread that writes it. Knows names and bytes; what the records say is the cluster's business.
+//! Two keep it: a database file of this head ([`Store`]), or etcd, which two heads share ([`etcd`]). Owns the file and the thread
+//! that writes. Knows names and bytes; what the records say is the cluster's business.
 //!
 //! **Invariant:** a term is on disk before the head that has it listens, so no two lives of a head share one.
 //! **Invariant:** a change is answered only when it is on disk, and changes are written in the order in which they came.
 
+pub mod etcd;
 mod writer;
 
 use std::fs;
@@ -37,6 +39,17 @@ pub enum Table {
 }
 
 impl Table {
+    /// Every table.
+    pub const ALL: [Self; 2] = [Self::Deployments, Self::PlacementGroups];
+
+    /// Its name in a store.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Deployments => "deployments",
+            Self::PlacementGroups => "placement_groups",
+        }
+    }
+
     fn definition(self) -> TableDefinition<'static, &'static str, &'static [u8]> {
         match self {
             Self::Deployments => DEPLOYMENTS,
@@ -66,6 +79,44 @@ pub enum StoreError {
         #[source]
         source: Box<redb::Error>,
     },
+    /// etcd refuses.
+    #[error(transparent)]
+    Etcd(etcd::EtcdError),
+}
+
+/// What keeps records: this head's own file, or etcd.
+pub trait Backend: Send {
+    /// The term of this life of the head: no other has it.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    fn next_term(&mut self) -> Result<Term, StoreError>;
+
+    /// All records of a table, by name, as an earlier head has left them.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    fn records(&mut self, table: Table) -> Result<Vec<(String, Vec<u8>)>, StoreError>;
+
+    /// Writes a record, or removes it where there is none; it survives this process when this returns.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    fn keep(&mut self, table: Table, name: &str, record: Option<&[u8]>) -> Result<(), StoreError>;
+}
+
+impl Backend for Store {
+    fn next_term(&mut self) -> Result<Term, StoreError> {
+        Store::next_term(self)
+    }
+
+    fn records(&mut self, table: Table) -> Result<Vec<(String, Vec<u8>)>, StoreError> {
+        Store::records(self, table)
+    }
+
+    fn keep(&mut self, table: Table, name: &str, record: Option<&[u8]>) -> Result<(), StoreError> {
+        Store::keep(self, table, name, record)
+    }
 }
 
 /// The open store.

@@ -5,7 +5,7 @@
 use std::io;
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 
-use super::{Store, StoreError, Table};
+use super::{Backend, StoreError, Table};
 
 /// Changes that may wait for the disk.
 const CHANGES_MAX: usize = 64;
@@ -33,7 +33,7 @@ impl StoreWriter {
     ///
     /// # Errors
     /// The system gives no thread.
-    pub fn spawn(mut store: Store) -> io::Result<Self> {
+    pub fn spawn(mut store: Box<dyn Backend>) -> io::Result<Self> {
         let (changes, inbox) = mpsc::sync_channel::<Change>(CHANGES_MAX);
         let write = move || {
             for Change { table, name, record, done } in inbox {

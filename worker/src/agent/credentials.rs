@@ -7,11 +7,13 @@ use std::path::PathBuf;
 use phalanx_proto::pb::enrollment_client::EnrollmentClient;
 use phalanx_proto::{NodeId, pb};
 use phalanx_trust::{Enrollment, Identity, Token, Trust, TrustError, rendezvous};
+use tokio::sync::watch;
 use tonic::transport::Channel;
 use tracing::{info, warn};
 
 use super::link::{LinkError, refusal};
 use crate::config::{HeadAddress, Home, defaults};
+use crate::head_note::HeadNote;
 use crate::session::{HeadTarget, HeadTrust, dial_tcp};
 
 /// What the user said about trust.
@@ -32,7 +34,7 @@ pub enum TrustWish {
 pub struct Credentials {
     /// The node's home.
     pub home: Home,
-    /// The head.
+    /// The head, or one of several, as the user has named it.
     pub head: HeadAddress,
     /// The node.
     pub node_id: NodeId,
@@ -41,11 +43,19 @@ pub struct Credentials {
 }
 
 impl Credentials {
-    /// The head as it should be dialled now. A certificate is asked for where there is none that counts.
-    pub async fn target(&self) -> Result<HeadTarget, LinkError> {
-        let address = self.head.as_str().to_owned();
+    /// How any head of this cluster is dialled.
+    pub fn target(&self, head: &str) -> HeadTarget {
+        let trust = match self.wish {
+            TrustWish::Insecure => HeadTrust::Plain,
+            _ => HeadTrust::Certificate(self.home.trust_dir()),
+        };
+        HeadTarget { address: head.to_owned(), socket: None, trust }
+    }
+
+    /// Asks for a certificate where there is none that counts: of the head that the user has named, whether or not it leads.
+    pub async fn ready(&self) -> Result<(), LinkError> {
         if self.wish == TrustWish::Insecure {
-            return Ok(HeadTarget { address, socket: None, trust: HeadTrust::Plain });
+            return Ok(());
         }
         let known = self.identity()?;
         let token = match self.token() {
@@ -55,7 +65,7 @@ impl Credentials {
         if let Some(token) = token.filter(|token| known.is_none_or(|known| known.pin() != token.pin())) {
             self.enroll(&token).await?;
         }
-        Ok(HeadTarget { address, socket: None, trust: HeadTrust::Certificate(self.home.trust_dir()) })
+        Ok(())
     }
 
     /// What this node has, where it is for this node and has not ended.
@@ -120,12 +130,12 @@ impl Credentials {
         Ok(())
     }
 
-    /// Gets the next certificate for the current one.
-    async fn renew(&self) -> Result<(), LinkError> {
+    /// Gets the next certificate for the current one; any head of this cluster gives it.
+    async fn renew(&self, head: &str) -> Result<(), LinkError> {
         let trust_dir = self.home.trust_dir();
         let Some(known) = Identity::read(&trust_dir).map_err(own)? else { return Ok(()) };
         let pin = known.pin();
-        let channel: Channel = dial_tcp(self.head.as_str(), &Trust::Known(Box::new(known))).await?;
+        let channel: Channel = dial_tcp(head, &Trust::Known(Box::new(known))).await?;
         let enrollment = Enrollment::new().map_err(own)?;
         let request = pb::RenewRequest { public_key: enrollment.public_key().into() };
         let mut client = EnrollmentClient::new(channel);
@@ -150,8 +160,8 @@ impl Credentials {
         Ok(enrollment.finish(&self.node_id.0, certificate.to_vec(), authority.to_vec(), not_after))
     }
 
-    /// Renews the certificate for as long as the agent lives.
-    pub async fn keep_renewed(self) {
+    /// Renews the certificate for as long as the agent lives, at the head that leads.
+    pub async fn keep_renewed(self, leading: watch::Receiver<HeadNote>) {
         if self.wish == TrustWish::Insecure {
             return;
         }
@@ -162,7 +172,8 @@ impl Credentials {
                 _ => defaults::RENEWAL_LOOK,
             };
             if due_in.is_zero() {
-                if let Err(error) = self.renew().await {
+                let head = leading.borrow().address.clone();
+                if let Err(error) = self.renew(&head).await {
                     warn!(%error, "this node's certificate is not renewed; trying on");
                     tokio::time::sleep(defaults::RENEWAL_RETRY).await;
                 }

@@ -22,6 +22,8 @@ pub struct RankLaunch {
     pub head: String,
     /// The head's Unix socket, where it is on this machine.
     pub head_socket: Option<String>,
+    /// Where the agent notes which head leads.
+    pub head_note: PathBuf,
     /// Folder of this node's certificate; absent: plain text (`--insecure`).
     pub trust_dir: Option<PathBuf>,
     /// What proves to the head that this rank was asked for.

@@ -46,8 +46,13 @@ pub struct Link {
 
 impl Link {
     /// Dials the head and says hello; the head's first message is its welcome.
-    pub async fn open(credentials: &Credentials, hello: AgentHello) -> Result<(Self, AgentWelcome), LinkError> {
-        let channel = credentials.target().await?.dial().await?;
+    pub async fn open(
+        credentials: &Credentials,
+        head: &str,
+        hello: AgentHello,
+    ) -> Result<(Self, AgentWelcome), LinkError> {
+        credentials.ready().await?;
+        let channel = credentials.target(head).dial().await?;
         let (events, outbox) = mpsc::channel(defaults::OUTBOX);
         let mut client = AgentsClient::new(channel);
         let greeting = async {

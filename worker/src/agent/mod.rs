@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod launch;
 pub mod link;
 pub mod log_reader;
+pub mod lookout;
 pub mod node;
 pub mod process;
 pub mod record;
@@ -27,10 +28,12 @@ use phalanx_proto::{
     AgentCommand, AgentEvent, AgentHello, AgentWelcome, DesiredRank, RankKey, RankObserved, RankProcess,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{info, warn};
 
 use crate::config::defaults;
+use crate::head_note::HeadNote;
 use credentials::Credentials;
 use link::{Link, LinkError};
 use process::HeadFacts;
@@ -88,8 +91,10 @@ pub enum End {
 
 /// How an agent was started.
 pub struct AgentSetup {
-    /// How the head is known, and what is shown to it.
+    /// The head, or one of several, how it is known, and what is shown to it.
     pub credentials: Credentials,
+    /// Where the ranks are told which head leads.
+    pub head_note: PathBuf,
     /// What this machine is and offers.
     pub hello: AgentHello,
     /// Whether the agent ends with its head; else it waits for the head's return.
@@ -107,6 +112,8 @@ pub struct Agent<R> {
     /// What the head should know: each rank that is desired or running.
     observed: BTreeMap<RankKey, RankObserved>,
     head_facts: HeadFacts,
+    /// Which head leads.
+    leading: watch::Receiver<HeadNote>,
     has_joined: bool,
     /// When the ranks must end, once the head is lost.
     orphaned_at: Option<Instant>,
@@ -144,6 +151,14 @@ async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
+    }
+}
+
+/// Resolves when another head leads than this one.
+async fn moved(leading: &mut watch::Receiver<HeadNote>, head: &str) {
+    if leading.wait_for(|note| note.address != head).await.is_err() {
+        // Nobody looks any more: the agent ends.
+        std::future::pending::<()>().await;
     }
 }
 
@@ -193,6 +208,7 @@ impl<R: FnMut(&Report)> Agent<R> {
         Ok(Self {
             // A head that was started together with this agent, and never came, is gone too.
             orphaned_at: setup.with_head.then(|| Instant::now() + defaults::HEAD_START_DEADLINE),
+            leading: lookout::start(&setup.credentials, setup.head_note.clone()),
             setup,
             report,
             observed: BTreeMap::new(),
@@ -208,7 +224,7 @@ impl<R: FnMut(&Report)> Agent<R> {
     /// # Errors
     /// The head refuses this node, or the ranks' thread is gone.
     pub async fn run(mut self) -> Result<End, AgentError> {
-        let renewal = tokio::spawn(self.setup.credentials.clone().keep_renewed());
+        let renewal = tokio::spawn(self.setup.credentials.clone().keep_renewed(self.leading.clone()));
         let result = self.serve_until_end().await;
         renewal.abort();
         self.end_ranks().await?;
@@ -219,16 +235,16 @@ impl<R: FnMut(&Report)> Agent<R> {
         let mut pause = defaults::RETRY_PAUSE_MIN;
         loop {
             match self.connect().await {
-                Ok(Some((link, welcome))) => {
+                Ok(Some((head, link, welcome))) => {
                     pause = defaults::RETRY_PAUSE_MIN;
-                    match self.serve(link, welcome).await? {
+                    match self.serve(&head, link, welcome).await? {
                         Served::Ended(end) => return Ok(end),
                         Served::Lost(reason) => self.lose_head(&reason),
                     }
                 }
                 Ok(None) => {}
                 Err(LinkError::Refused { message, is_final }) if is_final || !self.has_joined => {
-                    return Err(AgentError::Refused { head: self.setup.credentials.head.as_str().into(), message });
+                    return Err(AgentError::Refused { head: self.head(), message });
                 }
                 Err(error) => (self.report)(&Report::Waiting { reason: error.to_string() }),
             }
@@ -243,13 +259,17 @@ impl<R: FnMut(&Report)> Agent<R> {
     }
 
     /// One attempt to reach the head; `None` where something else must be looked at first.
-    async fn connect(&mut self) -> Result<Option<(Link, AgentWelcome)>, LinkError> {
+    async fn connect(&mut self) -> Result<Option<(String, Link, AgentWelcome)>, LinkError> {
         if self.asked_to_end {
             return Ok(None);
         }
         let orphaned = sleep_until(self.orphaned_at);
+        let head = self.head();
         tokio::select! {
-            linked = Link::open(&self.setup.credentials, self.setup.hello.clone()) => linked.map(Some),
+            linked = Link::open(&self.setup.credentials, &head, self.setup.hello.clone()) => {
+                linked.map(|(link, welcome)| Some((head.clone(), link, welcome)))
+            }
+            () = moved(&mut self.leading, &head) => Ok(None),
             () = orphaned => Ok(None),
             // Without a head there is no work to move: both are asked to end.
             _ = self.signals.any() => {
@@ -259,9 +279,14 @@ impl<R: FnMut(&Report)> Agent<R> {
         }
     }
 
+    /// The head that leads, as far as this agent knows.
+    fn head(&self) -> String {
+        self.leading.borrow().address.clone()
+    }
+
     /// The link's life: desired state down, observed state and heartbeats up.
-    async fn serve(&mut self, mut link: Link, welcome: AgentWelcome) -> Result<Served, AgentError> {
-        self.joined(&mut link, &welcome).await;
+    async fn serve(&mut self, head: &str, mut link: Link, welcome: AgentWelcome) -> Result<Served, AgentError> {
+        self.joined(head, &mut link, &welcome).await;
         let mut beats = tokio::time::interval(welcome.heartbeat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut pulse = Pulse::default();
@@ -291,6 +316,9 @@ impl<R: FnMut(&Report)> Agent<R> {
                     link.send(AgentEvent::Rank(observed)).await
                 }
                 _ = beats.tick() => link.send(pulse.beat(Instant::now())).await,
+                () = moved(&mut self.leading, head) => {
+                    return Ok(Served::Lost(format!("the head at {} leads", self.head())));
+                }
                 asked = self.signals.any() => match asked {
                     Asked::End => return self.leave(link, End::Signal).await,
                     Asked::Drain => {
@@ -305,14 +333,14 @@ impl<R: FnMut(&Report)> Agent<R> {
         }
     }
 
-    async fn joined(&mut self, link: &mut Link, welcome: &AgentWelcome) {
+    async fn joined(&mut self, head: &str, link: &mut Link, welcome: &AgentWelcome) {
         self.has_joined = true;
         self.orphaned_at = None;
         let boot_id = node::boot_id();
         let is_here = |boot: &str| !boot_id.is_empty() && boot == boot_id;
         let socket = welcome.socket.as_ref().filter(|s| is_here(&s.boot_id)).map(|s| s.path.clone());
-        self.head_facts = HeadFacts { socket, grace: welcome.head_grace };
-        info!(head = self.setup.credentials.head.as_str(), node_id = %self.setup.hello.node_id, term = %welcome.term, "joined");
+        self.head_facts = HeadFacts { address: head.to_owned(), socket, grace: welcome.head_grace };
+        info!(head, node_id = %self.setup.hello.node_id, term = %welcome.term, "joined");
         (self.report)(&Report::Joined);
         // A head that came back learns what runs here.
         for observed in self.observed.values() {
@@ -337,7 +365,7 @@ impl<R: FnMut(&Report)> Agent<R> {
     /// Starts the grace of the ranks.
     fn lose_head(&mut self, reason: &str) {
         let grace = self.head_facts.grace;
-        warn!(head = self.setup.credentials.head.as_str(), reason, ?grace, "head is gone");
+        warn!(head = self.leading.borrow().address, reason, ?grace, "head is gone");
         self.orphaned_at = Some(Instant::now() + grace);
     }
 

@@ -15,7 +15,8 @@ use crate::config::defaults;
 
 /// What is read here.
 #[derive(Clone)]
-pub(super) struct Story {
+pub struct Story {
+    /// The events.
     pub chronicle: Chronicle,
     /// The log of the head; none where it writes to a terminal.
     pub head_log: Option<PathBuf>,
@@ -30,7 +31,7 @@ enum Target {
 
 impl Story {
     /// Sends events until the reader goes; only those that there are, unless it follows.
-    pub fn events(&self, request: pb::EventsRequest) -> mpsc::Receiver<Result<pb::EventsReply, Status>> {
+    pub(super) fn events(&self, request: pb::EventsRequest) -> mpsc::Receiver<Result<pb::EventsReply, Status>> {
         let (replies, stream) = mpsc::channel(defaults::WATCH_QUEUE);
         let chronicle = self.chronicle.clone();
         tokio::spawn(async move {

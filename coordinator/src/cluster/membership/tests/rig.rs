@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::cluster::membership::{ClusterServer, HeadAddress, HeadClient};
+use crate::cluster::membership::{ClusterServer, HeadAddress, HeadClient, HeadsDesk, Lead, Story};
 use crate::cluster::{
     self, CheckedSpec, Chronicle, ClusterHandle, ClusterSettings, DeployEvent, DeploymentSpec, Restored, ServingChange,
     StatusBoard, TensorParallelSize,
@@ -96,7 +96,9 @@ impl Rig {
         tokio::spawn(keep_names(changes, Arc::clone(&served)));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address").to_string();
-        let server = ClusterServer::new(cluster.clone(), board.clone(), Gate::Open, chronicle.clone(), None);
+        let desk = HeadsDesk { address: address.clone(), socket: None, lead: Lead::Alone(Term(1)) };
+        let story = Story { chronicle: chronicle.clone(), head_log: None };
+        let server = ClusterServer::new(cluster.clone(), board.clone(), Gate::Open, desk, story);
         tokio::spawn(server.serve_tcp(listener, std::future::pending()));
         Self { cluster, board, address, served, chronicle }
     }
