@@ -18,6 +18,7 @@ pub mod pooling;
 pub mod rank;
 pub mod reduce_bench;
 pub mod runner;
+pub mod scoring;
 pub mod session;
 pub mod shard;
 pub mod warm_up;

@@ -66,7 +66,7 @@ async fn a_response_that_is_cut_says_so() {
 #[tokio::test]
 async fn a_response_that_fails_ends_with_its_error() {
     let gone = || EngineError::GroupFailed { reason: "rank 1 died".into() };
-    let server = Server::new(move |_| Says { text: "Hello", ending: Ending::Failed(gone()) });
+    let server = Server::new(move |_| Says { text: "Hello", ending: Ending::Failed(gone()), logprob: 0.0 });
     let stream = server.post(RESPONSES, r#"{"input":"Hi","stream":true}"#).await;
     let names: Vec<String> = events(&stream).into_iter().map(|(name, _)| name).collect();
     assert_eq!(names[names.len() - 2..], ["error", "response.failed"]);
@@ -78,7 +78,7 @@ async fn a_response_that_fails_ends_with_its_error() {
 #[tokio::test]
 async fn what_fails_before_the_first_event_has_a_status_of_its_own() {
     let gone = || EngineError::GroupFailed { reason: "rank 1 died".into() };
-    let server = Server::new(move |_| Says { text: "", ending: Ending::Failed(gone()) });
+    let server = Server::new(move |_| Says { text: "", ending: Ending::Failed(gone()), logprob: 0.0 });
     for (path, body) in [(RESPONSES, r#""input":"Hi""#), (MESSAGES, HI), ("/v1/chat/completions", HI)] {
         let answer = server.post(path, &format!(r#"{{{body},"stream":true}}"#)).await;
         assert_eq!((answer.status, answer.headers["retry-after"].to_str().unwrap()), (503, "2"), "{path}");
