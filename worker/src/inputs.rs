@@ -20,6 +20,7 @@ use phalanx_proto::{
     NewSequence, POOLED_ROWS_MAX, PlanRow, Pooling, SamplingParams, SeqSlot, StepId, StepPlan, TokenId,
 };
 
+use crate::edits;
 use crate::error::Divergence;
 use crate::pooling::PoolChunk;
 use crate::scoring::{NamedTokens, PromptChunk};
@@ -197,7 +198,7 @@ impl Batch {
             num_prompt_tokens: new.num_prompt_tokens,
             blocks: Vec::with_capacity(self.limits.max_model_len.div_ceil(self.limits.block_size)),
             sampling: new.sampling.clone(),
-            edits: to_kernel(new.sampling.edits.as_deref(), self.limits.vocab_size).map(Arc::new),
+            edits: edits::to_kernel(new.sampling.edits.as_deref(), self.limits.vocab_size).map(Arc::new),
             has_history: false,
             num_computed: None,
             sampled_in: None,
@@ -350,30 +351,6 @@ impl Sequence {
             work.prompts.push(PromptChunk::new(row.slot, start, first_row, tokens, num_top, edits));
         }
     }
-}
-
-/// Edits as the backend takes them, where they change something; tokens that do not exist are left out.
-fn to_kernel(edits: Option<&phalanx_proto::LogitEdits>, vocab_size: usize) -> Option<LogitEdits> {
-    let edits = edits.filter(|edits| !edits.changes_nothing())?;
-    let exists = |token: &&TokenId| (token.0 as usize) < vocab_size;
-    let ids = |tokens: &[TokenId]| tokens.iter().map(|token| token.0).collect::<Vec<u32>>();
-    let allowed = (!edits.allowed.is_empty()).then(|| {
-        let mut words = vec![0; vocab_size.div_ceil(u32::BITS as usize)];
-        for token in edits.allowed.iter().filter(exists) {
-            words[(token.0 / u32::BITS) as usize] |= 1 << (token.0 % u32::BITS);
-        }
-        words
-    });
-    Some(LogitEdits {
-        presence_penalty: edits.presence_penalty,
-        frequency_penalty: edits.frequency_penalty,
-        repetition_penalty: edits.repetition_penalty,
-        bias: edits.bias.iter().map(|(token, bias)| (token.0, *bias)).collect(),
-        allowed,
-        bad_words: edits.bad_words.iter().map(|word| ids(word)).collect(),
-        min_tokens: edits.min_tokens,
-        end_tokens: ids(&edits.end_tokens),
-    })
 }
 
 fn at_most(what: &'static str, found: usize, max: usize) -> Result<(), Divergence> {

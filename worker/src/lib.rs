@@ -8,6 +8,7 @@ pub mod collective;
 pub mod config;
 pub mod decoder;
 pub mod device_thread;
+pub mod edits;
 pub mod epoch;
 pub mod error;
 pub mod inputs;

@@ -68,6 +68,11 @@ impl CompletionRequest {
             let rule = "echo cannot be combined with use_beam_search";
             return Err(ApiError::Conflict { param: "echo", rule });
         }
+        if options.thinking_budget.is_some() && options.structure.is_some() {
+            // A grammar holds from the first token on here, so it would forbid the mark that the budget demands.
+            let rule = "thinking_token_budget goes with a grammar in chat only";
+            return Err(ApiError::Conflict { param: "thinking_token_budget", rule });
+        }
         let ignored = options.without_effect(fields.into_ignored());
         Ok(Self { model, prompts, max_tokens, echo, options, ignored })
     }

@@ -118,6 +118,21 @@ const NOT_SUPPORTED: &[Neutral] = &[
     Neutral { name: "vllm_xargs", feature: "an extension of another server", changes_nothing: is_empty },
 ];
 
+/// What only choices can tell: refused where an answer has none.
+pub const OF_CHOICES: [Neutral; 3] = [
+    Neutral { name: "detokenize", feature: "an answer of token ids at this address", changes_nothing: is_true },
+    Neutral {
+        name: "logprob_token_ids",
+        feature: "scoring of given tokens at this address",
+        changes_nothing: is_empty,
+    },
+    Neutral {
+        name: "prompt_logprob_token_ids",
+        feature: "scoring of given tokens at this address",
+        changes_nothing: is_empty,
+    },
+];
+
 impl Options {
     /// Takes the fields that chat and completions share, all but `logprobs`, which the two spell differently.
     pub fn take(fields: &mut Fields, logprobs: Option<u32>) -> Result<Self, ApiError> {
@@ -437,6 +452,11 @@ pub fn never(_: &Value) -> bool {
 /// 1.
 pub fn is_one(value: &Value) -> bool {
     value.as_f64() == Some(1.0)
+}
+
+/// `true`.
+fn is_true(value: &Value) -> bool {
+    value == &Value::Bool(true)
 }
 
 /// `false`.

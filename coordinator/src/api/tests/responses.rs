@@ -205,3 +205,20 @@ async fn errors_of_messages_have_their_own_form() {
     assert_eq!((bad.status, &bad.json()["type"]), (400, &"error".into()));
     assert_eq!(bad.json()["error"]["message"], "max_tokens is required");
 }
+
+#[tokio::test]
+async fn what_only_choices_can_tell_is_refused_by_name() {
+    let server = Server::new(|_| Says::stop("x"));
+    for (path, body) in [
+        ("/v1/responses", r#""input":"x""#),
+        ("/v1/messages", r#""max_tokens":4,"messages":[{"role":"user","content":"x"}]"#),
+    ] {
+        for (field, value) in
+            [("detokenize", "false"), ("logprob_token_ids", "[1]"), ("prompt_logprob_token_ids", "[1]")]
+        {
+            let answer = server.post(path, &format!(r#"{{{body},"{field}":{value}}}"#)).await;
+            assert!(answer.status == 400 && answer.body.contains(field), "{path} {field}: {}", answer.body);
+        }
+        assert_eq!(server.post(path, &format!(r#"{{{body},"detokenize":true}}"#)).await.status, 200);
+    }
+}

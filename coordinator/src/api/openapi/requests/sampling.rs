@@ -111,8 +111,6 @@ pub(super) struct Sampling {
     /// Tokens of a piece; the first and the last come at once.
     #[schemars(range(min = 1, max = 4_294_967_295_i64))]
     stream_interval: Option<u32>,
-    /// `false`: answer with token ids alone.
-    detokenize: Option<bool>,
 }
 
 /// What counts as a loop.
@@ -124,8 +122,8 @@ struct RepetitionDetection {
     /// Longest pattern; 0: nothing is looked for.
     #[schemars(range(min = 0, max = 4096))]
     max_pattern_size: Option<u32>,
-    /// How often it stands there.
-    #[schemars(range(min = 2, max = 4_294_967_295_i64))]
+    /// How often it stands there, at least twice.
+    #[schemars(range(min = 0, max = 4_294_967_295_i64))]
     min_count: Option<u32>,
 }
 
@@ -230,6 +228,8 @@ pub(super) struct Shared {
     /// The first such place is behind the prompt's token of this index.
     #[schemars(range(min = 0, max = 4_294_967_295_i64))]
     prompt_logprob_start: Option<u32>,
+    /// `false`: answer with token ids alone.
+    detokenize: Option<bool>,
     /// Answer with token ids too.
     return_token_ids: Option<bool>,
     /// Name tokens by `token_id:N`.
