@@ -20,8 +20,10 @@ use phalanx_proto::{
     NewSequence, POOLED_ROWS_MAX, PlanRow, Pooling, SamplingParams, SeqSlot, StepId, StepPlan, TokenId,
 };
 
+use crate::edits;
 use crate::error::Divergence;
 use crate::pooling::PoolChunk;
+use crate::scoring::{NamedTokens, PromptChunk};
 
 /// What was agreed when the group started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,28 +64,6 @@ struct Sequence {
     pending: VecDeque<StepId>,
 }
 
-/// Prompt tokens that a step's chunk predicts, and whose log-probabilities are wanted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PromptChunk {
-    /// The sequence's slot.
-    pub slot: SeqSlot,
-    /// Position of the first predicted token.
-    pub start: u32,
-    /// Batch row that predicts it; the others follow.
-    pub first_row: u32,
-    /// The predicted tokens.
-    pub tokens: Vec<TokenId>,
-    /// Alternatives to report.
-    pub num_top: u32,
-}
-
-impl PromptChunk {
-    /// Batch row, token and alternatives of each predicted token.
-    pub fn rows(&self) -> impl Iterator<Item = (u32, TokenId, u32)> + '_ {
-        (self.first_row..).zip(&self.tokens).map(|(row, token)| (row, *token, self.num_top))
-    }
-}
-
 /// One step's work. Reused from step to step.
 #[derive(Debug, Default)]
 pub struct StepWork {
@@ -91,6 +71,8 @@ pub struct StepWork {
     pub inputs: StepInputs,
     /// Prompt chunks to score, in plan order.
     pub prompts: Vec<PromptChunk>,
+    /// Tokens to score beside drawn ones, in the order of those.
+    pub named: Vec<NamedTokens>,
     /// Rows whose hidden states are pooled, in plan order.
     pub pools: Vec<PoolChunk>,
 }
@@ -118,6 +100,7 @@ impl StepWork {
         edits.clear();
         scores.clear();
         self.prompts.clear();
+        self.named.clear();
         self.pools.clear();
     }
 }
@@ -215,7 +198,7 @@ impl Batch {
             num_prompt_tokens: new.num_prompt_tokens,
             blocks: Vec::with_capacity(self.limits.max_model_len.div_ceil(self.limits.block_size)),
             sampling: new.sampling.clone(),
-            edits: new.sampling.edits.as_deref().map(|edits| Arc::new(to_kernel(edits, self.limits.vocab_size))),
+            edits: edits::to_kernel(new.sampling.edits.as_deref(), self.limits.vocab_size).map(Arc::new),
             has_history: false,
             num_computed: None,
             sampled_in: None,
@@ -308,6 +291,7 @@ impl Sequence {
                 let row = inputs.samples.len() as u32;
                 inputs.scores.push(ScoreRow { row, token: None, num_top: num_top.min(SCORED_TOP_MAX) });
             }
+            self.write_named(inputs, query_start + row.num_tokens - 1, &mut work.named);
             self.write_edits(inputs);
             inputs.samples.push(self.sample_row(row.slot));
         }
@@ -325,6 +309,14 @@ impl Sequence {
             Arc::new(TokenHistory::new(prompt, output))
         });
         inputs.edits.push(SampleEdits { row: inputs.samples.len() as u32, edits: Arc::clone(edits), history });
+    }
+
+    /// Asks for the scores of the tokens that the request names, beside the next sampled row.
+    fn write_named(&self, inputs: &StepInputs, row: u32, named: &mut Vec<NamedTokens>) {
+        let tokens = self.sampling.edits.iter().flat_map(|edits| &edits.scored).copied().collect::<Vec<_>>();
+        if !tokens.is_empty() {
+            named.push(NamedTokens { sample: inputs.samples.len() as u32, row, tokens });
+        }
     }
 
     /// How the sequence's next token is drawn.
@@ -355,32 +347,9 @@ impl Sequence {
         let Some(num_top) = self.sampling.prompt_logprobs else { return };
         let (start, end) = (row.start + 1, (row.start + row.num_tokens + 1).min(self.num_prompt_tokens));
         if let Some(tokens) = self.tokens.get(start as usize..end as usize).filter(|tokens| !tokens.is_empty()) {
-            let (tokens, num_top) = (tokens.to_vec(), num_top.min(SCORED_TOP_MAX));
-            work.prompts.push(PromptChunk { slot: row.slot, start, first_row, tokens, num_top });
+            let edits = self.sampling.edits.as_deref();
+            work.prompts.push(PromptChunk::new(row.slot, start, first_row, tokens, num_top, edits));
         }
-    }
-}
-
-/// Edits as the backend takes them; tokens that do not exist are left out.
-fn to_kernel(edits: &phalanx_proto::LogitEdits, vocab_size: usize) -> LogitEdits {
-    let exists = |token: &&TokenId| (token.0 as usize) < vocab_size;
-    let ids = |tokens: &[TokenId]| tokens.iter().map(|token| token.0).collect::<Vec<u32>>();
-    let allowed = (!edits.allowed.is_empty()).then(|| {
-        let mut words = vec![0; vocab_size.div_ceil(u32::BITS as usize)];
-        for token in edits.allowed.iter().filter(exists) {
-            words[(token.0 / u32::BITS) as usize] |= 1 << (token.0 % u32::BITS);
-        }
-        words
-    });
-    LogitEdits {
-        presence_penalty: edits.presence_penalty,
-        frequency_penalty: edits.frequency_penalty,
-        repetition_penalty: edits.repetition_penalty,
-        bias: edits.bias.iter().map(|(token, bias)| (token.0, *bias)).collect(),
-        allowed,
-        bad_words: edits.bad_words.iter().map(|word| ids(word)).collect(),
-        min_tokens: edits.min_tokens,
-        end_tokens: ids(&edits.end_tokens),
     }
 }
 

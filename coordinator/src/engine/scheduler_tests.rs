@@ -47,6 +47,7 @@ pub(super) fn request(prompt: Vec<TokenId>, max_tokens: u32) -> GenerateRequest 
         stop_token_ids: vec![],
         constraint: None,
         priority: 0,
+        cache_salt: None,
     }
 }
 

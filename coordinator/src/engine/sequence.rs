@@ -76,6 +76,8 @@ pub struct Sequence {
     /// Descriptions of the prompt from position 1 on, until they are emitted.
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
     hashes: Vec<BlockHash>,
+    /// Stands before the first of them.
+    salt: Option<BlockHash>,
     constraint: Option<ConstraintState>,
     /// Epochs that ended while it was in the batch.
     num_breaks: u32,
@@ -106,6 +108,7 @@ impl Sequence {
             num_in_flight: 0,
             num_cached_tokens: None,
             hashes: Vec::new(),
+            salt: request.cache_salt,
             constraint: request.constraint.map(ConstraintState::Ready),
             num_breaks: 0,
             alone_until: 0,
@@ -194,6 +197,11 @@ impl Sequence {
         self.num_cached_tokens.is_none()
     }
 
+    /// True before the first admission of its request: a search brings the same prompt with each of its sequences.
+    pub fn brings_prompt(&self) -> bool {
+        self.is_new() && self.turn.arrival == self.id
+    }
+
     /// True while descriptions of the prompt are owed.
     pub fn wants_prompt_logprobs(&self) -> bool {
         self.prompt_logprobs.is_some()
@@ -224,7 +232,7 @@ impl Sequence {
         let num_full = (num_tokens as usize).min(self.tokens.len()) / size;
         while self.hashes.len() < num_full {
             let start = self.hashes.len() * size;
-            let previous = self.hashes.last().copied();
+            let previous = self.hashes.last().copied().or(self.salt);
             self.hashes.push(BlockHash::chain(previous, &self.tokens[start..start + size]));
         }
         &self.hashes[..num_full]

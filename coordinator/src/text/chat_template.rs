@@ -1,5 +1,6 @@
 //! The model's own chat template, rendered as transformers renders it.
 
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
@@ -8,10 +9,13 @@ use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::Map;
 
 use super::python_json;
+use super::template_thread::TemplateThreads;
 use super::{TextError, Tokenizer};
 
 /// What a template may spend on one conversation: instructions, and 64 bytes of text for each, written or made in between.
 const TEMPLATE_FUEL: u64 = 4_000_000;
+/// Longest template; the longest in use have some ten thousand.
+const TEMPLATE_BYTES_MAX: usize = 256 * 1024;
 
 /// What a chat template is asked to render.
 #[derive(Debug, Clone, Default)]
@@ -31,7 +35,8 @@ pub struct ChatPrompt {
 /// A parsed chat template.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
+    threads: TemplateThreads,
     bos_token: Option<String>,
     eos_token: Option<String>,
 }
@@ -40,30 +45,18 @@ impl ChatTemplate {
     /// Parses a template; special tokens come from the tokenizer.
     ///
     /// # Errors
-    /// The template does not parse.
+    /// The template is too long, or does not parse.
     pub fn new(template: String, tokenizer: &Tokenizer) -> Result<Self, TextError> {
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(TextError::Template)?);
-        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-        environment.set_fuel(Some(TEMPLATE_FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_formatter(|out, _, value| {
-            if value.is_undefined() {
-                return Ok(());
-            }
-            out.write_str(&python_json::to_text(value)?).map_err(Error::from)
-        });
-        environment.add_filter("tojson", |value: Value, options| python_json::tojson(&value, options));
-        environment.add_filter("trim", |value: Value| python_json::to_text(&value).map(|text| text.trim().to_owned()));
-        environment.add_filter("string", |value: Value| python_json::to_text(&value));
-        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_function("strftime_now", |format: String| strftime_utc(&format, SystemTime::now()));
-        environment.add_template_owned("chat", without_generation_tags(&template)).map_err(TextError::Template)?;
+        let bytes = template.len();
+        if bytes > TEMPLATE_BYTES_MAX {
+            return Err(TextError::LongTemplate { bytes, limit: TEMPLATE_BYTES_MAX });
+        }
+        let threads = TemplateThreads::new(&template);
+        // Its parser goes down as deep as the template is nested.
+        let environment = threads.run(move || environment(&template)).map_err(not_rendered)??;
         Ok(Self {
-            environment,
+            environment: Arc::new(environment),
+            threads,
             bos_token: tokenizer.bos_token().map(str::to_owned),
             eos_token: tokenizer.eos_token().map(str::to_owned),
         })
@@ -85,12 +78,46 @@ impl ChatTemplate {
                 variables.entry(name).or_insert_with(|| token.as_str().into());
             }
         }
-        let template = self.environment.get_template("chat").map_err(TextError::Template)?;
-        let text = template.render(Value::from(Serde(variables))).map_err(|error| TextError::Render {
-            reason: error.detail().map_or_else(|| error.to_string(), str::to_owned),
-        })?;
+        let environment = Arc::clone(&self.environment);
+        let render = move || {
+            let template = environment.get_template("chat").map_err(TextError::Template)?;
+            template.render(Value::from(Serde(variables))).map_err(|error| TextError::Render {
+                reason: error.detail().map_or_else(|| error.to_string(), str::to_owned),
+            })
+        };
+        let text = self.threads.render(render).map_err(not_rendered)??;
         if prompt.continue_final_message { cut_after_final_message(text, prompt) } else { Ok(text) }
     }
+}
+
+/// The engine, with the template in it.
+fn environment(template: &str) -> Result<Environment<'static>, TextError> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    environment.set_syntax(syntax.map_err(TextError::Template)?);
+    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    environment.set_fuel(Some(TEMPLATE_FUEL));
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_formatter(|out, _, value| {
+        if value.is_undefined() {
+            return Ok(());
+        }
+        out.write_str(&python_json::to_text(value)?).map_err(Error::from)
+    });
+    environment.add_filter("tojson", |value: Value, options| python_json::tojson(&value, options));
+    environment.add_filter("trim", |value: Value| python_json::to_text(&value).map(|text| text.trim().to_owned()));
+    environment.add_filter("string", |value: Value| python_json::to_text(&value));
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", |format: String| strftime_utc(&format, SystemTime::now()));
+    environment.add_template_owned("chat", without_generation_tags(template)).map_err(TextError::Template)?;
+    Ok(environment)
+}
+
+/// Why a thread gave nothing.
+fn not_rendered(error: impl std::fmt::Display) -> TextError {
+    TextError::Render { reason: error.to_string() }
 }
 
 /// Leaves the last message open: whatever the template wrote behind its content goes.
@@ -225,8 +252,17 @@ mod tests {
             "{{ 'ab' | replace('', 'x' * 9000000) | replace('x', 'y' * 9000000) }}",
             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
             "{% set ns = namespace(x=['a' * 1000]) %}{% for a in range(16) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | tojson }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(30) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(30) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(50000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(50000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x == [ns.x] }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(50000) %}{% set ns.x = {'a': ns.x} %}{% endfor %}{{ ns.x ~ 'a' }}",
             &parens,
             &ifs,
+            &format!("{{{{ 1{} }}}}", " + 1".repeat(50_000)),
+            &format!("{{{{ x{} }}}}", ".a".repeat(50_000)),
+            &format!("{{{{ {}x }}}}", "not ".repeat(50_000)),
+            &format!("{{{{ x{} }}}}", "|list".repeat(50_000)),
         ] {
             let prompt = ChatPrompt { messages: vec![serde_json::json!({"role": "user"})], ..ChatPrompt::default() };
             let rendered = ChatTemplate::new(hostile.to_owned(), &tokenizer).and_then(|it| it.render(&prompt));

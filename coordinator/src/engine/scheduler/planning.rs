@@ -187,7 +187,7 @@ impl Scheduler {
                 self.free_slots.push(slot);
                 return;
             };
-            if sequence.is_new() {
+            if sequence.brings_prompt() {
                 self.counters.prompt_tokens += u64::from(sequence.num_prompt_tokens());
                 self.counters.cached_tokens += table.num_cached() as u64 * u64::from(self.limits.block_size);
             }
