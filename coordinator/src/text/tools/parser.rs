@@ -264,9 +264,9 @@ impl ToolParser {
         }
     }
 
-    /// The later form of Mistral.
+    /// True where a name may begin a call here.
     fn names_stand_alone(&self) -> bool {
-        self.format == &super::mistral::FORMAT && !self.region_has_call && self.num_open_lists == 0
+        self.format.bare_names && !self.region_has_call && self.num_open_lists == 0
     }
 
     /// True where a name makes a call: with an opening text any name does, without one only that of a tool.
