@@ -37,8 +37,9 @@ use crate::cluster::{
 };
 use crate::config::{Home, defaults};
 use crate::dashboard;
+use crate::security::FileError;
 use crate::security::access::Gate;
-use crate::security::key_file::{KeyFile, KeyFileError};
+use crate::security::key_file::KeyFile;
 use crate::security::keys::KeyRing;
 use crate::security::tokens::{TokenBook, TokenBookError};
 use crate::store::etcd::{Campaign, Leadership};
@@ -95,7 +96,7 @@ pub enum HeadError {
     Store(#[from] StoreError),
     /// The API keys cannot be read: nobody is let in on a guess.
     #[error(transparent)]
-    Keys(#[from] KeyFileError),
+    Keys(#[from] FileError),
     /// Tokens cannot be had.
     #[error(transparent)]
     Tokens(#[from] TokenBookError),

@@ -4,6 +4,7 @@
 
 pub mod agent;
 pub mod backend;
+pub mod cli;
 pub mod collective;
 pub mod config;
 pub mod decoder;

@@ -7,6 +7,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, Value};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::Map;
+use time::OffsetDateTime;
 
 use super::python_json;
 use super::template_thread::TemplateThreads;
@@ -160,26 +161,9 @@ fn without_generation_tags(template: &str) -> String {
 
 /// `strftime` in UTC, with the fields that chat templates use.
 fn strftime_utc(format: &str, now: SystemTime) -> String {
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
-    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let days = seconds / 86_400;
-    let (year, month, day) = civil_date(days);
-    let month_name = MONTHS.get(month as usize - 1).copied().unwrap_or_default();
-    let day_name = DAYS.get((days % 7) as usize).copied().unwrap_or_default();
+    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let now = OffsetDateTime::from_unix_timestamp(seconds.cast_signed()).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let (month_name, day_name) = (now.month().to_string(), now.weekday().to_string());
     let mut out = String::new();
     let mut chars = format.chars();
     while let Some(c) = chars.next() {
@@ -188,34 +172,22 @@ fn strftime_utc(format: &str, now: SystemTime) -> String {
             continue;
         }
         match chars.next() {
-            Some('Y') => out.push_str(&format!("{year:04}")),
-            Some('y') => out.push_str(&format!("{:02}", year % 100)),
-            Some('m') => out.push_str(&format!("{month:02}")),
-            Some('d') => out.push_str(&format!("{day:02}")),
-            Some('B') => out.push_str(month_name),
-            Some('b') => out.push_str(&month_name[..3.min(month_name.len())]),
-            Some('A') => out.push_str(day_name),
-            Some('a') => out.push_str(&day_name[..3.min(day_name.len())]),
-            Some('H') => out.push_str(&format!("{:02}", seconds / 3600 % 24)),
-            Some('M') => out.push_str(&format!("{:02}", seconds / 60 % 60)),
-            Some('S') => out.push_str(&format!("{:02}", seconds % 60)),
+            Some('Y') => out.push_str(&format!("{:04}", now.year())),
+            Some('y') => out.push_str(&format!("{:02}", now.year() % 100)),
+            Some('m') => out.push_str(&format!("{:02}", u8::from(now.month()))),
+            Some('d') => out.push_str(&format!("{:02}", now.day())),
+            Some('B') => out.push_str(&month_name),
+            Some('b') => out.push_str(&month_name[..3]),
+            Some('A') => out.push_str(&day_name),
+            Some('a') => out.push_str(&day_name[..3]),
+            Some('H') => out.push_str(&format!("{:02}", now.hour())),
+            Some('M') => out.push_str(&format!("{:02}", now.minute())),
+            Some('S') => out.push_str(&format!("{:02}", now.second())),
             Some(other) => out.push(other),
             None => out.push('%'),
         }
     }
     out
-}
-
-/// Year, month and day of a day count since 1970-01-01 (Gregorian; 400-year cycles of 146,097 days that begin in March).
-fn civil_date(days: u64) -> (u64, u64, u64) {
-    let shifted = days + 719_468;
-    let (cycle, day_of_cycle) = (shifted / 146_097, shifted % 146_097);
-    let year_of_cycle = (day_of_cycle - day_of_cycle / 1460 + day_of_cycle / 36_524 - day_of_cycle / 146_096) / 365;
-    let day_of_year = day_of_cycle - (365 * year_of_cycle + year_of_cycle / 4 - year_of_cycle / 100);
-    let march_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
-    (cycle * 400 + year_of_cycle + u64::from(month <= 2), month, day)
 }
 
 #[cfg(test)]
