@@ -48,3 +48,13 @@ fn a_full_disk_refuses_what_is_new_and_keeps_what_was_acknowledged() {
 fn a_wall_clock_that_jumps_changes_nothing() {
     check(Fault::ClockJump, Victim::Head, Moment::Decode);
 }
+
+#[test]
+fn a_head_that_stands_by_takes_over_while_prompts_are_read() {
+    check(Fault::Kill, Victim::Leader, Moment::Prefill);
+}
+
+#[test]
+fn a_full_etcd_refuses_what_is_new_and_keeps_what_was_acknowledged() {
+    check(Fault::DiskFull, Victim::Leader, Moment::Decode);
+}

@@ -2,12 +2,14 @@
 //!
 //! Cells of one kind share a scene: machines, a deployment `m`, and streams whose text is known.
 
+mod heads;
 mod scene;
 mod table;
 
 use std::time::{Duration, Instant};
 
-pub use scene::Scene;
+use heads::HeadsScene;
+use scene::{Kind, Scene};
 pub use table::{Expected, Fault, Moment, Row, TABLE, Victim};
 
 /// Longest time of a cell; each of its waits is shorter.
@@ -36,6 +38,42 @@ pub fn cells() -> Vec<Cell> {
     cells
 }
 
+/// Where cells are played.
+enum Stage {
+    One(Box<Scene>),
+    Two(Box<HeadsScene>),
+}
+
+impl Stage {
+    fn set(cell: &Cell) -> Option<Self> {
+        match Scene::kind(cell) {
+            Kind::TwoHeads | Kind::FarHead => HeadsScene::set(cell).map(|scene| Self::Two(Box::new(scene))),
+            _ => Scene::set(cell).map(|scene| Self::One(Box::new(scene))),
+        }
+    }
+
+    fn is_of(&self, cell: &Cell) -> bool {
+        match self {
+            Self::One(scene) => scene.is_of(cell),
+            Self::Two(scene) => scene.is_of(cell),
+        }
+    }
+
+    fn play(&self, cell: &Cell) -> String {
+        match self {
+            Self::One(scene) => scene.play(cell),
+            Self::Two(scene) => scene.play(cell),
+        }
+    }
+
+    fn last_words(&self) -> String {
+        match self {
+            Self::One(scene) => scene.last_words(),
+            Self::Two(scene) => scene.last_words(),
+        }
+    }
+}
+
 /// What became of some cells.
 #[derive(Debug, Default)]
 pub struct Outcome {
@@ -50,12 +88,12 @@ pub struct Outcome {
 /// Plays cells in their order. One that goes wrong does not keep the others from being played, in a scene of their own.
 pub fn run(cells: &[Cell]) -> Outcome {
     let mut outcome = Outcome::default();
-    let mut scene: Option<Scene> = None;
+    let mut scene: Option<Stage> = None;
     for cell in cells {
         let Cell { fault, victim, moment, expected } = cell;
         if scene.as_ref().is_none_or(|scene| !scene.is_of(cell)) {
             drop(scene.take());
-            scene = Scene::set(cell);
+            scene = Stage::set(cell);
         }
         let Some(here) = &scene else {
             println!("{fault:?} of {victim:?}, {moment:?}: left out, this machine gives no right to do that");

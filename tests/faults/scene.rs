@@ -24,7 +24,7 @@ const STORE_BYTES: u64 = 12 << 20;
 /// Lines of logs that are shown of a cell that went wrong.
 const LAST_LINES: usize = 40;
 /// A day.
-const DAY_S: i64 = 86_400;
+pub(super) const DAY_S: i64 = 86_400;
 
 /// What kind of scene a cell needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,12 +41,16 @@ pub enum Kind {
     OtherClock,
     /// One machine with a small disk for its store.
     SmallDisk,
+    /// Two heads over etcd.
+    TwoHeads,
+    /// Two heads, one of them behind a cable.
+    FarHead,
 }
 
 /// Long prompts, and long answers, with the text that each has alone: the same on any scene.
-struct Works {
-    prefill: Work,
-    decode: Work,
+pub(super) struct Works {
+    pub prefill: Work,
+    pub decode: Work,
 }
 
 /// Machines with a deployment `m` of two ranks.
@@ -59,7 +63,7 @@ pub struct Scene {
     works: &'static Works,
 }
 
-fn works(http: &Http) -> &'static Works {
+pub(super) fn works(http: &Http) -> &'static Works {
     static WORKS: OnceLock<Works> = OnceLock::new();
     WORKS
         .get_or_init(|| Works { prefill: Work::ask_alone(http, 12, 800, 4), decode: Work::ask_alone(http, 8, 40, 250) })
@@ -69,6 +73,8 @@ impl Scene {
     /// The kind that a cell needs.
     pub fn kind(cell: &Cell) -> Kind {
         match (cell.fault, cell.victim) {
+            (Fault::Cut, Victim::Leader | Victim::Standby) => Kind::FarHead,
+            (_, Victim::Leader | Victim::Standby) => Kind::TwoHeads,
             (Fault::Cut, Victim::Agent | Victim::Head) => Kind::AllFar,
             (Fault::Cut | Fault::SlowLink, _) => Kind::Shared,
             (Fault::DiskFull, _) => Kind::SmallDisk,
@@ -127,7 +133,7 @@ impl Scene {
         let cluster = self.cluster();
         wait_for("the deployment to be ready", || (self.state() == "ready").then_some(()));
         let before = cluster.status();
-        let company = self.begin(cell.moment, &before);
+        let company = begin(cluster, self.works, cell.moment, &before);
         match cell.expected {
             Expected::OwnText => self.break_rank(cell, &before, company),
             Expected::MovedText if cell.fault == Fault::Cut => self.cut_shared(company),
@@ -139,6 +145,7 @@ impl Scene {
             Expected::NoBreak => self.jump(cell, &before, company),
             Expected::Named => self.slow_down(company),
             Expected::Refused => self.fill_disk(cell, &before, company),
+            Expected::TakenOver | Expected::Unnoticed => panic!("a cell of two heads"),
         }
     }
 
@@ -155,39 +162,6 @@ impl Scene {
 
     fn state(&self) -> String {
         self.cluster().deployment_state("m")
-    }
-
-    /// Brings the deployment to the moment: streams that run, or a group that is being started again.
-    fn begin(&self, moment: Moment, before: &StatusSnapshot) -> Option<Company> {
-        let cluster = self.cluster();
-        let work = match moment {
-            Moment::Idle => return None,
-            Moment::Prefill => &self.works.prefill,
-            Moment::Decode | Moment::Starting => &self.works.decode,
-        };
-        let company = work.start(&cluster.http);
-        let steps = before.ranks[0].steps + if moment == Moment::Decode { STEPS_TO_DECODE } else { 1 };
-        // Only steps are asked for: where the machine is fast, streams may have ended before anybody looks.
-        wait_for("streams to run", || (cluster.status().ranks[0].steps >= steps).then_some(()));
-        if moment == Moment::Starting {
-            Processes::kill(before.ranks[1].pid);
-            wait_for("the next group to start", || {
-                let ranks = cluster.ranks("m");
-                ranks
-                    .iter()
-                    .all(|rank| rank.pid != 0 && before.ranks.iter().all(|old| old.pid != rank.pid))
-                    .then_some(())
-            });
-        }
-        Some(company)
-    }
-
-    /// Every stream has the right text; says how long the longest pause was.
-    fn right_text(company: Option<Company>) -> String {
-        match company.map(Company::check) {
-            Some(pause) => format!("longest pause {:.2} s", pause.as_secs_f64()),
-            None => "nothing ran".to_owned(),
-        }
     }
 
     /// The deployment answers again, with the right text.
@@ -209,7 +183,7 @@ impl Scene {
         };
         let hit = self.cluster().ranks("m");
         Processes::signal(hit[rank].pid, signal);
-        let words = Self::right_text(company);
+        let words = right_text(company);
         let epoch = before.deployments[0].epoch;
         wait_for("the deployment to be ready in a later epoch", || {
             let deployment = self.cluster().status().deployments.remove(0);
@@ -238,7 +212,7 @@ impl Scene {
             _ => Signal::SIGKILL,
         };
         Processes::signal(node.pid, signal);
-        let words = Self::right_text(company);
+        let words = right_text(company);
         wait_for("the deployment to be ready on the other machine", || {
             let now = self.cluster().status();
             let moved = now.ranks.iter().all(|rank| rank.node != node.id && rank.state == "ready");
@@ -292,7 +266,7 @@ impl Scene {
     fn cut_shared(&self, company: Option<Company>) -> String {
         let ranks = self.cluster().ranks("m");
         let (far, took) = self.cut();
-        let words = Self::right_text(company);
+        let words = right_text(company);
         self.answers_again();
         assert!(self.cluster().ranks("m").iter().all(|rank| rank.node != far), "all ranks are on this machine");
         self.far().connect(Duration::ZERO);
@@ -308,7 +282,7 @@ impl Scene {
         let (far, took) = self.cut();
         sleep(Duration::from_secs(1));
         self.far().connect(Duration::ZERO);
-        let words = Self::right_text(company);
+        let words = right_text(company);
         Processes::wait_gone(&ranks.iter().map(|rank| rank.pid).collect::<Vec<_>>());
         self.is_back(&far);
         format!("given up after {:.1} s, {words}", took.as_secs_f64())
@@ -350,7 +324,7 @@ impl Scene {
         Processes::signal(before.head.pid, Signal::SIGSTOP);
         sleep(HEAD_PAUSE);
         Processes::signal(before.head.pid, Signal::SIGCONT);
-        let words = Self::right_text(company);
+        let words = right_text(company);
         self.answers_again();
         assert!(self.cluster().status().nodes.iter().all(|node| node.state == "alive"), "no machine was given up");
         words
@@ -366,7 +340,7 @@ impl Scene {
             let differs = created().expect("a time") - now as i64 - offset;
             assert!(differs.abs() < 600, "the head's clock has jumped: {differs} s");
         }
-        let words = Self::right_text(company);
+        let words = right_text(company);
         clock.jump(0);
         self.answers_again();
         let now = self.cluster().status();
@@ -396,7 +370,7 @@ impl Scene {
         assert_eq!(answer["choices"][0]["token_ids"], json!(expected[..2]));
         self.far().connect(Duration::ZERO);
         wait_for("status to forget it", || self.far_node().reason.is_empty().then_some(()));
-        let words = Self::right_text(company);
+        let words = right_text(company);
         self.answers_again();
         format!("named with {time:.0} ms, 2 tokens in {:.1} s, {words}", took.as_secs_f64())
     }
@@ -413,7 +387,7 @@ impl Scene {
             // What runs goes on, and is started again where it breaks, though nothing can be written about it.
             Processes::kill(before.ranks[1].pid);
         }
-        let words = Self::right_text(company);
+        let words = right_text(company);
         self.answers_again();
         disk.free();
         wait_for("what was refused to be possible", || {
@@ -433,6 +407,35 @@ impl Scene {
     }
 }
 
+/// Brings the deployment to the moment: streams that run, or a group that is being started again.
+pub(super) fn begin(cluster: &Cluster, works: &Works, moment: Moment, before: &StatusSnapshot) -> Option<Company> {
+    let work = match moment {
+        Moment::Idle => return None,
+        Moment::Prefill => &works.prefill,
+        Moment::Decode | Moment::Starting => &works.decode,
+    };
+    let company = work.start(&cluster.http);
+    let steps = before.ranks[0].steps + if moment == Moment::Decode { STEPS_TO_DECODE } else { 1 };
+    // Only steps are asked for: where the machine is fast, streams may have ended before anybody looks.
+    wait_for("streams to run", || (cluster.status().ranks[0].steps >= steps).then_some(()));
+    if moment == Moment::Starting {
+        Processes::kill(before.ranks[1].pid);
+        wait_for("the next group to start", || {
+            let ranks = cluster.ranks("m");
+            ranks.iter().all(|rank| rank.pid != 0 && before.ranks.iter().all(|old| old.pid != rank.pid)).then_some(())
+        });
+    }
+    Some(company)
+}
+
+/// Every stream has the right text; says how long the longest pause was.
+pub(super) fn right_text(company: Option<Company>) -> String {
+    match company.map(Company::check) {
+        Some(pause) => format!("longest pause {:.2} s", pause.as_secs_f64()),
+        None => "nothing ran".to_owned(),
+    }
+}
+
 fn join(node: &Node, cluster: &Cluster, slots: &str) {
     let joined = node.run("worker", &["join", "--address", &cluster.address, "--num-gpus", slots]);
     assert_eq!(joined.code, 0, "{joined:?}");
@@ -442,7 +445,7 @@ fn join(node: &Node, cluster: &Cluster, slots: &str) {
     });
 }
 
-fn serve(cluster: &Cluster, kind: Kind) {
+pub(super) fn serve(cluster: &Cluster, kind: Kind) {
     let strategy = if kind == Kind::Shared { "spread" } else { "strict-pack" };
     let flags = ["--tensor-parallel-size", "2", "--dtype", "float32", "--placement-strategy", strategy];
     // Small steps: a prompt takes many of them.

@@ -1,9 +1,11 @@
 //! The table: which fault, whom it hits, when, and what is expected then.
 
-use Expected::{BackWithText, Closed, ErrorThenText, MovedText, Named, NoBreak, OwnText, Paused, Refused};
+use Expected::{
+    BackWithText, Closed, ErrorThenText, MovedText, Named, NoBreak, OwnText, Paused, Refused, TakenOver, Unnoticed,
+};
 use Fault::{ClockJump, Cut, DiskFull, Exit, Freeze, Kill, SlowLink};
 use Moment::{Decode, Idle, Prefill, Starting};
-use Victim::{Agent, Head, OtherRank, RankZero};
+use Victim::{Agent, Head, Leader, OtherRank, RankZero, Standby};
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +26,7 @@ pub enum Fault {
     ClockJump,
 }
 
-/// Whom it hits. A second head that stands by will be one more.
+/// Whom it hits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Victim {
     /// Rank 0.
@@ -33,8 +35,12 @@ pub enum Victim {
     OtherRank,
     /// The agent of the machine that the ranks are on; the network: all of that machine.
     Agent,
-    /// The head.
+    /// The only head.
     Head,
+    /// The head that leads, of two over etcd; the network: its machine; the store: etcd.
+    Leader,
+    /// The head that stands by.
+    Standby,
 }
 
 /// What the deployment is at when the fault comes.
@@ -71,6 +77,11 @@ pub enum Expected {
     Named,
     /// What is new is refused in plain words; what runs goes on; what was acknowledged is there after a restart.
     Refused,
+    /// The head that stands by answers new requests with the right text in under ten seconds; connections to one that was killed
+    /// close within a second, and none hangs; the head that is back stands by.
+    TakenOver,
+    /// Every stream ends with the right text, no group broke, and the same head leads; the other one stands by again.
+    Unnoticed,
 }
 
 /// Cells that differ in their moment only.
@@ -80,7 +91,7 @@ pub struct Row(pub Fault, pub Victim, pub &'static [Moment], pub Expected);
 const EVERY: &[Moment] = &[Starting, Prefill, Decode, Idle];
 
 /// The cells that make sense. An agent has no work of its own to be in; a head that is told to end stops the cluster, which is no
-/// fault; a disk is the head's; a clock is a machine's.
+/// fault; a disk is the head's, and one that stands by writes nothing; a clock is a machine's.
 pub const TABLE: &[Row] = &[
     Row(Kill, RankZero, EVERY, OwnText),
     Row(Kill, OtherRank, EVERY, OwnText),
@@ -100,4 +111,15 @@ pub const TABLE: &[Row] = &[
     Row(SlowLink, OtherRank, &[Starting, Decode, Idle], Named),
     Row(DiskFull, Head, &[Decode, Idle], Refused),
     Row(ClockJump, Head, EVERY, NoBreak),
+    Row(Kill, Leader, EVERY, TakenOver),
+    Row(Kill, Standby, EVERY, Unnoticed),
+    Row(Freeze, Leader, EVERY, TakenOver),
+    Row(Freeze, Standby, EVERY, Unnoticed),
+    Row(Cut, Leader, &[Decode, Idle], TakenOver),
+    Row(Cut, Standby, &[Decode, Idle], Unnoticed),
+    // etcd has no room: its alarm.
+    Row(DiskFull, Leader, &[Decode, Idle], Refused),
+    // Leases are counted by clocks that do not jump.
+    Row(ClockJump, Leader, &[Decode, Idle], Unnoticed),
+    Row(ClockJump, Standby, &[Decode, Idle], Unnoticed),
 ];

@@ -68,10 +68,8 @@ impl Heads {
     pub fn now(&self) -> Led {
         let mut led = Led { target: self.first.clone(), term: 0 };
         let Some(note) = HeadNote::read(&self.note).filter(|note| note.term > 0) else { return led };
-        led.term = note.term;
-        if note.address != led.target.address {
-            (led.target.address, led.target.socket) = (note.address, note.socket);
-        }
+        // Both from the note: an address of one head and a socket of another would reach the wrong one.
+        (led.term, led.target.address, led.target.socket) = (note.term, note.address, note.socket);
         led
     }
 
@@ -101,7 +99,10 @@ mod tests {
     async fn ranks_follow_the_note() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("head.json");
-        let note = |term, address: &str| HeadNote { term, address: address.into(), socket: None }.write(&path).unwrap();
+        let note = |term, address: &str| {
+            let socket = Some(format!("/{term}.sock").into());
+            HeadNote { term, address: address.into(), socket }.write(&path).unwrap();
+        };
         let trust = HeadTrust::Plain;
         let first = HeadTarget { address: "a:1".into(), socket: Some("/a.sock".into()), trust };
         let heads = Heads::new(first, path.clone());
@@ -109,7 +110,11 @@ mod tests {
         assert_eq!((before.target.address.as_str(), before.term), ("a:1", 0));
         note(4, "a:1");
         let led = heads.now();
-        assert_eq!((led.term, led.target.socket.is_some()), (4, true));
+        assert_eq!(
+            (led.term, led.target.socket.clone()),
+            (4, Some("/4.sock".into())),
+            "never a socket of another head"
+        );
         let look = |led: Led| {
             let heads = heads.clone();
             async move { tokio::time::timeout(LOOK * 3, heads.superseded(&led)).await.is_ok() }
@@ -117,7 +122,7 @@ mod tests {
         assert!(!look(led.clone()).await);
         note(5, "b:1");
         assert!(look(led).await);
-        assert_eq!((heads.now().target.address.as_str(), heads.now().target.socket), ("b:1", None));
+        assert_eq!((heads.now().target.address.as_str(), heads.now().target.socket), ("b:1", Some("/5.sock".into())));
         std::fs::write(&path, "{").unwrap();
         assert_eq!(heads.now().target.address, "a:1", "what cannot be read says nothing");
     }

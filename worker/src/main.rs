@@ -250,7 +250,6 @@ fn run_agent(args: &JoinArgs, config: &Config) -> anyhow::Result<()> {
             format!("--log-level={}", config.log_level),
         ],
         node_id: node_id.clone(),
-        head: head.as_str().into(),
         head_note: config.home.head_note(),
         trust_dir: (config.trust != TrustWish::Insecure).then(|| config.home.trust_dir()),
         secrets: config.secrets.clone(),

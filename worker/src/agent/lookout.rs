@@ -14,7 +14,7 @@ use phalanx_proto::pb::heads_client::HeadsClient;
 use phalanx_proto::{HeadSight, Term, pb};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tonic::transport::Channel;
 use tracing::{info, warn};
 
@@ -23,10 +23,10 @@ use super::node;
 use crate::head_note::HeadNote;
 use crate::session::HeadTarget;
 
-/// Time between two looks at several heads.
+/// Time between two looks at all heads.
 const LOOK: Duration = Duration::from_millis(500);
-/// The same where only one is known.
-const LOOK_ALONE: Duration = Duration::from_secs(2);
+/// Heads that are known at most: those that the leader does not name give way first.
+const HEADS_MAX: usize = 8;
 /// Time for a head to answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
 /// A head that has not said for so long that it leads gives way to one of a lower term: their store may be another.
@@ -37,18 +37,29 @@ pub fn start(credentials: &Credentials, file: PathBuf) -> watch::Receiver<HeadNo
     let named = credentials.head.as_str().to_owned();
     let first = HeadNote { term: 0, address: named.clone(), socket: None };
     let (notes, seen) = watch::channel(first);
-    let heads = BTreeMap::from([(named.clone(), None)]);
+    let heads = BTreeMap::from([(named.clone(), Known::default())]);
     let lookout = Lookout { named, credentials: credentials.clone(), heads, notes, file, led_at: Instant::now() };
     // It ends with the agent's runtime.
     tokio::spawn(lookout.run());
     seen
 }
 
+/// A head that is asked.
+#[derive(Default)]
+struct Known {
+    /// The connection that it has answered over.
+    client: Option<HeadsClient<Channel>>,
+    /// Its answer is waited for.
+    is_asked: bool,
+}
+
+/// What came of asking a head.
+type Answer = (String, Option<(HeadsClient<Channel>, HeadSight)>);
+
 struct Lookout {
     named: String,
     credentials: Credentials,
-    /// Connections by address; absent where there is none.
-    heads: BTreeMap<String, Option<HeadsClient<Channel>>>,
+    heads: BTreeMap<String, Known>,
     notes: watch::Sender<HeadNote>,
     file: PathBuf,
     /// When the noted head has last said that it leads.
@@ -58,43 +69,52 @@ struct Lookout {
 impl Lookout {
     async fn run(mut self) {
         self.write();
+        let mut answers = JoinSet::new();
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            for (address, answer) in self.ask_all().await {
-                let Some((client, sight)) = answer else { continue };
-                if let Some(known) = self.heads.get_mut(&address) {
-                    *known = Some(client);
-                }
-                self.take(&address, sight, Instant::now());
+            tokio::select! {
+                _ = looks.tick() => self.ask_all(&mut answers),
+                Some(answer) = answers.join_next() => if let Ok(answer) = answer { self.hear(answer) },
             }
-            tokio::time::sleep(if self.heads.len() > 1 { LOOK } else { LOOK_ALONE }).await;
         }
     }
 
-    /// Asks all at once, each within its deadline.
-    async fn ask_all(&mut self) -> Vec<(String, Option<(HeadsClient<Channel>, HeadSight)>)> {
+    /// Asks all whose answer is not waited for yet, each within its deadline: one that is frozen does not keep the others waiting.
+    fn ask_all(&mut self, answers: &mut JoinSet<Answer>) {
         let seen_term = self.notes.borrow().term;
-        let mut asked = JoinSet::new();
-        for (address, client) in &mut self.heads {
-            let (address, client) = (address.clone(), client.take());
+        for (address, known) in self.heads.iter_mut().filter(|(_, known)| !known.is_asked) {
+            known.is_asked = true;
+            let (address, client) = (address.clone(), known.client.take());
             let target = self.credentials.target(&address);
-            asked.spawn(async move {
+            answers.spawn(async move {
                 let answer = tokio::time::timeout(ANSWER_DEADLINE, ask(&target, client, seen_term)).await;
                 (address, answer.ok().flatten())
             });
         }
-        asked.join_all().await
+    }
+
+    fn hear(&mut self, (address, answer): Answer) {
+        let (client, sight) = answer.unzip();
+        if let Some(known) = self.heads.get_mut(&address) {
+            *known = Known { client, is_asked: false };
+        }
+        if let Some(sight) = sight {
+            self.take(&address, sight, Instant::now());
+        }
     }
 
     fn take(&mut self, address: &str, sight: HeadSight, now: Instant) {
         if sight.leads {
             self.take_leader(address, &sight, now);
         }
-        // Only the head that leads knows who has gone.
-        if sight.leads && self.notes.borrow().address == address {
+        // A head that is away just now may lead next, and nobody else would say so: it is asked on.
+        let leads = sight.leads && self.notes.borrow().address == address;
+        if leads && self.heads.len() > HEADS_MAX {
             let named = &self.named;
             self.heads.retain(|known, _| known == named || known == address || sight.heads.contains(known));
         }
-        for head in sight.heads {
+        for head in sight.heads.into_iter().take(HEADS_MAX) {
             self.heads.entry(head).or_default();
         }
     }
@@ -134,11 +154,13 @@ async fn ask(
     client: Option<HeadsClient<Channel>>,
     seen_term: u64,
 ) -> Option<(HeadsClient<Channel>, HeadSight)> {
-    let mut client = match client {
-        Some(client) => client,
-        None => HeadsClient::new(target.dial().await.ok()?),
-    };
-    // A head without this service is the only one of its cluster.
+    // A head that begins to lead closes what it had open while it stood by: then it is dialled anew at once.
+    if let Some(mut client) = client
+        && let Ok(reply) = client.who(pb::WhoRequest { seen_term }).await
+    {
+        return Some((client, reply.into_inner().into()));
+    }
+    let mut client = HeadsClient::new(target.dial().await.ok()?);
     let reply = client.who(pb::WhoRequest { seen_term }).await.ok()?.into_inner();
     Some((client, reply.into()))
 }
@@ -153,7 +175,7 @@ mod tests {
 
     fn lookout(dir: &std::path::Path) -> Lookout {
         let note = HeadNote { term: 0, address: "a".into(), socket: None };
-        let heads = BTreeMap::from([("a".to_owned(), None)]);
+        let heads = BTreeMap::from([("a".to_owned(), Known::default())]);
         let file = dir.join("head.json");
         let credentials = Credentials {
             home: Home::new(dir),
@@ -187,8 +209,11 @@ mod tests {
         lookout.take("b", leads(7, &["b"]), now);
         check(&lookout, "a", 9);
         assert_eq!(lookout.heads.len(), 3);
+        lookout.take("a", leads(9, &["a"]), now);
+        assert_eq!(lookout.heads.len(), 3, "a head that is away is asked on");
+        lookout.take("a", leads(9, &["a", "d", "e", "f", "g", "h", "i"]), now);
         lookout.take("a", leads(9, &["a", "b"]), now);
-        assert_eq!(lookout.heads.len(), 2, "the head that leads knows who has gone");
+        assert_eq!(lookout.heads.len(), 2, "not without end");
         lookout.take("a", leads(3, &["a", "b"]), now);
         check(&lookout, "a", 3);
         lookout.take("b", leads(2, &["a", "b"]), now + FORGOTTEN_AFTER * 2);

@@ -286,7 +286,7 @@ impl<R: FnMut(&Report)> Agent<R> {
 
     /// The link's life: desired state down, observed state and heartbeats up.
     async fn serve(&mut self, head: &str, mut link: Link, welcome: AgentWelcome) -> Result<Served, AgentError> {
-        self.joined(&mut link, &welcome).await;
+        self.joined(head, &mut link, &welcome).await;
         let mut beats = tokio::time::interval(welcome.heartbeat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut pulse = Pulse::default();
@@ -333,14 +333,14 @@ impl<R: FnMut(&Report)> Agent<R> {
         }
     }
 
-    async fn joined(&mut self, link: &mut Link, welcome: &AgentWelcome) {
+    async fn joined(&mut self, head: &str, link: &mut Link, welcome: &AgentWelcome) {
         self.has_joined = true;
         self.orphaned_at = None;
         let boot_id = node::boot_id();
         let is_here = |boot: &str| !boot_id.is_empty() && boot == boot_id;
         let socket = welcome.socket.as_ref().filter(|s| is_here(&s.boot_id)).map(|s| s.path.clone());
-        self.head_facts = HeadFacts { socket, grace: welcome.head_grace };
-        info!(head = self.leading.borrow().address, node_id = %self.setup.hello.node_id, term = %welcome.term, "joined");
+        self.head_facts = HeadFacts { address: head.to_owned(), socket, grace: welcome.head_grace };
+        info!(head, node_id = %self.setup.hello.node_id, term = %welcome.term, "joined");
         (self.report)(&Report::Joined);
         // A head that came back learns what runs here.
         for observed in self.observed.values() {

@@ -41,8 +41,6 @@ pub struct Launcher {
     pub args: Vec<String>,
     /// The node.
     pub node_id: NodeId,
-    /// The head, `host:port`.
-    pub head: String,
     /// Where it is noted which head leads.
     pub head_note: PathBuf,
     /// Folder of this node's certificate; absent: plain text (`--insecure`).
@@ -68,6 +66,8 @@ pub struct Launcher {
 /// What the head said about itself, for the ranks.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct HeadFacts {
+    /// `host:port`.
+    pub address: String,
     /// Its Unix socket, where it is on this machine.
     pub socket: Option<String>,
     /// How long ranks outlive it.
@@ -137,7 +137,7 @@ impl Launcher {
             agent_pid: std::process::id(),
             key: rank.key.clone(),
             node_id: self.node_id.clone(),
-            head: self.head.clone(),
+            head: head.address.clone(),
             head_socket: head.socket.clone(),
             head_note: self.head_note.clone(),
             trust_dir: self.trust_dir.clone(),

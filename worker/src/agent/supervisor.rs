@@ -199,7 +199,6 @@ mod tests {
             program: "/bin/sh".into(),
             args: vec!["-c".into(), script.into()],
             node_id: NodeId("n".into()),
-            head: "127.0.0.1:1".into(),
             head_note: dir.join("head.json"),
             trust_dir: None,
             secrets: Vec::new(),

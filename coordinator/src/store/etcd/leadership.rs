@@ -23,7 +23,7 @@ use super::client::{Check, Client, Done, Entry, EtcdError, Write};
 use super::{EtcdPlace, EtcdStore, Records};
 
 /// How long a lead outlives the head that had it.
-const TTL: Duration = Duration::from_secs(4);
+const TTL: Duration = Duration::from_secs(3);
 /// A head stops acting so long before its lease can end.
 const MARGIN: Duration = Duration::from_millis(500);
 /// Time between two renewals.
