@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use phalanx_proto::{NodeStatus, StatusSnapshot};
 use serde_json::json;
 
-use super::{Cell, Expected, Fault, Moment, Victim};
+use super::{Cell, Expected, Fault, Figures, Moment, Victim};
 
 /// How long a frozen head stands still: longer than its patience with silent machines.
 const HEAD_PAUSE: Duration = Duration::from_secs(6);
@@ -62,7 +62,7 @@ pub struct Scene {
 fn works(http: &Http) -> &'static Works {
     static WORKS: OnceLock<Works> = OnceLock::new();
     WORKS
-        .get_or_init(|| Works { prefill: Work::ask_alone(http, 12, 800, 4), decode: Work::ask_alone(http, 8, 40, 250) })
+        .get_or_init(|| Works { prefill: Work::ask_alone(http, 12, 800, 4), decode: Work::ask_alone(http, 8, 40, 600) })
 }
 
 impl Scene {
@@ -78,9 +78,10 @@ impl Scene {
         }
     }
 
-    /// Whether this scene is what a cell needs.
+    /// Whether this scene is what a cell needs. A store that was full once has free pages afterwards: it would take what is new on
+    /// a full disk too.
     pub fn is_of(&self, cell: &Cell) -> bool {
-        self.kind == Self::kind(cell)
+        self.kind == Self::kind(cell) && self.kind != Kind::SmallDisk
     }
 
     /// Sets the scene for a cell; `None` where this machine lets nobody do so.
@@ -123,7 +124,7 @@ impl Scene {
     ///
     /// # Panics
     /// If anything but what is expected happens.
-    pub fn play(&self, cell: &Cell) -> String {
+    pub fn play(&self, cell: &Cell) -> Figures {
         let cluster = self.cluster();
         wait_for("the deployment to be ready", || (self.state() == "ready").then_some(()));
         let before = cluster.status();
@@ -182,12 +183,14 @@ impl Scene {
         Some(company)
     }
 
-    /// Every stream has the right text; says how long the longest pause was.
-    fn right_text(company: Option<Company>) -> String {
-        match company.map(Company::check) {
-            Some(pause) => format!("longest pause {:.2} s", pause.as_secs_f64()),
-            None => "nothing ran".to_owned(),
-        }
+    /// The fault came while streams ran: what follows is about them.
+    fn hits(company: Option<&Company>) {
+        assert!(company.is_none_or(Company::is_running), "streams had ended before the fault came");
+    }
+
+    /// Every stream has the right text; gives how long the longest pause was, where anything ran.
+    fn right_text(company: Option<Company>) -> Figures {
+        company.map(|company| ("longest pause", company.check())).into_iter().collect()
     }
 
     /// The deployment answers again, with the right text.
@@ -198,7 +201,7 @@ impl Scene {
         assert_eq!(answer["choices"][0]["token_ids"], work.expected[0], "a resend gets the right text");
     }
 
-    fn break_rank(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> String {
+    fn break_rank(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> Figures {
         let (rank, signal) = match (cell.victim, cell.fault) {
             (Victim::RankZero, Fault::Exit) => (0, Signal::SIGTERM),
             (_, Fault::Exit) => (1, Signal::SIGABRT),
@@ -209,7 +212,8 @@ impl Scene {
         };
         let hit = self.cluster().ranks("m");
         Processes::signal(hit[rank].pid, signal);
-        let words = Self::right_text(company);
+        Self::hits(company.as_ref());
+        let figures = Self::right_text(company);
         let epoch = before.deployments[0].epoch;
         wait_for("the deployment to be ready in a later epoch", || {
             let deployment = self.cluster().status().deployments.remove(0);
@@ -217,7 +221,7 @@ impl Scene {
         });
         Processes::wait_gone(&hit.iter().chain(&before.ranks).map(|rank| rank.pid).collect::<Vec<_>>());
         self.answers_again();
-        words
+        figures
     }
 
     /// The machine that the ranks are on, and its home.
@@ -229,7 +233,7 @@ impl Scene {
         (node, home)
     }
 
-    fn lose_machine(&self, cell: &Cell, company: Option<Company>) -> String {
+    fn lose_machine(&self, cell: &Cell, company: Option<Company>) -> Figures {
         let (node, home) = self.machine_of_ranks();
         let old: Vec<u32> = self.cluster().ranks("m").iter().map(|rank| rank.pid).collect();
         let signal = match cell.fault {
@@ -238,7 +242,12 @@ impl Scene {
             _ => Signal::SIGKILL,
         };
         Processes::signal(node.pid, signal);
-        let words = Self::right_text(company);
+        Self::hits(company.as_ref());
+        let mut figures = Self::right_text(company);
+        // The ranks of a frozen agent work on until their machine is given up: streams run at that time as well.
+        while cell.fault == Fault::Freeze && cell.moment != Moment::Idle && self.is_alive(&node.id) {
+            figures = figures.max(Self::right_text(Some(self.works.decode.start(&self.cluster().http))));
+        }
         wait_for("the deployment to be ready on the other machine", || {
             let now = self.cluster().status();
             let moved = now.ranks.iter().all(|rank| rank.node != node.id && rank.state == "ready");
@@ -252,14 +261,16 @@ impl Scene {
             join(home, self.cluster(), "2");
         }
         self.is_back(&node.id);
-        words
+        figures
+    }
+
+    fn is_alive(&self, node: &str) -> bool {
+        self.cluster().status().nodes.iter().any(|other| other.id == node && other.state == "alive")
     }
 
     /// A machine that was lost is there again, and what serves elsewhere does not notice.
     fn is_back(&self, node: &str) {
-        wait_for("the machine to be back", || {
-            self.cluster().status().nodes.iter().any(|other| other.id == node && other.state == "alive").then_some(())
-        });
+        wait_for("the machine to be back", || self.is_alive(node).then_some(()));
         self.answers_again();
         let epoch = self.cluster().status().deployments[0].epoch;
         sleep(Duration::from_secs(1));
@@ -279,9 +290,10 @@ impl Scene {
     }
 
     /// Loses the far machine; gives its id, and how long it was until the head knew.
-    fn cut(&self) -> (String, Duration) {
+    fn cut(&self, company: Option<&Company>) -> (String, Duration) {
         let far = self.far_node();
         self.far().cut();
+        Self::hits(company);
         let cut = Instant::now();
         wait_for("the far machine to be given up", || (self.far_node().state == "dead").then_some(()));
         let took = cut.elapsed();
@@ -289,10 +301,10 @@ impl Scene {
         (far.id, took)
     }
 
-    fn cut_shared(&self, company: Option<Company>) -> String {
+    fn cut_shared(&self, company: Option<Company>) -> Figures {
         let ranks = self.cluster().ranks("m");
-        let (far, took) = self.cut();
-        let words = Self::right_text(company);
+        let (far, took) = self.cut(company.as_ref());
+        let mut figures = Self::right_text(company);
         self.answers_again();
         assert!(self.cluster().ranks("m").iter().all(|rank| rank.node != far), "all ranks are on this machine");
         self.far().connect(Duration::ZERO);
@@ -300,30 +312,34 @@ impl Scene {
         self.is_back(&far);
         assert_eq!(self.cluster().node.run("coordinator", &["undeploy", "m"]).code, 0);
         serve(self.cluster(), self.kind);
-        format!("given up after {:.1} s, {words}", took.as_secs_f64())
+        figures.push(("given up after", took));
+        figures
     }
 
-    fn cut_for_a_while(&self, company: Option<Company>) -> String {
+    fn cut_for_a_while(&self, company: Option<Company>) -> Figures {
         let ranks = self.cluster().ranks("m");
-        let (far, took) = self.cut();
+        let (far, took) = self.cut(company.as_ref());
         sleep(Duration::from_secs(1));
         self.far().connect(Duration::ZERO);
-        let words = Self::right_text(company);
+        let mut figures = Self::right_text(company);
         Processes::wait_gone(&ranks.iter().map(|rank| rank.pid).collect::<Vec<_>>());
         self.is_back(&far);
-        format!("given up after {:.1} s, {words}", took.as_secs_f64())
+        figures.push(("given up after", took));
+        figures
     }
 
-    fn cut_for_long(&self, company: Option<Company>) -> String {
-        let (far, _) = self.cut();
+    fn cut_for_long(&self, company: Option<Company>) -> Figures {
+        let cut = Instant::now();
+        let (far, took) = self.cut(company.as_ref());
         let ends = company.expect("streams").ends();
+        let told = cut.elapsed();
         assert!(ends.iter().all(|end| matches!(end, StreamEnd::Error(_))), "{ends:?}");
         self.far().connect(Duration::ZERO);
         self.is_back(&far);
-        format!("{} streams ended with an error event", ends.len())
+        vec![("given up after", took), ("error events after", told)]
     }
 
-    fn kill_head(&self, cell: &Cell, company: Option<Company>) -> String {
+    fn kill_head(&self, cell: &Cell, company: Option<Company>) -> Figures {
         let was_ready = cell.moment != Moment::Starting;
         let before = self.lasting.pids();
         self.lasting.kill_head();
@@ -332,6 +348,7 @@ impl Scene {
         let closed = killed.elapsed();
         assert!(closed < Duration::from_secs(1), "connections close within a second, not {closed:?}");
         assert!(ends.iter().all(|end| matches!(end, StreamEnd::Cut | StreamEnd::Done)), "{ends:?}");
+        assert!(ends.is_empty() || ends.contains(&StreamEnd::Cut), "streams had ended before the head was killed");
         sleep(Duration::from_secs(1));
         assert!(!was_ready || before.iter().all(|pid| Processes::alive(*pid)), "agent and ranks wait for their head");
         let took = self.lasting.restart_head();
@@ -339,34 +356,34 @@ impl Scene {
             assert_eq!(self.lasting.pids(), before, "nothing was started again");
         }
         self.answers_again();
-        format!(
-            "connections closed after {:.2} s, ready {:.2} s after the start",
-            closed.as_secs_f64(),
-            took.as_secs_f64()
-        )
+        vec![("connections closed after", closed), ("ready after the start", took)]
     }
 
-    fn pause_head(&self, before: &StatusSnapshot, company: Option<Company>) -> String {
+    fn pause_head(&self, before: &StatusSnapshot, company: Option<Company>) -> Figures {
         Processes::signal(before.head.pid, Signal::SIGSTOP);
+        Self::hits(company.as_ref());
         sleep(HEAD_PAUSE);
         Processes::signal(before.head.pid, Signal::SIGCONT);
-        let words = Self::right_text(company);
+        let figures = Self::right_text(company);
         self.answers_again();
         assert!(self.cluster().status().nodes.iter().all(|node| node.state == "alive"), "no machine was given up");
-        words
+        figures
     }
 
-    fn jump(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> String {
+    fn jump(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> Figures {
         let clock = self.clock.as_ref().expect("a clock");
         for offset in [DAY_S, -DAY_S] {
             clock.jump(offset);
+            if offset > 0 {
+                Self::hits(company.as_ref());
+            }
             let created =
                 || self.cluster().http.ask("/v1/completions", &self.works.decode.bodies[1])["created"].as_i64();
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs();
             let differs = created().expect("a time") - now as i64 - offset;
             assert!(differs.abs() < 600, "the head's clock has jumped: {differs} s");
         }
-        let words = Self::right_text(company);
+        let figures = Self::right_text(company);
         clock.jump(0);
         self.answers_again();
         let now = self.cluster().status();
@@ -374,11 +391,12 @@ impl Scene {
         if cell.moment != Moment::Starting {
             assert_eq!(now.deployments[0].epoch, before.deployments[0].epoch, "no group broke");
         }
-        words
+        figures
     }
 
-    fn slow_down(&self, company: Option<Company>) -> String {
+    fn slow_down(&self, company: Option<Company>) -> Figures {
         self.far().connect(SLOW_ONE_WAY);
+        Self::hits(company.as_ref());
         let named = wait_for("status to name the slow machine", || {
             let far = self.far_node();
             far.reason.contains("slow").then_some(far)
@@ -396,12 +414,13 @@ impl Scene {
         assert_eq!(answer["choices"][0]["token_ids"], json!(expected[..2]));
         self.far().connect(Duration::ZERO);
         wait_for("status to forget it", || self.far_node().reason.is_empty().then_some(()));
-        let words = Self::right_text(company);
+        let mut figures = Self::right_text(company);
         self.answers_again();
-        format!("named with {time:.0} ms, 2 tokens in {:.1} s, {words}", took.as_secs_f64())
+        figures.extend([("round trip named", Duration::from_secs_f64(time / 1000.0)), ("2 tokens in", took)]);
+        figures
     }
 
-    fn fill_disk(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> String {
+    fn fill_disk(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> Figures {
         let cluster = self.cluster();
         let disk = cluster.node.store().expect("a disk");
         disk.fill();
@@ -412,8 +431,9 @@ impl Scene {
         if cell.moment == Moment::Decode {
             // What runs goes on, and is started again where it breaks, though nothing can be written about it.
             Processes::kill(before.ranks[1].pid);
+            Self::hits(company.as_ref());
         }
-        let words = Self::right_text(company);
+        let figures = Self::right_text(company);
         self.answers_again();
         disk.free();
         wait_for("what was refused to be possible", || {
@@ -429,7 +449,7 @@ impl Scene {
         self.lasting.restart_head();
         assert_eq!(self.lasting.pids(), pids, "what was acknowledged is there, and as it was");
         self.answers_again();
-        words
+        figures
     }
 }
 

@@ -74,6 +74,11 @@ pub struct Company {
 }
 
 impl Company {
+    /// Whether a stream has not ended.
+    pub fn is_running(&self) -> bool {
+        self.streams.iter().any(|stream| !stream.is_finished())
+    }
+
     /// Every stream ends as it should, with the right text. Gives the longest pause of any.
     ///
     /// # Panics

@@ -49,6 +49,9 @@ enum Command {
         /// First every cell of the fault matrix: each fault against each process at each moment.
         #[arg(long)]
         matrix: bool,
+        /// Of the matrix only the cells with all of these words in their names, as `kill agent` or `cut agent decode`.
+        #[arg(long, value_name = "WORDS")]
+        cells: Option<String>,
         /// Where all figures are written [default: .cache/soak.json]
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -112,7 +115,9 @@ fn main() -> anyhow::Result<()> {
         Command::Demo { keep, question } => demo::run(keep, &question),
         Command::Test => test::run(),
         Command::DeviceCode => device_code::run(),
-        Command::Soak { minutes, seed, matrix, json } => test::soak(minutes, seed, matrix, json),
+        Command::Soak { minutes, seed, matrix, cells, json } => {
+            test::soak(minutes, seed, cells.or_else(|| matrix.then(String::new)).as_deref(), json)
+        }
         Command::Simulate { seeds, first } => test::simulate(seeds, first),
         Command::Document { examples } => test::document(examples),
         Command::ToolCalls { out } => test::tool_calls(out.as_deref()),

@@ -49,16 +49,17 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds the programs, and runs the soak beside them, behind the fault matrix where that is wanted.
-pub fn soak(minutes: f64, seed: u64, matrix: bool, json: Option<PathBuf>) -> anyhow::Result<()> {
+/// Builds the programs, and runs the soak beside them, behind the cells of the fault matrix that have these words in their names.
+pub fn soak(minutes: f64, seed: u64, cells: Option<&str>, json: Option<PathBuf>) -> anyhow::Result<()> {
     check(cargo().args(["build", "--workspace", "--bins", "--examples"]))?;
     let soak = build_binaries()?.join("examples/soak");
     let json = json.unwrap_or_else(|| cache().join("soak.json"));
     if let Some(folder) = json.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    let matrix = if matrix { "matrix" } else { "no-matrix" };
-    check(Command::new(soak).args([&minutes.to_string(), &seed.to_string(), matrix]).arg(json))
+    let matrix = if cells.is_some() { "matrix" } else { "no-matrix" };
+    let (minutes, seed) = (minutes.to_string(), seed.to_string());
+    check(Command::new(soak).args([&minutes, &seed, matrix]).arg(json).arg(cells.unwrap_or_default()))
 }
 
 /// Plays so many seeds of the simulated cluster, in the release profile.
