@@ -11,6 +11,8 @@ mod chaos;
 mod faults;
 #[path = "soak/load.rs"]
 mod load;
+#[path = "soak/matrix.rs"]
+mod matrix;
 #[path = "soak/record.rs"]
 mod record;
 
@@ -50,7 +52,7 @@ fn play_matrix(names: &str, all: &mut Value, file: &Path) {
     let cells = faults::cells_named(names);
     assert!(!cells.is_empty(), "no cell is called {names:?}; one is called {:?}", faults::cells()[0].name());
     let report = faults::run(&cells, |report| {
-        all["matrix"] = report.to_json();
+        all["matrix"] = matrix::to_json(report);
         write(all, file);
     });
     println!("{report}\nall of it: {}", file.display());

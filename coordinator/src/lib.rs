@@ -20,4 +20,6 @@ pub mod logging;
 pub mod metrics;
 mod security;
 mod store;
+#[cfg(test)]
+mod stories;
 pub mod text;

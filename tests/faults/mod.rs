@@ -37,7 +37,7 @@ impl Cell {
 }
 
 /// A variant's name in lower case, its words joined by hyphens.
-fn words(variant: impl std::fmt::Debug) -> String {
+pub fn words(variant: impl std::fmt::Debug) -> String {
     let mut words = String::new();
     for letter in format!("{variant:?}").chars() {
         if letter.is_uppercase() && !words.is_empty() {

@@ -1,9 +1,7 @@
-//! What became of cells: a line for each, a table in the end, and the same for machines.
+//! What became of cells: a line for each, and a table in the end.
 
 use std::fmt;
 use std::time::Duration;
-
-use serde_json::{Map, Value, json};
 
 use super::{Cell, words};
 
@@ -59,26 +57,6 @@ impl Report {
     /// How many went so.
     pub fn count(&self, verdict: Verdict) -> usize {
         self.cells.iter().filter(|played| played.verdict == verdict).count()
-    }
-
-    /// The same for machines.
-    pub fn to_json(&self) -> Value {
-        let cell = |played: &Played| {
-            let figures: Map<String, Value> = played
-                .figures
-                .iter()
-                .map(|(name, time)| (format!("{}_ms", name.replace(' ', "_")), json!(time.as_millis() as u64)))
-                .collect();
-            json!({
-                "fault": words(played.cell.fault), "victim": words(played.cell.victim),
-                "moment": words(played.cell.moment), "expected": words(played.cell.expected),
-                "verdict": words(played.verdict), "seconds": played.took.as_secs_f64(), "figures": figures,
-            })
-        };
-        json!({
-            "right": self.count(Verdict::Right), "left_out": self.count(Verdict::LeftOut),
-            "wrong": self.count(Verdict::Wrong), "cells": self.cells.iter().map(cell).collect::<Vec<_>>(),
-        })
     }
 }
 

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use phalanx_proto::{NodeStatus, StatusSnapshot};
 use serde_json::json;
 
-use super::{Cell, Expected, Fault, Figures, Moment, Victim};
+use super::{CELL_DEADLINE, Cell, Expected, Fault, Figures, Moment, Victim};
 
 /// How long a frozen head stands still: longer than its patience with silent machines.
 const HEAD_PAUSE: Duration = Duration::from_secs(6);
@@ -17,8 +17,10 @@ const HEAD_PAUSE: Duration = Duration::from_secs(6);
 const DETECTED: Duration = Duration::from_secs(5);
 /// One way of a slow link.
 const SLOW_ONE_WAY: Duration = Duration::from_millis(100);
-/// Steps after which streams of the decoding work have left their prompts behind.
-const STEPS_TO_DECODE: u64 = 25;
+/// Tokens of a stream, on an average, after which the decoding work has left its prompts behind.
+const TOKENS_TO_DECODE: usize = 10;
+/// Time between two looks at streams: they are over in less than a second.
+const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// Room for a store: what redb begins with, and some.
 const STORE_BYTES: u64 = 12 << 20;
 /// Lines of logs that are shown of a cell that went wrong.
@@ -62,7 +64,7 @@ pub struct Scene {
 fn works(http: &Http) -> &'static Works {
     static WORKS: OnceLock<Works> = OnceLock::new();
     WORKS
-        .get_or_init(|| Works { prefill: Work::ask_alone(http, 12, 800, 4), decode: Work::ask_alone(http, 8, 40, 600) })
+        .get_or_init(|| Works { prefill: Work::ask_alone(http, 16, 800, 4), decode: Work::ask_alone(http, 8, 40, 300) })
 }
 
 impl Scene {
@@ -129,13 +131,15 @@ impl Scene {
         wait_for("the deployment to be ready", || (self.state() == "ready").then_some(()));
         let before = cluster.status();
         let company = self.begin(cell.moment, &before);
+        // Asking takes time, in which streams end: only where the ranks are others now.
+        let now = if cell.moment == Moment::Starting { cluster.status() } else { before.clone() };
         match cell.expected {
-            Expected::OwnText => self.break_rank(cell, &before, company),
-            Expected::MovedText if cell.fault == Fault::Cut => self.cut_shared(company),
-            Expected::MovedText => self.lose_machine(cell, company),
-            Expected::BackWithText => self.cut_for_a_while(company),
+            Expected::OwnText => self.break_rank(cell, &before, &now, company),
+            Expected::MovedText if cell.fault == Fault::Cut => self.cut_shared(&now, company),
+            Expected::MovedText => self.lose_machine(cell, &now, company),
+            Expected::BackWithText => self.cut_for_a_while(&now, company),
             Expected::ErrorThenText => self.cut_for_long(company),
-            Expected::Closed => self.kill_head(cell, company),
+            Expected::Closed => self.kill_head(cell, &now, company),
             Expected::Paused => self.pause_head(&before, company),
             Expected::NoBreak => self.jump(cell, &before, company),
             Expected::Named => self.slow_down(company),
@@ -167,9 +171,13 @@ impl Scene {
             Moment::Decode | Moment::Starting => &self.works.decode,
         };
         let company = work.start(&cluster.http);
-        let steps = before.ranks[0].steps + if moment == Moment::Decode { STEPS_TO_DECODE } else { 1 };
-        // Only steps are asked for: where the machine is fast, streams may have ended before anybody looks.
-        wait_for("streams to run", || (cluster.status().ranks[0].steps >= steps).then_some(()));
+        // Where long prompts are at work, the first token comes when the first of them is done.
+        let num_tokens = if moment == Moment::Prefill { 1 } else { company.num_streams() * TOKENS_TO_DECODE };
+        let until = Instant::now() + CELL_DEADLINE;
+        while company.num_tokens() < num_tokens {
+            assert!(Instant::now() < until && company.is_running(), "streams run");
+            sleep(LOOK_INTERVAL);
+        }
         if moment == Moment::Starting {
             Processes::kill(before.ranks[1].pid);
             wait_for("the next group to start", || {
@@ -188,6 +196,15 @@ impl Scene {
         assert!(company.is_none_or(Company::is_running), "streams had ended before the fault came");
     }
 
+    /// The same of a fault that breaks the group: the head has requests that cannot go on.
+    fn hits_group(&self, company: Option<&Company>) {
+        let waits = || {
+            let now = self.cluster().status().deployments.remove(0);
+            now.running + now.waiting > 0
+        };
+        assert!(company.is_none() || waits(), "streams had ended before the fault came");
+    }
+
     /// Every stream has the right text; gives how long the longest pause was, where anything ran.
     fn right_text(company: Option<Company>) -> Figures {
         company.map(|company| ("longest pause", company.check())).into_iter().collect()
@@ -201,7 +218,13 @@ impl Scene {
         assert_eq!(answer["choices"][0]["token_ids"], work.expected[0], "a resend gets the right text");
     }
 
-    fn break_rank(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> Figures {
+    fn break_rank(
+        &self,
+        cell: &Cell,
+        before: &StatusSnapshot,
+        now: &StatusSnapshot,
+        company: Option<Company>,
+    ) -> Figures {
         let (rank, signal) = match (cell.victim, cell.fault) {
             (Victim::RankZero, Fault::Exit) => (0, Signal::SIGTERM),
             (_, Fault::Exit) => (1, Signal::SIGABRT),
@@ -210,9 +233,9 @@ impl Scene {
                 (usize::from(victim != Victim::RankZero), signal)
             }
         };
-        let hit = self.cluster().ranks("m");
+        let hit = &now.ranks;
         Processes::signal(hit[rank].pid, signal);
-        Self::hits(company.as_ref());
+        self.hits_group(company.as_ref());
         let figures = Self::right_text(company);
         let epoch = before.deployments[0].epoch;
         wait_for("the deployment to be ready in a later epoch", || {
@@ -225,17 +248,16 @@ impl Scene {
     }
 
     /// The machine that the ranks are on, and its home.
-    fn machine_of_ranks(&self) -> (NodeStatus, &Node) {
-        let status = self.cluster().status();
+    fn machine_of_ranks(&self, status: &StatusSnapshot) -> (NodeStatus, &Node) {
         let node = status.nodes.iter().find(|node| node.id == status.ranks[0].node).expect("a node").clone();
         let homes = [Some(&self.cluster().node), self.other.as_ref()];
         let home = homes.into_iter().flatten().find(|home| home.agent_pid() == Some(node.pid)).expect("its home");
         (node, home)
     }
 
-    fn lose_machine(&self, cell: &Cell, company: Option<Company>) -> Figures {
-        let (node, home) = self.machine_of_ranks();
-        let old: Vec<u32> = self.cluster().ranks("m").iter().map(|rank| rank.pid).collect();
+    fn lose_machine(&self, cell: &Cell, now: &StatusSnapshot, company: Option<Company>) -> Figures {
+        let (node, home) = self.machine_of_ranks(now);
+        let old: Vec<u32> = now.ranks.iter().map(|rank| rank.pid).collect();
         let signal = match cell.fault {
             Fault::Freeze => Signal::SIGSTOP,
             Fault::Exit => Signal::SIGTERM,
@@ -291,18 +313,18 @@ impl Scene {
 
     /// Loses the far machine; gives its id, and how long it was until the head knew.
     fn cut(&self, company: Option<&Company>) -> (String, Duration) {
-        let far = self.far_node();
         self.far().cut();
-        Self::hits(company);
         let cut = Instant::now();
+        self.hits_group(company);
+        let far = self.far_node();
         wait_for("the far machine to be given up", || (self.far_node().state == "dead").then_some(()));
         let took = cut.elapsed();
         assert!(took < DETECTED + Duration::from_secs(1), "a silent machine is given up after {took:?}");
         (far.id, took)
     }
 
-    fn cut_shared(&self, company: Option<Company>) -> Figures {
-        let ranks = self.cluster().ranks("m");
+    fn cut_shared(&self, now: &StatusSnapshot, company: Option<Company>) -> Figures {
+        let ranks = &now.ranks;
         let (far, took) = self.cut(company.as_ref());
         let mut figures = Self::right_text(company);
         self.answers_again();
@@ -316,8 +338,8 @@ impl Scene {
         figures
     }
 
-    fn cut_for_a_while(&self, company: Option<Company>) -> Figures {
-        let ranks = self.cluster().ranks("m");
+    fn cut_for_a_while(&self, now: &StatusSnapshot, company: Option<Company>) -> Figures {
+        let ranks = &now.ranks;
         let (far, took) = self.cut(company.as_ref());
         sleep(Duration::from_secs(1));
         self.far().connect(Duration::ZERO);
@@ -339,10 +361,11 @@ impl Scene {
         vec![("given up after", took), ("error events after", told)]
     }
 
-    fn kill_head(&self, cell: &Cell, company: Option<Company>) -> Figures {
+    fn kill_head(&self, cell: &Cell, now: &StatusSnapshot, company: Option<Company>) -> Figures {
         let was_ready = cell.moment != Moment::Starting;
-        let before = self.lasting.pids();
-        self.lasting.kill_head();
+        let before = Lasting::pids_in(now);
+        Processes::kill(now.head.pid);
+        Processes::wait_gone(&[now.head.pid]);
         let killed = Instant::now();
         let ends = company.map(Company::ends).unwrap_or_default();
         let closed = killed.elapsed();
@@ -428,12 +451,13 @@ impl Scene {
         let folder = folder.to_str().expect("a path");
         let refused = cluster.node.run("coordinator", &["serve", folder, "--served-model-name", "n"]);
         assert!(refused.code != 0 && refused.stderr.contains("cannot write it down"), "{refused:?}");
-        if cell.moment == Moment::Decode {
-            // What runs goes on, and is started again where it breaks, though nothing can be written about it.
+        let mut figures = Self::right_text(company);
+        if let Some(company) = self.begin(cell.moment, before) {
+            // What runs is started again where it breaks, though nothing can be written about it.
             Processes::kill(before.ranks[1].pid);
-            Self::hits(company.as_ref());
+            self.hits_group(Some(&company));
+            figures = Self::right_text(Some(company));
         }
-        let figures = Self::right_text(company);
         self.answers_again();
         disk.free();
         wait_for("what was refused to be possible", || {

@@ -62,13 +62,19 @@ pub fn soak(minutes: f64, seed: u64, cells: Option<&str>, json: Option<PathBuf>)
     check(Command::new(soak).args([&minutes, &seed, matrix]).arg(json).arg(cells.unwrap_or_default()))
 }
 
-/// Plays so many seeds of the simulated cluster, in the release profile.
-pub fn simulate(seeds: u64, first: u64) -> anyhow::Result<()> {
+/// Plays so many seeds of both simulations or of one, in the release profile.
+pub fn simulate(count: u64, from: u64, threads: u64, what: Option<&str>) -> anyhow::Result<()> {
     let test = ["test", "--release", "--package", "phalanx-coordinator", "--lib", "--quiet", "--"];
-    let which = ["stories_end_well", "--nocapture"];
+    let which = [
+        what.map_or_else(|| "stories_end_well".to_owned(), |what| format!("{what}_stories_end_well")),
+        "--nocapture".to_owned(),
+        "--test-threads=1".to_owned(),
+    ];
     let mut command = cargo();
     command.args(test).args(which);
-    command.env("PHALANX_SIMULATION_SEEDS", seeds.to_string()).env("PHALANX_SIMULATION_FIRST", first.to_string());
+    for (name, value) in [("SEEDS", count), ("FIRST", from), ("THREADS", threads)] {
+        command.env(format!("PHALANX_SIMULATION_{name}"), value.to_string());
+    }
     check(&mut command)
 }
 

@@ -17,12 +17,13 @@ use super::super::super::placement_group::Place;
 use super::super::super::record::{DeploymentRecord, Restored};
 use super::super::super::replica::{Replica, Stage};
 use super::super::Reconciler;
+use super::NUM_BLOCKS;
 use super::machine::{Machine, RankSim, SILENCE_MS};
-use super::{NUM_BLOCKS, Random};
 use crate::engine::EngineHandle;
 use crate::engine::group::RankLink;
 use crate::engine::simulated_engine::SimulatedEngine;
 use crate::store::{Change, StoreError, StoreWriter, Table};
+use crate::stories::Random;
 
 /// A step that is not answered breaks its group.
 const STEP_DEADLINE_MS: u64 = 5_000;
@@ -436,6 +437,10 @@ impl Head {
         let replica = |replica: &Replica| {
             let stage = match replica.stage {
                 Stage::Starting { .. } => "starting".to_owned(),
+                Stage::Connecting { .. } => "connecting".to_owned(),
+                Stage::Broken { .. } => "broken".to_owned(),
+                Stage::Yielding { .. } => "yielding".to_owned(),
+                Stage::Ended { .. } => "ended".to_owned(),
                 ref other => format!("{other:?}"),
             };
             format!("incarnation {} {stage} because {}", replica.incarnation.0, replica.cause)

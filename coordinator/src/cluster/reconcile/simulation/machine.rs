@@ -13,8 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 use super::super::super::ClusterError;
 use super::super::super::event::ClusterEvent;
 use super::super::super::nodes::AgentSession;
-use super::{NUM_BLOCKS, NUM_SLOTS, Random};
+use super::{NUM_BLOCKS, NUM_SLOTS};
 use crate::engine::group::RankLink;
+use crate::stories::Random;
 
 /// A silent peer is noticed after so long, milliseconds.
 pub const SILENCE_MS: u64 = 11_000;

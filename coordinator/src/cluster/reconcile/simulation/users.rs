@@ -18,7 +18,8 @@ use super::super::super::membership::tests::checked;
 use super::super::super::named_group::GroupSpec;
 use super::super::super::strategy::Strategy;
 use super::head::Head;
-use super::{NUM_MACHINES, NUM_SLOTS, Random};
+use super::{NUM_MACHINES, NUM_SLOTS};
+use crate::stories::Random;
 
 /// Deployments that there may be, and placement groups: no two of a name.
 const DEPLOYMENTS: [&str; 3] = ["a", "b", "c"];
