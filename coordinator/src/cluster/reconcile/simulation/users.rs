@@ -51,7 +51,8 @@ pub struct Users {
     pub promises: Promises,
     watchers: Vec<(String, mpsc::Receiver<DeployEvent>)>,
     creations: Vec<(String, Created)>,
-    ends: Vec<(String, Answer)>,
+    /// And whether it was this question that put the name among those that are removed.
+    ends: Vec<(String, bool, Answer)>,
     /// Restarts, and nodes that leave.
     others: Vec<(String, Answer)>,
 }
@@ -125,9 +126,9 @@ impl Users {
 
     fn undeploy(&mut self, name: String, head: &Head) {
         let (reply, answer) = oneshot::channel();
-        self.promises.removing.insert(name.clone());
+        let is_first = self.promises.removing.insert(name.clone());
         head.tell(ClusterEvent::Undeploy { name: DeploymentName(name.clone()), reply });
-        self.ends.push((name, answer));
+        self.ends.push((name, is_first, answer));
     }
 
     fn create_group(&mut self, name: String, head: &Head, random: &mut Random) {
@@ -152,9 +153,9 @@ impl Users {
             // They end with it; nobody is told when.
             self.promises.removing.extend(inside);
         }
-        self.promises.removing.insert(name.clone());
+        let is_first = self.promises.removing.insert(name.clone());
         head.tell(ClusterEvent::RemoveGroup { name: name.clone(), force, reply });
-        self.ends.push((name, answer));
+        self.ends.push((name, is_first, answer));
     }
 
     /// Users hear what has become of their wishes.
@@ -180,7 +181,7 @@ impl Users {
             Err(oneshot::error::TryRecvError::Empty) => true,
             Err(oneshot::error::TryRecvError::Closed) => false,
         });
-        self.ends.retain_mut(|(name, answer)| match answer.try_recv() {
+        self.ends.retain_mut(|(name, is_first, answer)| match answer.try_recv() {
             Ok(Ok(())) => {
                 promises.acknowledged.remove(name);
                 promises.removing.remove(name);
@@ -188,7 +189,9 @@ impl Users {
                 false
             }
             Ok(Err(ClusterError::GroupInUse { .. })) => {
-                promises.removing.remove(name);
+                if *is_first {
+                    promises.removing.remove(name);
+                }
                 false
             }
             Err(oneshot::error::TryRecvError::Empty) => true,
@@ -199,7 +202,7 @@ impl Users {
 
     /// Questions that nobody has answered.
     pub fn unanswered(&self) -> Vec<&str> {
-        let ends = self.ends.iter().map(|(name, _)| name.as_str());
+        let ends = self.ends.iter().map(|(name, ..)| name.as_str());
         let creations = self.creations.iter().map(|(name, _)| name.as_str());
         ends.chain(creations).chain(self.others.iter().map(|(name, _)| name.as_str())).collect()
     }
