@@ -21,5 +21,7 @@ pub mod logging;
 pub mod metrics;
 mod security;
 mod store;
+#[cfg(test)]
+mod stories;
 pub mod text;
 pub mod traces;

@@ -11,8 +11,8 @@ use nix::sys::signal::Signal;
 use phalanx_proto::{HeadStatus, StatusSnapshot};
 use serde_json::json;
 
-use super::scene::{DAY_S, Kind, Scene, Works, begin, right_text, serve, works};
-use super::{Cell, Expected, Fault, Moment, Victim};
+use super::scene::{DAY_S, Kind, Scene, Works, begin, hits, right_text, serve, works};
+use super::{Cell, Expected, Fault, Figures, Moment, Victim};
 
 /// The head that stands by answers new requests within this.
 const TAKEN_OVER: Duration = Duration::from_secs(10);
@@ -75,7 +75,7 @@ impl HeadsScene {
     ///
     /// # Panics
     /// If anything but what is expected happens.
-    pub fn play(&self, cell: &Cell) -> String {
+    pub fn play(&self, cell: &Cell) -> Figures {
         if cell.fault == Fault::Cut {
             self.let_lead(if cell.victim == Victim::Leader { &self.other } else { &self.near });
         }
@@ -149,11 +149,12 @@ impl HeadsScene {
         since.elapsed()
     }
 
-    fn take_over(&self, cell: &Cell, leader: &Lasting, standby: &Lasting, company: Option<Company>) -> String {
+    fn take_over(&self, cell: &Cell, leader: &Lasting, standby: &Lasting, company: Option<Company>) -> Figures {
         let (pid, ranks) = (leader.cluster.status().head.pid, Self::pids_of_ranks(&leader.cluster));
         let since = Instant::now();
         let mut running = company;
-        let mut words = String::new();
+        let mut figures = Figures::new();
+        hits(running.as_ref());
         match cell.fault {
             Fault::Kill => {
                 Processes::kill(pid);
@@ -161,7 +162,7 @@ impl HeadsScene {
                 let closed = since.elapsed();
                 assert!(closed < Duration::from_secs(1), "connections close within a second, not {closed:?}");
                 assert!(ends.iter().all(|end| matches!(end, StreamEnd::Cut | StreamEnd::Done)), "{ends:?}");
-                words = format!("connections closed after {:.2} s, ", closed.as_secs_f64());
+                figures.push(("connections closed after", closed));
             }
             Fault::Freeze => Processes::signal(pid, Signal::SIGSTOP),
             _ => self.far().cut(),
@@ -170,7 +171,6 @@ impl HeadsScene {
         assert!(took < TAKEN_OVER, "the other head answered after {took:?}");
         is(standby, "leading").expect("it leads");
         let now = Self::pids_of_ranks(&standby.cluster);
-        let kept = if now == ranks { "kept" } else { "started again" };
         assert!(cell.moment != Moment::Idle || now == ranks, "ranks at rest keep their weights");
         match cell.fault {
             Fault::Kill => leader.start_head(),
@@ -183,24 +183,25 @@ impl HeadsScene {
         assert_eq!(Self::pids_of_ranks(&standby.cluster), now, "who comes back disturbs nobody");
         self.all_alive(standby);
         self.answered(standby, Instant::now());
-        format!("{words}the other head answered after {:.2} s, ranks {kept}", took.as_secs_f64())
+        figures.push((if now == ranks { "answered, ranks kept, after" } else { "answered, ranks anew, after" }, took));
+        figures
     }
 
-    fn go_unnoticed(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> String {
+    fn go_unnoticed(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> Figures {
         let (leader, standby) = self.roles();
         let victim = if cell.victim == Victim::Leader { leader } else { standby };
         let pid = status(victim).expect("it answers").pid;
         let alone = || wait_for("the other head to be missed", || (status(leader)?.heads.len() == 1).then_some(()));
-        let words = match cell.fault {
+        let figures = match cell.fault {
             Fault::ClockJump => {
                 let clock = &self.clocks[usize::from(victim.cluster.address == self.other.cluster.address)];
                 for offset in [DAY_S, -DAY_S] {
                     clock.jump(offset);
                     sleep(LEASE_AND_MORE);
                 }
-                let words = right_text(company);
+                let figures = right_text(company);
                 clock.jump(0);
-                words
+                figures
             }
             fault => {
                 match fault {
@@ -209,13 +210,13 @@ impl HeadsScene {
                     _ => self.far().cut(),
                 }
                 alone();
-                let words = right_text(company);
+                let figures = right_text(company);
                 match fault {
                     Fault::Kill => standby.start_head(),
                     Fault::Freeze => Processes::signal(pid, Signal::SIGCONT),
                     _ => self.far().connect(Duration::ZERO),
                 }
-                words
+                figures
             }
         };
         wait_for("two heads", || (status(leader)?.heads.len() == 2).then_some(()));
@@ -227,10 +228,10 @@ impl HeadsScene {
         if cell.moment != Moment::Starting {
             assert_eq!(now.deployments[0].epoch, before.deployments[0].epoch, "no group broke");
         }
-        words
+        figures
     }
 
-    fn fill_etcd(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> String {
+    fn fill_etcd(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> Figures {
         let (leader, standby) = self.roles();
         let cluster = &leader.cluster;
         self.etcd.fill();
@@ -243,7 +244,7 @@ impl HeadsScene {
             // What runs goes on, and is started again where it breaks, though nothing can be written about it.
             Processes::kill(before.ranks[1].pid);
         }
-        let words = right_text(company);
+        let mut figures = right_text(company);
         self.answered(leader, Instant::now());
         assert_eq!(cluster.status().head.state, "leading", "nobody else could take the lead");
         self.etcd.free();
@@ -260,6 +261,7 @@ impl HeadsScene {
         let took = self.answered(standby, killed);
         assert_eq!(Self::pids_of_ranks(&standby.cluster), ranks, "what was acknowledged is there, and as it was");
         leader.start_head();
-        format!("{words}; then killed, the other head answered after {:.2} s", took.as_secs_f64())
+        figures.push(("killed then, answered after", took));
+        figures
     }
 }

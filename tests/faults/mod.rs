@@ -3,12 +3,15 @@
 //! Cells of one kind share a scene: machines, a deployment `m`, and streams whose text is known.
 
 mod heads;
+mod report;
 mod scene;
 mod table;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use heads::HeadsScene;
+pub use report::{Figures, Played, Report, Verdict};
 use scene::{Kind, Scene};
 pub use table::{Expected, Fault, Moment, Row, TABLE, Victim};
 
@@ -26,6 +29,34 @@ pub struct Cell {
     pub moment: Moment,
     /// What must come of it.
     pub expected: Expected,
+}
+
+impl Cell {
+    /// How it is called in tables, and by who asks for it alone: `kill rank-zero decode`.
+    pub fn name(&self) -> String {
+        format!("{} {} {}", words(self.fault), words(self.victim), words(self.moment))
+    }
+}
+
+/// A variant's name in lower case, its words joined by hyphens.
+pub fn words(variant: impl std::fmt::Debug) -> String {
+    let mut words = String::new();
+    for letter in format!("{variant:?}").chars() {
+        if letter.is_uppercase() && !words.is_empty() {
+            words.push('-');
+        }
+        words.extend(letter.to_lowercase());
+    }
+    words
+}
+
+/// The cells whose names have all words of a text; all of them for an empty one.
+pub fn cells_named(text: &str) -> Vec<Cell> {
+    let is_meant = |cell: &Cell| {
+        let name = cell.name();
+        text.split_whitespace().all(|word| name.split(' ').any(|part| part == word))
+    };
+    cells().into_iter().filter(is_meant).collect()
 }
 
 /// All cells, those of one scene together.
@@ -59,7 +90,7 @@ impl Stage {
         }
     }
 
-    fn play(&self, cell: &Cell) -> String {
+    fn play(&self, cell: &Cell) -> Figures {
         match self {
             Self::One(scene) => scene.play(cell),
             Self::Two(scene) => scene.play(cell),
@@ -74,50 +105,46 @@ impl Stage {
     }
 }
 
-/// What became of some cells.
-#[derive(Debug, Default)]
-pub struct Outcome {
-    /// How many went as expected.
-    pub num_right: usize,
-    /// How many could not be played for want of rights; they are named.
-    pub num_left_out: usize,
-    /// How many did not go as expected; they are named too.
-    pub num_wrong: usize,
-}
-
-/// Plays cells in their order. One that goes wrong does not keep the others from being played, in a scene of their own.
-pub fn run(cells: &[Cell]) -> Outcome {
-    let mut outcome = Outcome::default();
+/// Plays cells in their order. One that goes wrong does not keep the others from being played, in a scene of their own; `after_each`
+/// sees the report as it is so far.
+pub fn run(cells: &[Cell], mut after_each: impl FnMut(&Report)) -> Report {
+    let mut report = Report::default();
     let mut scene: Option<Stage> = None;
     for cell in cells {
-        let Cell { fault, victim, moment, expected } = cell;
         if scene.as_ref().is_none_or(|scene| !scene.is_of(cell)) {
             drop(scene.take());
-            scene = Stage::set(cell);
         }
-        let Some(here) = &scene else {
-            println!("{fault:?} of {victim:?}, {moment:?}: left out, this machine gives no right to do that");
-            outcome.num_left_out += 1;
-            continue;
-        };
         let started = Instant::now();
-        let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| here.play(cell)));
-        let took = started.elapsed();
-        let seconds = took.as_secs_f64();
-        match played {
-            Ok(words) if took < CELL_DEADLINE => {
-                println!("{fault:?} of {victim:?}, {moment:?}: {expected:?} as expected; {words} [{seconds:.1} s]");
-                outcome.num_right += 1;
-            }
-            _ => {
-                println!(
-                    "{fault:?} of {victim:?}, {moment:?}: NOT {expected:?} [{seconds:.1} s]\n{}",
-                    here.last_words()
-                );
-                outcome.num_wrong += 1;
-                scene = None;
-            }
+        let (verdict, figures) = play(cell, &mut scene);
+        if verdict == Verdict::Wrong {
+            scene = None;
+        }
+        let played = Played { cell: *cell, verdict, figures, took: started.elapsed() };
+        println!("{played}");
+        report.cells.push(played);
+        after_each(&report);
+    }
+    report
+}
+
+/// Plays one cell in a scene that is there, or is set for it.
+fn play(cell: &Cell, scene: &mut Option<Stage>) -> (Verdict, Figures) {
+    let wrong = (Verdict::Wrong, Figures::new());
+    if scene.is_none() {
+        match catch_unwind(|| Stage::set(cell)) {
+            Ok(None) => return (Verdict::LeftOut, Figures::new()),
+            Ok(set) => *scene = set,
+            Err(_) => return wrong,
         }
     }
-    outcome
+    let Some(here) = scene else { return wrong };
+    let started = Instant::now();
+    let played = catch_unwind(AssertUnwindSafe(|| here.play(cell)));
+    match played {
+        Ok(figures) if started.elapsed() < CELL_DEADLINE => (Verdict::Right, figures),
+        _ => {
+            println!("{}", here.last_words());
+            wrong
+        }
+    }
 }

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use phalanx_proto::{NodeStatus, StatusSnapshot};
 use serde_json::json;
 
-use super::{Cell, Expected, Fault, Moment, Victim};
+use super::{CELL_DEADLINE, Cell, Expected, Fault, Figures, Moment, Victim};
 
 /// How long a frozen head stands still: longer than its patience with silent machines.
 const HEAD_PAUSE: Duration = Duration::from_secs(6);
@@ -17,8 +17,10 @@ const HEAD_PAUSE: Duration = Duration::from_secs(6);
 const DETECTED: Duration = Duration::from_secs(5);
 /// One way of a slow link.
 const SLOW_ONE_WAY: Duration = Duration::from_millis(100);
-/// Steps after which streams of the decoding work have left their prompts behind.
-const STEPS_TO_DECODE: u64 = 25;
+/// Tokens of a stream, on an average, after which the decoding work has left its prompts behind.
+const TOKENS_TO_DECODE: usize = 10;
+/// Time between two looks at streams: they are over in less than a second.
+const LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// Room for a store: what redb begins with, and some.
 const STORE_BYTES: u64 = 12 << 20;
 /// Lines of logs that are shown of a cell that went wrong.
@@ -66,7 +68,7 @@ pub struct Scene {
 pub(super) fn works(http: &Http) -> &'static Works {
     static WORKS: OnceLock<Works> = OnceLock::new();
     WORKS
-        .get_or_init(|| Works { prefill: Work::ask_alone(http, 12, 800, 4), decode: Work::ask_alone(http, 8, 40, 250) })
+        .get_or_init(|| Works { prefill: Work::ask_alone(http, 16, 800, 4), decode: Work::ask_alone(http, 8, 40, 300) })
 }
 
 impl Scene {
@@ -84,9 +86,10 @@ impl Scene {
         }
     }
 
-    /// Whether this scene is what a cell needs.
+    /// Whether this scene is what a cell needs. A store that was full once has free pages afterwards: it would take what is new on
+    /// a full disk too.
     pub fn is_of(&self, cell: &Cell) -> bool {
-        self.kind == Self::kind(cell)
+        self.kind == Self::kind(cell) && self.kind != Kind::SmallDisk
     }
 
     /// Sets the scene for a cell; `None` where this machine lets nobody do so.
@@ -129,18 +132,20 @@ impl Scene {
     ///
     /// # Panics
     /// If anything but what is expected happens.
-    pub fn play(&self, cell: &Cell) -> String {
+    pub fn play(&self, cell: &Cell) -> Figures {
         let cluster = self.cluster();
         wait_for("the deployment to be ready", || (self.state() == "ready").then_some(()));
         let before = cluster.status();
-        let company = begin(cluster, self.works, cell.moment, &before);
+        let company = begin(self.cluster(), self.works, cell.moment, &before);
+        // Asking takes time, in which streams end: only where the ranks are others now.
+        let now = if cell.moment == Moment::Starting { cluster.status() } else { before.clone() };
         match cell.expected {
-            Expected::OwnText => self.break_rank(cell, &before, company),
-            Expected::MovedText if cell.fault == Fault::Cut => self.cut_shared(company),
-            Expected::MovedText => self.lose_machine(cell, company),
-            Expected::BackWithText => self.cut_for_a_while(company),
+            Expected::OwnText => self.break_rank(cell, &before, &now, company),
+            Expected::MovedText if cell.fault == Fault::Cut => self.cut_shared(&now, company),
+            Expected::MovedText => self.lose_machine(cell, &now, company),
+            Expected::BackWithText => self.cut_for_a_while(&now, company),
             Expected::ErrorThenText => self.cut_for_long(company),
-            Expected::Closed => self.kill_head(cell, company),
+            Expected::Closed => self.kill_head(cell, &now, company),
             Expected::Paused => self.pause_head(&before, company),
             Expected::NoBreak => self.jump(cell, &before, company),
             Expected::Named => self.slow_down(company),
@@ -164,6 +169,15 @@ impl Scene {
         self.cluster().deployment_state("m")
     }
 
+    /// The same of a fault that breaks the group: the head has requests that cannot go on.
+    fn hits_group(&self, company: Option<&Company>) {
+        let waits = || {
+            let now = self.cluster().status().deployments.remove(0);
+            now.running + now.waiting > 0
+        };
+        assert!(company.is_none() || waits(), "streams had ended before the fault came");
+    }
+
     /// The deployment answers again, with the right text.
     fn answers_again(&self) {
         wait_for("the deployment to be ready again", || (self.state() == "ready").then_some(()));
@@ -172,7 +186,13 @@ impl Scene {
         assert_eq!(answer["choices"][0]["token_ids"], work.expected[0], "a resend gets the right text");
     }
 
-    fn break_rank(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> String {
+    fn break_rank(
+        &self,
+        cell: &Cell,
+        before: &StatusSnapshot,
+        now: &StatusSnapshot,
+        company: Option<Company>,
+    ) -> Figures {
         let (rank, signal) = match (cell.victim, cell.fault) {
             (Victim::RankZero, Fault::Exit) => (0, Signal::SIGTERM),
             (_, Fault::Exit) => (1, Signal::SIGABRT),
@@ -181,9 +201,10 @@ impl Scene {
                 (usize::from(victim != Victim::RankZero), signal)
             }
         };
-        let hit = self.cluster().ranks("m");
+        let hit = &now.ranks;
         Processes::signal(hit[rank].pid, signal);
-        let words = right_text(company);
+        self.hits_group(company.as_ref());
+        let figures = right_text(company);
         let epoch = before.deployments[0].epoch;
         wait_for("the deployment to be ready in a later epoch", || {
             let deployment = self.cluster().status().deployments.remove(0);
@@ -191,28 +212,32 @@ impl Scene {
         });
         Processes::wait_gone(&hit.iter().chain(&before.ranks).map(|rank| rank.pid).collect::<Vec<_>>());
         self.answers_again();
-        words
+        figures
     }
 
     /// The machine that the ranks are on, and its home.
-    fn machine_of_ranks(&self) -> (NodeStatus, &Node) {
-        let status = self.cluster().status();
+    fn machine_of_ranks(&self, status: &StatusSnapshot) -> (NodeStatus, &Node) {
         let node = status.nodes.iter().find(|node| node.id == status.ranks[0].node).expect("a node").clone();
         let homes = [Some(&self.cluster().node), self.other.as_ref()];
         let home = homes.into_iter().flatten().find(|home| home.agent_pid() == Some(node.pid)).expect("its home");
         (node, home)
     }
 
-    fn lose_machine(&self, cell: &Cell, company: Option<Company>) -> String {
-        let (node, home) = self.machine_of_ranks();
-        let old: Vec<u32> = self.cluster().ranks("m").iter().map(|rank| rank.pid).collect();
+    fn lose_machine(&self, cell: &Cell, now: &StatusSnapshot, company: Option<Company>) -> Figures {
+        let (node, home) = self.machine_of_ranks(now);
+        let old: Vec<u32> = now.ranks.iter().map(|rank| rank.pid).collect();
         let signal = match cell.fault {
             Fault::Freeze => Signal::SIGSTOP,
             Fault::Exit => Signal::SIGTERM,
             _ => Signal::SIGKILL,
         };
         Processes::signal(node.pid, signal);
-        let words = right_text(company);
+        hits(company.as_ref());
+        let mut figures = right_text(company);
+        // The ranks of a frozen agent work on until their machine is given up: streams run at that time as well.
+        while cell.fault == Fault::Freeze && cell.moment != Moment::Idle && self.is_alive(&node.id) {
+            figures = figures.max(right_text(Some(self.works.decode.start(&self.cluster().http))));
+        }
         wait_for("the deployment to be ready on the other machine", || {
             let now = self.cluster().status();
             let moved = now.ranks.iter().all(|rank| rank.node != node.id && rank.state == "ready");
@@ -226,14 +251,16 @@ impl Scene {
             join(home, self.cluster(), "2");
         }
         self.is_back(&node.id);
-        words
+        figures
+    }
+
+    fn is_alive(&self, node: &str) -> bool {
+        self.cluster().status().nodes.iter().any(|other| other.id == node && other.state == "alive")
     }
 
     /// A machine that was lost is there again, and what serves elsewhere does not notice.
     fn is_back(&self, node: &str) {
-        wait_for("the machine to be back", || {
-            self.cluster().status().nodes.iter().any(|other| other.id == node && other.state == "alive").then_some(())
-        });
+        wait_for("the machine to be back", || self.is_alive(node).then_some(()));
         self.answers_again();
         let epoch = self.cluster().status().deployments[0].epoch;
         sleep(Duration::from_secs(1));
@@ -253,20 +280,21 @@ impl Scene {
     }
 
     /// Loses the far machine; gives its id, and how long it was until the head knew.
-    fn cut(&self) -> (String, Duration) {
-        let far = self.far_node();
+    fn cut(&self, company: Option<&Company>) -> (String, Duration) {
         self.far().cut();
         let cut = Instant::now();
+        self.hits_group(company);
+        let far = self.far_node();
         wait_for("the far machine to be given up", || (self.far_node().state == "dead").then_some(()));
         let took = cut.elapsed();
         assert!(took < DETECTED + Duration::from_secs(1), "a silent machine is given up after {took:?}");
         (far.id, took)
     }
 
-    fn cut_shared(&self, company: Option<Company>) -> String {
-        let ranks = self.cluster().ranks("m");
-        let (far, took) = self.cut();
-        let words = right_text(company);
+    fn cut_shared(&self, now: &StatusSnapshot, company: Option<Company>) -> Figures {
+        let ranks = &now.ranks;
+        let (far, took) = self.cut(company.as_ref());
+        let mut figures = right_text(company);
         self.answers_again();
         assert!(self.cluster().ranks("m").iter().all(|rank| rank.node != far), "all ranks are on this machine");
         self.far().connect(Duration::ZERO);
@@ -274,38 +302,44 @@ impl Scene {
         self.is_back(&far);
         assert_eq!(self.cluster().node.run("coordinator", &["undeploy", "m"]).code, 0);
         serve(self.cluster(), self.kind);
-        format!("given up after {:.1} s, {words}", took.as_secs_f64())
+        figures.push(("given up after", took));
+        figures
     }
 
-    fn cut_for_a_while(&self, company: Option<Company>) -> String {
-        let ranks = self.cluster().ranks("m");
-        let (far, took) = self.cut();
+    fn cut_for_a_while(&self, now: &StatusSnapshot, company: Option<Company>) -> Figures {
+        let ranks = &now.ranks;
+        let (far, took) = self.cut(company.as_ref());
         sleep(Duration::from_secs(1));
         self.far().connect(Duration::ZERO);
-        let words = right_text(company);
+        let mut figures = right_text(company);
         Processes::wait_gone(&ranks.iter().map(|rank| rank.pid).collect::<Vec<_>>());
         self.is_back(&far);
-        format!("given up after {:.1} s, {words}", took.as_secs_f64())
+        figures.push(("given up after", took));
+        figures
     }
 
-    fn cut_for_long(&self, company: Option<Company>) -> String {
-        let (far, _) = self.cut();
+    fn cut_for_long(&self, company: Option<Company>) -> Figures {
+        let cut = Instant::now();
+        let (far, took) = self.cut(company.as_ref());
         let ends = company.expect("streams").ends();
+        let told = cut.elapsed();
         assert!(ends.iter().all(|end| matches!(end, StreamEnd::Error(_))), "{ends:?}");
         self.far().connect(Duration::ZERO);
         self.is_back(&far);
-        format!("{} streams ended with an error event", ends.len())
+        vec![("given up after", took), ("error events after", told)]
     }
 
-    fn kill_head(&self, cell: &Cell, company: Option<Company>) -> String {
+    fn kill_head(&self, cell: &Cell, now: &StatusSnapshot, company: Option<Company>) -> Figures {
         let was_ready = cell.moment != Moment::Starting;
-        let before = self.lasting.pids();
-        self.lasting.kill_head();
+        let before = Lasting::pids_in(now);
+        Processes::kill(now.head.pid);
+        Processes::wait_gone(&[now.head.pid]);
         let killed = Instant::now();
         let ends = company.map(Company::ends).unwrap_or_default();
         let closed = killed.elapsed();
         assert!(closed < Duration::from_secs(1), "connections close within a second, not {closed:?}");
         assert!(ends.iter().all(|end| matches!(end, StreamEnd::Cut | StreamEnd::Done)), "{ends:?}");
+        assert!(ends.is_empty() || ends.contains(&StreamEnd::Cut), "streams had ended before the head was killed");
         sleep(Duration::from_secs(1));
         assert!(!was_ready || before.iter().all(|pid| Processes::alive(*pid)), "agent and ranks wait for their head");
         let took = self.lasting.restart_head();
@@ -313,34 +347,34 @@ impl Scene {
             assert_eq!(self.lasting.pids(), before, "nothing was started again");
         }
         self.answers_again();
-        format!(
-            "connections closed after {:.2} s, ready {:.2} s after the start",
-            closed.as_secs_f64(),
-            took.as_secs_f64()
-        )
+        vec![("connections closed after", closed), ("ready after the start", took)]
     }
 
-    fn pause_head(&self, before: &StatusSnapshot, company: Option<Company>) -> String {
+    fn pause_head(&self, before: &StatusSnapshot, company: Option<Company>) -> Figures {
         Processes::signal(before.head.pid, Signal::SIGSTOP);
+        hits(company.as_ref());
         sleep(HEAD_PAUSE);
         Processes::signal(before.head.pid, Signal::SIGCONT);
-        let words = right_text(company);
+        let figures = right_text(company);
         self.answers_again();
         assert!(self.cluster().status().nodes.iter().all(|node| node.state == "alive"), "no machine was given up");
-        words
+        figures
     }
 
-    fn jump(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> String {
+    fn jump(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> Figures {
         let clock = self.clock.as_ref().expect("a clock");
         for offset in [DAY_S, -DAY_S] {
             clock.jump(offset);
+            if offset > 0 {
+                hits(company.as_ref());
+            }
             let created =
                 || self.cluster().http.ask("/v1/completions", &self.works.decode.bodies[1])["created"].as_i64();
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs();
             let differs = created().expect("a time") - now as i64 - offset;
             assert!(differs.abs() < 600, "the head's clock has jumped: {differs} s");
         }
-        let words = right_text(company);
+        let figures = right_text(company);
         clock.jump(0);
         self.answers_again();
         let now = self.cluster().status();
@@ -348,11 +382,12 @@ impl Scene {
         if cell.moment != Moment::Starting {
             assert_eq!(now.deployments[0].epoch, before.deployments[0].epoch, "no group broke");
         }
-        words
+        figures
     }
 
-    fn slow_down(&self, company: Option<Company>) -> String {
+    fn slow_down(&self, company: Option<Company>) -> Figures {
         self.far().connect(SLOW_ONE_WAY);
+        hits(company.as_ref());
         let named = wait_for("status to name the slow machine", || {
             let far = self.far_node();
             far.reason.contains("slow").then_some(far)
@@ -370,12 +405,13 @@ impl Scene {
         assert_eq!(answer["choices"][0]["token_ids"], json!(expected[..2]));
         self.far().connect(Duration::ZERO);
         wait_for("status to forget it", || self.far_node().reason.is_empty().then_some(()));
-        let words = right_text(company);
+        let mut figures = right_text(company);
         self.answers_again();
-        format!("named with {time:.0} ms, 2 tokens in {:.1} s, {words}", took.as_secs_f64())
+        figures.extend([("round trip named", Duration::from_secs_f64(time / 1000.0)), ("2 tokens in", took)]);
+        figures
     }
 
-    fn fill_disk(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> String {
+    fn fill_disk(&self, cell: &Cell, before: &StatusSnapshot, company: Option<Company>) -> Figures {
         let cluster = self.cluster();
         let disk = cluster.node.store().expect("a disk");
         disk.fill();
@@ -383,11 +419,13 @@ impl Scene {
         let folder = folder.to_str().expect("a path");
         let refused = cluster.node.run("coordinator", &["serve", folder, "--served-model-name", "n"]);
         assert!(refused.code != 0 && refused.stderr.contains("cannot write it down"), "{refused:?}");
-        if cell.moment == Moment::Decode {
-            // What runs goes on, and is started again where it breaks, though nothing can be written about it.
+        let mut figures = right_text(company);
+        if let Some(company) = begin(self.cluster(), self.works, cell.moment, before) {
+            // What runs is started again where it breaks, though nothing can be written about it.
             Processes::kill(before.ranks[1].pid);
+            self.hits_group(Some(&company));
+            figures = right_text(Some(company));
         }
-        let words = right_text(company);
         self.answers_again();
         disk.free();
         wait_for("what was refused to be possible", || {
@@ -403,7 +441,7 @@ impl Scene {
         self.lasting.restart_head();
         assert_eq!(self.lasting.pids(), pids, "what was acknowledged is there, and as it was");
         self.answers_again();
-        words
+        figures
     }
 }
 
@@ -415,9 +453,13 @@ pub(super) fn begin(cluster: &Cluster, works: &Works, moment: Moment, before: &S
         Moment::Decode | Moment::Starting => &works.decode,
     };
     let company = work.start(&cluster.http);
-    let steps = before.ranks[0].steps + if moment == Moment::Decode { STEPS_TO_DECODE } else { 1 };
-    // Only steps are asked for: where the machine is fast, streams may have ended before anybody looks.
-    wait_for("streams to run", || (cluster.status().ranks[0].steps >= steps).then_some(()));
+    // Where long prompts are at work, the first token comes when the first of them is done.
+    let num_tokens = if moment == Moment::Prefill { 1 } else { company.num_streams() * TOKENS_TO_DECODE };
+    let until = Instant::now() + CELL_DEADLINE;
+    while company.num_tokens() < num_tokens {
+        assert!(Instant::now() < until && company.is_running(), "streams run");
+        sleep(LOOK_INTERVAL);
+    }
     if moment == Moment::Starting {
         Processes::kill(before.ranks[1].pid);
         wait_for("the next group to start", || {
@@ -428,12 +470,14 @@ pub(super) fn begin(cluster: &Cluster, works: &Works, moment: Moment, before: &S
     Some(company)
 }
 
-/// Every stream has the right text; says how long the longest pause was.
-pub(super) fn right_text(company: Option<Company>) -> String {
-    match company.map(Company::check) {
-        Some(pause) => format!("longest pause {:.2} s", pause.as_secs_f64()),
-        None => "nothing ran".to_owned(),
-    }
+/// The fault came while streams ran: what follows is about them.
+pub(super) fn hits(company: Option<&Company>) {
+    assert!(company.is_none_or(Company::is_running), "streams had ended before the fault came");
+}
+
+/// Every stream has the right text; gives how long the longest pause was, where anything ran.
+pub(super) fn right_text(company: Option<Company>) -> Figures {
+    company.map(|company| ("longest pause", company.check())).into_iter().collect()
 }
 
 fn join(node: &Node, cluster: &Cluster, slots: &str) {

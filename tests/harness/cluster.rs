@@ -18,6 +18,9 @@ use crate::{Http, TinyDisk};
 /// Longest wait for anything that should be quick.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Runs a program for which the kernel was started at another time: the mount is seen in its namespace only.
+const WITH_BOOT_ID: &str = r#"mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@""#;
+
 /// One machine of a test: a `PHALANX_HOME` and the programs that use it.
 pub struct Node {
     /// Goes before the home that it lies in.
@@ -66,9 +69,14 @@ impl Node {
         self
     }
 
-    /// A node whose programs run in a network namespace.
+    /// A node whose programs run in a network namespace, and take this machine for another one: they would use the head's Unix
+    /// socket otherwise, which no cut cable reaches.
+    ///
+    /// # Panics
+    /// If its home cannot be written.
     pub fn inside(namespace: &str) -> Self {
         let mut node = Self::new();
+        fs::write(node.boot_id(), format!("{namespace}-of-{}\n", std::process::id())).expect("a file");
         node.namespace = Some(namespace.to_owned());
         node
     }
@@ -133,6 +141,10 @@ impl Node {
         serde_json::from_str::<Value>(&record).ok()?["pid"].as_u64()?.try_into().ok()
     }
 
+    fn boot_id(&self) -> PathBuf {
+        self.home.path().join("boot-id")
+    }
+
     /// Its `PHALANX_HOME`.
     pub fn home(&self) -> &Path {
         self.home.path()
@@ -143,7 +155,8 @@ impl Node {
         let mut command = match &self.namespace {
             Some(namespace) => {
                 let mut command = Command::new("ip");
-                command.args(["netns", "exec", namespace]).arg(binary(program));
+                command.args(["netns", "exec", namespace, "sh", "-c", WITH_BOOT_ID]).arg(self.boot_id());
+                command.arg(binary(program));
                 command
             }
             None => Command::new(binary(program)),

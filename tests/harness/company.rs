@@ -1,5 +1,7 @@
 //! Streams that run while something happens to their cluster, and the text that each must have in the end.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -52,18 +54,25 @@ impl Work {
 
     /// Starts all of them together.
     pub fn start(&self, http: &Http) -> Company {
+        let num_tokens = Arc::new(AtomicUsize::new(0));
         let read = |body: &Value| {
-            let (http, body) = (http.clone(), body.clone());
+            let (http, body, num_tokens) = (http.clone(), body.clone(), Arc::clone(&num_tokens));
             std::thread::spawn(move || {
                 // A head that ends before the first token has not even answered.
                 let Some(mut stream) = http.try_stream("/v1/completions", &body) else {
                     return (StreamEnd::Cut, Vec::new(), Duration::ZERO);
                 };
-                let end = stream.finish();
+                let end = loop {
+                    let before = stream.token_ids.len();
+                    match stream.step() {
+                        Ok(_) => drop(num_tokens.fetch_add(stream.token_ids.len() - before, Ordering::Relaxed)),
+                        Err(end) => break end,
+                    }
+                };
                 (end, stream.token_ids, stream.longest_gap)
             })
         };
-        Company { streams: self.bodies.iter().map(read).collect(), expected: self.expected.clone() }
+        Company { streams: self.bodies.iter().map(read).collect(), expected: self.expected.clone(), num_tokens }
     }
 }
 
@@ -71,9 +80,25 @@ impl Work {
 pub struct Company {
     streams: Vec<JoinHandle<(StreamEnd, Vec<u32>, Duration)>>,
     expected: Vec<Value>,
+    num_tokens: Arc<AtomicUsize>,
 }
 
 impl Company {
+    /// How many streams there are.
+    pub fn num_streams(&self) -> usize {
+        self.streams.len()
+    }
+
+    /// Tokens that have come so far, of all streams together.
+    pub fn num_tokens(&self) -> usize {
+        self.num_tokens.load(Ordering::Relaxed)
+    }
+
+    /// Whether a stream has not ended.
+    pub fn is_running(&self) -> bool {
+        self.streams.iter().any(|stream| !stream.is_finished())
+    }
+
     /// Every stream ends as it should, with the right text. Gives the longest pause of any.
     ///
     /// # Panics

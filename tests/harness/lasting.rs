@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use phalanx_proto::StatusSnapshot;
+
 use crate::{Cluster, Node, Processes, free_ports, wait_for};
 
 /// A cluster on ports that it keeps.
@@ -63,7 +65,11 @@ impl Lasting {
 
     /// Process ids of all ranks and agents.
     pub fn pids(&self) -> Vec<u32> {
-        let status = self.cluster.status();
+        Self::pids_in(&self.cluster.status())
+    }
+
+    /// The same of a moment before.
+    pub fn pids_in(status: &StatusSnapshot) -> Vec<u32> {
         status.ranks.iter().map(|rank| rank.pid).chain(status.nodes.iter().map(|node| node.pid)).collect()
     }
 }

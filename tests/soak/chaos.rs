@@ -1,5 +1,7 @@
 //! What goes wrong during a soak, one thing after the other, and how it is put right again.
 //!
+//! In its second half head and agents live on, so that what they hold can be seen to be level.
+//!
 //! **Invariant:** what was frozen, killed or cut is put right some seconds later; only ranks are left to the cluster.
 
 use std::collections::BTreeMap;
@@ -57,8 +59,8 @@ impl Chaos {
         chaos
     }
 
-    /// Waits a while, putting right what is due, then does something bad.
-    pub fn next_fault(&mut self, left: Duration) {
+    /// Waits a while, putting right what is due, then does something bad; where `spares` says so, to no head and no agent's life.
+    pub fn next_fault(&mut self, left: Duration, spares: bool) {
         let until = Instant::now() + Duration::from_millis(self.random.below(PAUSE_MAX_MS)).min(left);
         while Instant::now() < until {
             self.repair_due(Instant::now());
@@ -68,10 +70,10 @@ impl Chaos {
             0..=7 => self.hit_rank("ranks killed", Signal::SIGKILL),
             8..=9 => self.hit_rank("ranks frozen", Signal::SIGSTOP),
             10 => self.hit_rank("ranks that ended", Signal::SIGTERM),
-            11 => self.kill_agent(),
-            12 => self.freeze_agent(),
-            13 => self.cut(),
-            _ => self.restart_head(),
+            11 if !spares => self.kill_agent(),
+            11 | 12 => self.freeze_agent(),
+            14.. if !spares => self.restart_head(),
+            _ => self.cut(),
         }
     }
 

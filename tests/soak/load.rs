@@ -1,18 +1,21 @@
 //! Clients that ask and compare, until they are told to stop.
 
 use std::cell::RefCell;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::{Duration, Instant};
 
 use harness::{Http, Random, StreamEnd, Work};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// Streams at a time.
 const NUM_CLIENTS: u64 = 16;
 /// Longest pause of a client between two requests, milliseconds: the machine has other work too.
 const PAUSE_MAX_MS: u64 = 3_000;
+/// Different reasons that are counted.
+const REASONS_MAX: usize = 50;
 /// A request that has not ended by then hangs.
 const HUNG_AFTER: Duration = Duration::from_secs(100);
 
@@ -35,12 +38,35 @@ pub struct Tally {
     pub refused: AtomicU64,
     /// The longest pause in a stream, milliseconds.
     pub pause_max_ms: AtomicU64,
+    /// What error events said, and how often.
+    pub reasons: Mutex<BTreeMap<String, u64>>,
+}
+
+impl Tally {
+    fn count_reason(&self, event: &Value) {
+        let said = event["error"]["message"].as_str().unwrap_or("an error without words");
+        // Numbers differ from time to time; the reason is the same.
+        let reason: String = said.chars().map(|letter| if letter.is_ascii_digit() { '#' } else { letter }).collect();
+        let mut reasons = self.reasons.lock().expect("nobody panics with it");
+        if reasons.len() < REASONS_MAX || reasons.contains_key(&reason) {
+            *reasons.entry(reason).or_default() += 1;
+        }
+    }
+}
+
+/// What clients are to do.
+#[derive(Default)]
+struct Orders {
+    stop: AtomicBool,
+    rest: AtomicBool,
+    /// Clients that have nothing under way.
+    num_resting: AtomicUsize,
 }
 
 /// The clients.
 pub struct Load {
     tally: Arc<Tally>,
-    stop: Arc<AtomicBool>,
+    orders: Arc<Orders>,
     clients: RefCell<Vec<JoinHandle<()>>>,
 }
 
@@ -48,13 +74,13 @@ impl Load {
     /// Asks each request alone, then lets the clients begin.
     pub fn start(http: &Http) -> Self {
         let work = Work::ask_alone(http, 32, 300, 120);
-        let (tally, stop) = (Arc::new(Tally::default()), Arc::new(AtomicBool::new(false)));
+        let (tally, orders) = (Arc::new(Tally::default()), Arc::new(Orders::default()));
         let client = |number| {
-            let (http, work, tally, stop) = (http.clone(), work.clone(), Arc::clone(&tally), Arc::clone(&stop));
-            spawn(move || ask_on(&http, &work, &tally, &stop, number))
+            let (http, work, tally, orders) = (http.clone(), work.clone(), Arc::clone(&tally), Arc::clone(&orders));
+            spawn(move || ask_on(&http, &work, &tally, &orders, number))
         };
         let clients = RefCell::new((0..NUM_CLIENTS).map(client).collect());
-        Self { tally, stop, clients }
+        Self { tally, orders, clients }
     }
 
     /// What became of the requests so far.
@@ -62,9 +88,28 @@ impl Load {
         &self.tally
     }
 
+    /// Lets every client end what it has under way and begin nothing; false if one does not end in time.
+    pub fn rest(&self) -> bool {
+        self.orders.rest.store(true, Ordering::Relaxed);
+        let ends = Instant::now() + 2 * HUNG_AFTER;
+        let num_clients = self.clients.borrow().len();
+        while self.orders.num_resting.load(Ordering::Relaxed) < num_clients {
+            if Instant::now() >= ends {
+                return false;
+            }
+            sleep(Duration::from_millis(50));
+        }
+        true
+    }
+
+    /// Lets them go on.
+    pub fn go_on(&self) {
+        self.orders.rest.store(false, Ordering::Relaxed);
+    }
+
     /// Lets the clients end; gives how many did not.
     pub fn stop(&self) -> usize {
-        self.stop.store(true, Ordering::Relaxed);
+        self.orders.stop.store(true, Ordering::Relaxed);
         let ends = Instant::now() + 2 * HUNG_AFTER;
         let clients = std::mem::take(&mut *self.clients.borrow_mut());
         let hangs = |client: &JoinHandle<()>| {
@@ -78,10 +123,18 @@ impl Load {
 }
 
 /// One client: asks, reads to the end, compares.
-fn ask_on(http: &Http, work: &Work, tally: &Tally, stop: &AtomicBool, number: u64) {
+fn ask_on(http: &Http, work: &Work, tally: &Tally, orders: &Orders, number: u64) {
     let mut random = Random(1000 + number);
     let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
-    while !stop.load(Ordering::Relaxed) {
+    while !orders.stop.load(Ordering::Relaxed) {
+        if orders.rest.load(Ordering::Relaxed) {
+            orders.num_resting.fetch_add(1, Ordering::Relaxed);
+            while orders.rest.load(Ordering::Relaxed) && !orders.stop.load(Ordering::Relaxed) {
+                sleep(Duration::from_millis(50));
+            }
+            orders.num_resting.fetch_sub(1, Ordering::Relaxed);
+            continue;
+        }
         sleep(Duration::from_millis(random.below(PAUSE_MAX_MS)));
         let index = random.below(work.bodies.len() as u64) as usize;
         let asked = Instant::now();
@@ -102,7 +155,10 @@ fn ask_on(http: &Http, work: &Work, tally: &Tally, stop: &AtomicBool, number: u6
             StreamEnd::Done if got.len() == expected.len() => &tally.right,
             StreamEnd::Done => &tally.wrong,
             StreamEnd::Cut => &tally.cut,
-            StreamEnd::Error(_) => &tally.failed,
+            StreamEnd::Error(event) => {
+                tally.count_reason(&event);
+                &tally.failed
+            }
         });
     }
 }

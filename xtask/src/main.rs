@@ -50,18 +50,27 @@ enum Command {
         /// First every cell of the fault matrix: each fault against each process at each moment.
         #[arg(long)]
         matrix: bool,
+        /// Of the matrix only the cells with all of these words in their names, as `kill agent` or `cut agent decode`.
+        #[arg(long, value_name = "WORDS")]
+        cells: Option<String>,
         /// Where all figures are written [default: .cache/soak.json]
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
     },
-    /// Plays clusters that go wrong as their seeds say, in one thread and without a clock; ends at the first that goes wrong.
+    /// Plays clusters and stores that go wrong as their seeds say, without a clock; names the seeds that end badly.
     Simulate {
-        /// How many.
-        #[arg(long, default_value_t = 100_000)]
-        seeds: u64,
-        /// The first one.
-        #[arg(long, default_value_t = 0)]
-        first: u64,
+        /// How many of each.
+        #[arg(long, visible_alias = "seeds", default_value_t = 100_000)]
+        count: u64,
+        /// The first one: a run that was broken off says how far it came.
+        #[arg(long, visible_alias = "first", default_value_t = 0)]
+        from: u64,
+        /// Threads that play.
+        #[arg(long, default_value_t = 2)]
+        threads: u64,
+        /// Only `cluster` or only `store`.
+        #[arg(long, value_parser = ["cluster", "store"])]
+        what: Option<String>,
     },
     /// Holds a server to its own `/openapi.json` with thousands of requests, allowed and forbidden ones.
     Document {
@@ -113,8 +122,10 @@ fn main() -> anyhow::Result<()> {
         Command::Demo { keep, question } => demo::run(keep, &question),
         Command::Test => test::run(),
         Command::DeviceCode => device_code::run(),
-        Command::Soak { minutes, seed, matrix, json } => test::soak(minutes, seed, matrix, json),
-        Command::Simulate { seeds, first } => test::simulate(seeds, first),
+        Command::Soak { minutes, seed, matrix, cells, json } => {
+            test::soak(minutes, seed, cells.or_else(|| matrix.then(String::new)).as_deref(), json)
+        }
+        Command::Simulate { count, from, threads, what } => test::simulate(count, from, threads, what.as_deref()),
         Command::Document { examples } => test::document(examples),
         Command::ToolCalls { out } => test::tool_calls(out.as_deref()),
         Command::Fetch => fetch::model().and(fetch::tokenizers()).and(packages::etcd()),

@@ -51,25 +51,32 @@ pub fn run() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Builds the programs, and runs the soak beside them, behind the fault matrix where that is wanted.
-pub fn soak(minutes: f64, seed: u64, matrix: bool, json: Option<PathBuf>) -> anyhow::Result<()> {
+/// Builds the programs, and runs the soak beside them, behind the cells of the fault matrix that have these words in their names.
+pub fn soak(minutes: f64, seed: u64, cells: Option<&str>, json: Option<PathBuf>) -> anyhow::Result<()> {
     check(cargo().args(["build", "--workspace", "--bins", "--examples"]))?;
     let soak = build_binaries()?.join("examples/soak");
     let json = json.unwrap_or_else(|| cache().join("soak.json"));
     if let Some(folder) = json.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    let matrix = if matrix { "matrix" } else { "no-matrix" };
-    check(Command::new(soak).args([&minutes.to_string(), &seed.to_string(), matrix]).arg(json))
+    let matrix = if cells.is_some() { "matrix" } else { "no-matrix" };
+    let (minutes, seed) = (minutes.to_string(), seed.to_string());
+    check(Command::new(soak).args([&minutes, &seed, matrix]).arg(json).arg(cells.unwrap_or_default()))
 }
 
-/// Plays so many seeds of the simulated cluster, in the release profile.
-pub fn simulate(seeds: u64, first: u64) -> anyhow::Result<()> {
+/// Plays so many seeds of both simulations or of one, in the release profile.
+pub fn simulate(count: u64, from: u64, threads: u64, what: Option<&str>) -> anyhow::Result<()> {
     let test = ["test", "--release", "--package", "phalanx-coordinator", "--lib", "--quiet", "--"];
-    let which = ["stories_end_well", "--nocapture"];
+    let which = [
+        what.map_or_else(|| "stories_end_well".to_owned(), |what| format!("{what}_stories_end_well")),
+        "--nocapture".to_owned(),
+        "--test-threads=1".to_owned(),
+    ];
     let mut command = cargo();
     command.args(test).args(which);
-    command.env("PHALANX_SIMULATION_SEEDS", seeds.to_string()).env("PHALANX_SIMULATION_FIRST", first.to_string());
+    for (name, value) in [("SEEDS", count), ("FIRST", from), ("THREADS", threads)] {
+        command.env(format!("PHALANX_SIMULATION_{name}"), value.to_string());
+    }
     check(&mut command)
 }
 

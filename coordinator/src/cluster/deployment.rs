@@ -3,16 +3,17 @@
 //! **Invariant:** the state is derived from the replicas and the user's wish in one place, [`Deployment::derive_state`];
 //! every state but `ready` has a reason or a phase to show.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use phalanx_formats::Geometry;
-use phalanx_proto::{DeploymentStatus, Incarnation, Phase, Rank};
+use phalanx_proto::{DeploymentStatus, Incarnation, NodeId, Phase, Rank};
 use tokio::sync::{mpsc, oneshot};
 
 use super::ClusterError;
 use super::placement::Wanted;
-use super::placement_group::PlacementGroup;
+use super::placement_group::{Place, PlacementGroup};
 use super::reconcile::KeptVersion;
 use super::replica::{Replica, Stage};
 use super::spec::DeploymentSpec;
@@ -160,6 +161,8 @@ pub(super) struct Deployment {
     pub state: DeploymentState,
     pub reason: String,
     pub placed_at: SystemTime,
+    /// The same among all that were given slots.
+    pub placed_order: u64,
     pub wait_until: Option<Instant>,
     /// It was ready once: from then on breaks lead to restarts.
     pub has_served: bool,
@@ -196,6 +199,7 @@ impl Deployment {
             state: DeploymentState::Pending,
             reason: String::new(),
             placed_at: SystemTime::now(),
+            placed_order: 0,
             wait_until: spec.wait.map(|wait| now + wait),
             has_served: false,
             gave_up: false,
@@ -288,6 +292,21 @@ impl Deployment {
             self.reason.clear();
         }
         ready
+    }
+
+    /// Keeps the slots of each replica that nobody has taken and that it may have; a replica without waits for others.
+    pub fn keep_slots(&mut self, taken: &mut BTreeSet<(NodeId, u32)>, may_have: impl Fn(&Place) -> bool) {
+        for number in 0..self.replicas.len() {
+            let places = self.group.places(number as u32);
+            let is_lost = |place: &Place| taken.contains(&(place.node.clone(), place.slot)) || !may_have(place);
+            if places.iter().any(is_lost) {
+                self.group.reschedule(number as u32, "others have its slots".to_owned());
+                self.replicas[number].stage = Stage::Unplaced;
+            } else {
+                taken.extend(places.into_iter().map(|place| (place.node, place.slot)));
+            }
+        }
+        self.state = self.derive_state();
     }
 
     /// Tells everyone who waits for this deployment. The last place of a queue is kept for the end.

@@ -76,8 +76,12 @@ pub(super) struct NamedGroup {
     pub wait_until: Option<Instant>,
     /// What the store holds, or is about to hold; none: nothing.
     pub kept: Option<Vec<Option<Seat>>>,
+    /// The store has held something of it.
+    pub was_kept: bool,
     /// The store could not write the last change, and is asked again then.
     pub keep_again_at: Option<Instant>,
+    /// When its bundles got their seats last, among all that were given any.
+    pub seated_order: u64,
     /// It is being removed.
     pub removing: bool,
     pub create_reply: Option<GroupReply>,
@@ -93,7 +97,9 @@ impl NamedGroup {
             seated_at: SystemTime::now(),
             wait_until: spec.wait.map(|wait| now + wait),
             kept: None,
+            was_kept: false,
             keep_again_at: None,
+            seated_order: order,
             removing: false,
             create_reply: None,
             remove_replies: Vec::new(),
@@ -144,6 +150,8 @@ pub struct GroupRecord {
     spec: GroupSpec,
     order: u64,
     created_s: u64,
+    #[serde(default)]
+    seated_order: u64,
     seats: Vec<Option<Seat>>,
 }
 
@@ -154,6 +162,7 @@ impl GroupRecord {
             spec: named.spec.clone(),
             order: named.order,
             created_s: named.created_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            seated_order: named.seated_order,
             seats: named.version().unwrap_or_default(),
         }
     }
@@ -173,7 +182,7 @@ impl GroupRecord {
 
     /// The group as it was: its slots are taken.
     pub(super) fn restore(self, now: Instant) -> NamedGroup {
-        let Self { spec, order, created_s, seats } = self;
+        let Self { spec, order, created_s, seated_order, seats } = self;
         let mut named = NamedGroup::new(spec, order, now);
         named.created_at = UNIX_EPOCH + Duration::from_secs(created_s);
         named.seated_at = named.created_at;
@@ -182,7 +191,7 @@ impl GroupRecord {
                 named.group.seat(index, seat.clone());
             }
         }
-        named.kept = named.version();
+        (named.kept, named.was_kept, named.seated_order) = (named.version(), true, seated_order);
         named
     }
 }

@@ -39,6 +39,9 @@ pub struct DeploymentRecord {
     /// When it got its slots, seconds since 1970.
     #[serde(default)]
     placed_s: u64,
+    /// When it got its slots last, among all that were given any.
+    #[serde(default)]
+    placed_order: u64,
     replicas: Vec<ReplicaRecord>,
 }
 
@@ -73,6 +76,7 @@ impl DeploymentRecord {
             geometry: deployment.checked.geometry.clone(),
             size: deployment.size,
             order: deployment.order,
+            placed_order: deployment.placed_order,
             placed_s: deployment.placed_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             replicas: deployment.replicas.iter().map(replica).collect(),
         }
@@ -98,11 +102,11 @@ impl DeploymentRecord {
 
     /// The deployment as it was: its slots are taken, and its ranks are waited for.
     pub(super) fn restore(self, now: Instant) -> Deployment {
-        let Self { spec, geometry, size, order, placed_s, replicas } = self;
+        let Self { spec, geometry, size, order, placed_s, placed_order, replicas } = self;
         let mut deployment = Deployment::new(CheckedSpec { spec, geometry }, size, now);
         // Its ranks may be started again: whoever asked for it is not there any more to be told that they failed.
         deployment.has_served = true;
-        deployment.order = order;
+        (deployment.order, deployment.placed_order) = (order, placed_order);
         deployment.placed_at = UNIX_EPOCH + Duration::from_secs(placed_s);
         deployment.reason = WAITS.to_owned();
         while deployment.is_auto() && deployment.replicas.len() < replicas.len() {

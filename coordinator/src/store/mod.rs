@@ -7,6 +7,8 @@
 //! **Invariant:** a change is answered only when it is on disk, and changes are written in the order in which they came.
 
 pub mod etcd;
+#[cfg(test)]
+mod simulation;
 mod writer;
 
 use std::fs;
@@ -125,6 +127,9 @@ pub struct Store {
     /// None behind a change that failed: a database that could not write takes nothing more until it is opened again.
     database: Option<Database>,
     path: PathBuf,
+    /// A disk that is made up stands for the file.
+    #[cfg(test)]
+    simulated: Option<simulation::Disk>,
 }
 
 impl Store {
@@ -135,8 +140,26 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         fs::create_dir_all(dir).map_err(|source| StoreError::Folder { path: dir.to_owned(), source })?;
         let path = dir.join(FILE);
-        let database = Database::create(&path).map_err(|error| failed(&path, error))?;
-        Ok(Self { database: Some(database), path })
+        Self {
+            database: None,
+            path,
+            #[cfg(test)]
+            simulated: None,
+        }
+        .opened()
+    }
+
+    /// The store on a disk that is made up.
+    #[cfg(test)]
+    fn on(disk: simulation::Disk) -> Result<Self, StoreError> {
+        Self { database: None, path: PathBuf::new(), simulated: Some(disk) }.opened()
+    }
+
+    fn opened(mut self) -> Result<Self, StoreError> {
+        match self.database() {
+            Ok(_) => Ok(self),
+            Err(error) => Err(failed(&self.path, error)),
+        }
     }
 
     /// Takes the next term: it is on disk when this returns.
@@ -209,9 +232,31 @@ impl Store {
     fn database(&mut self) -> Result<&Database, redb::Error> {
         let database = match self.database.take() {
             Some(database) => database,
-            None => Database::create(&self.path)?,
+            None => self.create()?,
         };
         Ok(self.database.insert(database))
+    }
+
+    /// Opens the file; one that is not there is made under another name first, so that whoever dies meanwhile leaves none that
+    /// is half made.
+    fn create(&self) -> Result<Database, redb::Error> {
+        #[cfg(test)]
+        if let Some(disk) = &self.simulated {
+            return disk.open();
+        }
+        if !self.path.exists() {
+            let unfinished = self.path.with_extension("new");
+            match fs::remove_file(&unfinished) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+            drop(Database::create(&unfinished)?);
+            fs::rename(&unfinished, &self.path)?;
+            if let Some(folder) = self.path.parent() {
+                fs::File::open(folder)?.sync_all()?;
+            }
+        }
+        Ok(Database::create(&self.path)?)
     }
 }
 
@@ -240,6 +285,16 @@ mod tests {
         let mut store = Store::open(&folder).expect("opens again");
         assert_eq!(store.next_term().expect("writes"), Term(2));
         assert_eq!(store.records(Table::Deployments).expect("reads"), [("m".to_owned(), b"three".to_vec())]);
+    }
+
+    #[test]
+    fn a_file_that_was_half_made_when_its_head_died_is_made_again() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let unfinished = dir.path().join(FILE).with_extension("new");
+        fs::write(&unfinished, [0; 100]).expect("writes");
+        let mut store = Store::open(dir.path()).expect("opens");
+        assert_eq!(store.next_term().expect("writes"), Term(1));
+        assert!(!unfinished.exists());
     }
 
     #[test]

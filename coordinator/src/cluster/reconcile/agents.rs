@@ -31,6 +31,7 @@ impl Reconciler {
         let id = hello.node_id.clone();
         let address = if hello.address.is_empty() { peer } else { hello.address.clone() };
         let (num_slots, pid) = (hello.num_slots, hello.pid);
+        let is_same_process = self.nodes.node(&id).is_some_and(|known| known.hello.pid == pid);
         let session = self.nodes.join(hello, address, now)?;
         if self.agents.remove(&id).is_some() {
             self.break_groups_on(&id, format!("the agent of {id} dialed again"), now);
@@ -46,8 +47,22 @@ impl Reconciler {
         info!(node_id = %id, num_slots, pid, "node joined");
         let text = format!("node {id} joined with {num_slots} slots (agent pid {pid})");
         self.tell_node(&id, event(Level::Info, "node_joined", text));
-        self.agents.insert(id, AgentLink { session, commands, revision: 0, told: None });
+        self.agents.insert(id.clone(), AgentLink { session, commands, revision: 0, told: None });
+        self.leave_on(&id, session, is_same_process);
         Ok(session)
+    }
+
+    /// An agent that was to leave dialed again, before its stream was seen to end: it still is to. Another process in its place
+    /// has come since it left.
+    fn leave_on(&mut self, node: &NodeId, session: AgentSession, is_same_process: bool) {
+        if is_same_process && let Some(leaving) = self.leaving.get_mut(node) {
+            leaving.told = false;
+            self.nodes.leaving(node, session, "asked to leave".to_owned());
+            return;
+        }
+        for reply in self.leaving.remove(node).unwrap_or_default().replies {
+            let _ = reply.send(Ok(()));
+        }
     }
 
     pub(super) fn agent_said(&mut self, node: &NodeId, session: AgentSession, said: AgentEvent, now: Instant) {

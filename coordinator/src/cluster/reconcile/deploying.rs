@@ -213,7 +213,8 @@ impl Reconciler {
             deployment.group.place(number as u32, places.clone());
             replica.launch(places, now);
         }
-        deployment.placed_at = SystemTime::now();
+        (deployment.placed_at, deployment.placed_order) = (SystemTime::now(), self.next_order);
+        self.next_order += 1;
         if !deployment.has_served {
             deployment.reason.clear();
         }
@@ -413,7 +414,7 @@ impl Reconciler {
     }
 
     /// Slots that a deployment in a placement group may use; the group may have lost some. None: any.
-    fn slots_of_its_group(&self, index: usize) -> Option<Vec<Place>> {
+    pub(super) fn slots_of_its_group(&self, index: usize) -> Option<Vec<Place>> {
         let group = self.deployments[index].1.checked.spec.placement_group()?;
         let named = self.groups.iter().find(|named| named.spec.name == group);
         Some(named.map(|named| named.group.slots().collect()).unwrap_or_default())

@@ -151,7 +151,12 @@ impl Reconciler {
             // Where nothing else has room for what would be left, it may take longer to end here.
             let patience = if has_room { drain } else { drain_in_place };
             for replica in &mut deployment.replicas {
-                if !replica.lingering().any(|rank| rank.place.node == *node) {
+                // Of processes that ended before any agent spoke of them nobody will hear.
+                let is_gone = match replica.stage {
+                    Stage::Ended { since } | Stage::Broken { since, .. } => replica.is_gone(since, now),
+                    _ => false,
+                };
+                if is_gone || !replica.lingering().any(|rank| rank.place.node == *node) {
                     continue;
                 }
                 busy = true;
@@ -197,8 +202,9 @@ impl Reconciler {
 
 fn has_ended(deployment: &Deployment) -> bool {
     let ended = deployment.replicas.iter().all(|replica| matches!(replica.stage, Stage::Ended { .. }));
-    let is_kept = deployment.keep_again_at.is_none();
-    deployment.stopping_since.is_some() && ended && is_kept && !deployment.group.is_seated()
+    // A record that nobody has taken off the disk yet would come back with the next head.
+    let is_forgotten = deployment.kept.is_none() && deployment.keep_again_at.is_none();
+    deployment.stopping_since.is_some() && ended && is_forgotten && !deployment.group.is_seated()
 }
 
 fn lingering(deployment: &Deployment) -> String {

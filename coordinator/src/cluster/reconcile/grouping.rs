@@ -151,7 +151,8 @@ impl Reconciler {
             let slots: Vec<u32> = (0..num_slots).map(|_| free_slot(&mut taken, &node)).collect();
             named.group.seat(bundle, Seat { node, slots });
         }
-        named.seated_at = SystemTime::now();
+        (named.seated_at, named.seated_order) = (SystemTime::now(), self.next_order);
+        self.next_order += 1;
         info!(placement_group = named.spec.name, "placement group created");
         let nodes: Vec<String> =
             named.group.bundles().iter().filter_map(|b| Some(b.seat.as_ref()?.node.to_string())).collect();

@@ -1,5 +1,7 @@
 //! What the store must know, and that nothing is told to agents before it does.
 
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +16,8 @@ use super::super::{ClusterError, ServingChange};
 use super::Reconciler;
 use crate::store::{Change, StoreError, Table};
 
+/// Said of what has lost slots while nothing could be written.
+const GIVEN_AWAY: &str = "its slots were given to others while the store could not write it down";
 /// When a store that could not write is asked again.
 const KEEP_AGAIN: Duration = Duration::from_secs(2);
 
@@ -31,14 +35,14 @@ impl Reconciler {
         let Restored { deployments: mut records, groups } = restored;
         self.groups = groups.into_iter().map(|record| record.restore(now)).collect();
         self.groups.sort_by_key(|named| named.order);
-        self.next_order = self.groups.last().map_or(0, |named| named.order + 1);
+        self.next_order = self.groups.iter().map(|named| named.order.max(named.seated_order) + 1).max().unwrap_or(0);
         for named in &self.groups {
             info!(placement_group = named.spec.name, "placement group comes back");
         }
         records.sort_by_key(DeploymentRecord::order);
         for record in records {
-            self.next_order = self.next_order.max(record.order() + 1);
             let mut deployment = record.restore(now);
+            self.next_order = self.next_order.max(deployment.order.max(deployment.placed_order) + 1);
             (deployment.kept, deployment.was_kept) = (Some(version(&deployment)), true);
             let checked = Arc::clone(&deployment.checked);
             info!(group_id = %checked.spec.name, state = deployment.state.as_str(), "deployment comes back");
@@ -46,6 +50,37 @@ impl Reconciler {
             // A table that is full reads the tokenizer when the group is ready.
             let _ = self.serving.try_send(ServingChange::Starting(checked));
             self.deployments.push((name, deployment));
+        }
+        self.settle_slots();
+    }
+
+    /// Whoever was given a slot last keeps it: what a full disk could not write down claims what was given to others since.
+    fn settle_slots(&mut self) {
+        let is_inside = |deployment: &Deployment| deployment.checked.spec.placement_group().is_some();
+        let groups = self.groups.iter().enumerate().map(|(index, named)| (named.seated_order, index, true));
+        let deployments = self.deployments.iter().enumerate().filter(|(_, (_, known))| !is_inside(known));
+        let deployments = deployments.map(|(index, (_, known))| (known.placed_order, index, false));
+        let mut holders: Vec<(u64, usize, bool)> = groups.chain(deployments).collect();
+        holders.sort_by_key(|(order, ..)| Reverse(*order));
+        let mut taken = BTreeSet::new();
+        for (_, index, is_group) in holders {
+            if is_group {
+                let named = &mut self.groups[index];
+                named.lose_seats(|node, slots| {
+                    slots.iter().any(|slot| taken.contains(&(node.clone(), *slot))).then(|| GIVEN_AWAY.to_owned())
+                });
+                taken.extend(named.group.slots().map(|place| (place.node, place.slot)));
+            } else {
+                self.deployments[index].1.keep_slots(&mut taken, |_| true);
+            }
+        }
+        let mut inside: Vec<usize> =
+            (0..self.deployments.len()).filter(|index| is_inside(&self.deployments[*index].1)).collect();
+        inside.sort_by_key(|index| Reverse(self.deployments[*index].1.placed_order));
+        let mut taken = BTreeSet::new();
+        for index in inside {
+            let theirs = self.slots_of_its_group(index).unwrap_or_default();
+            self.deployments[index].1.keep_slots(&mut taken, |place| theirs.contains(place));
         }
     }
 
@@ -140,18 +175,22 @@ impl Reconciler {
         }
     }
 
-    /// A group that nobody was told of, and that cannot be kept, never was.
+    /// A group that nobody was told of, and that cannot be kept, ends: what still waits for the disk may get there.
     fn group_kept(&mut self, name: &str, result: Result<(), String>, now: Instant) {
-        let Some(index) = self.groups.iter().position(|named| named.spec.name == name) else { return };
-        let Err(reason) = result else { return };
+        let Some(named) = self.groups.iter_mut().find(|named| named.spec.name == name) else { return };
+        let Err(reason) = result else {
+            named.was_kept = true;
+            return;
+        };
         warn!(placement_group = name, reason, "placement group is not on disk as it is");
-        if let Some(reply) = self.groups[index].create_reply.take() {
+        if let Some(reply) = named.create_reply.take() {
             let (message, hint) = unwritable(&reason);
             let _ = reply.send(Err(DeployFailure { code: DeployFailureCode::StartFailed, message, hint }));
-            self.groups.remove(index);
+            named.removing = true;
+        }
+        if !named.was_kept {
             return;
         }
-        let named = &mut self.groups[index];
         named.keep_again_at = Some(now + KEEP_AGAIN);
         for reply in std::mem::take(&mut named.remove_replies) {
             let _ = reply.send(Err(ClusterError::NotKept { name: name.to_owned(), reason: reason.clone() }));

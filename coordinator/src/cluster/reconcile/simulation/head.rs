@@ -4,28 +4,61 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::mpsc as std_mpsc;
 use std::time::{Duration, Instant};
 
-use phalanx_proto::{DesiredRank, HeadStatus, NodeId, RankKey, Term};
+use phalanx_proto::{DeploymentName, DesiredRank, HeadStatus, NodeId, RankKey, Term};
 use tokio::sync::{mpsc, oneshot};
 
 use super::super::super::StatusBoard;
-use super::super::super::deployment::DeploymentState;
+use super::super::super::deployment::{Deployment, DeploymentState};
 use super::super::super::event::{ClusterEvent, GroupKey, ServingChange, StartedGroup};
 use super::super::super::handle::ClusterSettings;
 use super::super::super::launch::simulated::{self, Asked};
+use super::super::super::named_group::GroupRecord;
+use super::super::super::placement_group::Place;
 use super::super::super::record::{DeploymentRecord, Restored};
 use super::super::super::replica::{Replica, Stage};
 use super::super::Reconciler;
+use super::NUM_BLOCKS;
 use super::machine::{Machine, RankSim, SILENCE_MS};
-use super::{NUM_BLOCKS, Random};
 use crate::engine::EngineHandle;
 use crate::engine::group::RankLink;
 use crate::engine::simulated_engine::SimulatedEngine;
 use crate::store::{Change, StoreError, StoreWriter, Table};
+use crate::stories::Random;
 
 /// A step that is not answered breaks its group.
 const STEP_DEADLINE_MS: u64 = 5_000;
 /// Events that may wait.
 const QUEUE: usize = 1 << 14;
+
+/// What survives a head: records by name.
+#[derive(Default)]
+pub struct Disk {
+    pub is_full: bool,
+    deployments: BTreeMap<String, Vec<u8>>,
+    groups: BTreeMap<String, Vec<u8>>,
+}
+
+impl Disk {
+    fn apply(&mut self, change: Change) -> Box<dyn FnOnce(Result<(), StoreError>) + Send> {
+        let Change { table, name, record, done } = change;
+        let records = match table {
+            Table::Deployments => &mut self.deployments,
+            Table::PlacementGroups => &mut self.groups,
+        };
+        match record {
+            Some(record) => records.insert(name, record),
+            None => records.remove(&name),
+        };
+        done
+    }
+
+    fn restored(&self) -> Restored {
+        let deployments =
+            self.deployments.values().map(|record| DeploymentRecord::from_bytes(record).expect("a record"));
+        let groups = self.groups.values().map(|record| GroupRecord::from_bytes(record).expect("a record"));
+        Restored { deployments: deployments.collect(), groups: groups.collect() }
+    }
+}
 
 /// A rank of a group, by its process.
 struct Member {
@@ -94,17 +127,17 @@ pub struct Head {
 }
 
 impl Head {
-    pub fn start(term: u64, disk: &BTreeMap<String, Vec<u8>>, now: Instant) -> Self {
+    pub fn start(term: u64, disk: &Disk, now: Instant) -> Self {
         let (changes_in, changes) = std_mpsc::sync_channel(64);
         let (serving_in, serving) = mpsc::channel(64);
         let (events, inbox) = mpsc::channel(QUEUE);
         let mut settings = ClusterSettings::new(Term(term), HeadStatus::default(), None, Duration::from_secs(60));
         settings.store = Some(StoreWriter::to(changes_in));
         settings.restarts_max = usize::MAX;
-        let deployments = disk.values().map(|record| DeploymentRecord::from_bytes(record).expect("a record")).collect();
         let board = StatusBoard::new(now);
         let mut reconciler = Reconciler::new(settings, Restored::default(), events.clone(), serving_in, board);
-        reconciler.restore(Restored { deployments, groups: Vec::new() }, now);
+        reconciler.started = now;
+        reconciler.restore(disk.restored(), now);
         Self {
             events,
             reconciler,
@@ -118,11 +151,11 @@ impl Head {
     }
 
     /// Its end: of what waits for the disk, some is written.
-    pub fn die(self, disk: &mut BTreeMap<String, Vec<u8>>, random: &mut Random) {
+    pub fn die(self, disk: &mut Disk, random: &mut Random) {
         let waiting: Vec<Change> = self.changes.try_iter().collect();
         let num_written = random.below(waiting.len() as u64 + 1) as usize;
         for change in waiting.into_iter().take(num_written) {
-            apply(disk, change.name, change.record);
+            drop(disk.apply(change));
         }
     }
 
@@ -131,25 +164,17 @@ impl Head {
     }
 
     /// The disk takes what waits, or some of it, or says that it is full.
-    pub fn write(
-        &mut self,
-        disk: &mut BTreeMap<String, Vec<u8>>,
-        is_full: bool,
-        unwritten: &mut BTreeSet<String>,
-        random: &mut Random,
-    ) {
+    pub fn write(&mut self, disk: &mut Disk, unwritten: &mut BTreeSet<String>, random: &mut Random) {
         while !random.one_in(4)
-            && let Ok(Change { table, name, record, done }) = self.changes.try_recv()
+            && let Ok(change) = self.changes.try_recv()
         {
-            assert_eq!(table, Table::Deployments, "no placement group is asked for by name");
-            if is_full {
-                unwritten.insert(name);
+            if disk.is_full {
+                unwritten.insert(change.name);
                 let source = std::io::Error::from(std::io::ErrorKind::StorageFull);
-                done(Err(StoreError::Folder { path: "/made-up".into(), source }));
+                (change.done)(Err(StoreError::Folder { path: "/made-up".into(), source }));
             } else {
-                unwritten.remove(&name);
-                apply(disk, name, record);
-                done(Ok(()));
+                unwritten.remove(&change.name);
+                disk.apply(change)(Ok(()));
             }
         }
     }
@@ -323,8 +348,17 @@ impl Head {
         replica.ranks.iter().enumerate().map(member).collect()
     }
 
-    /// No slot is in two groups, neither as it is wished nor as it is.
+    /// No slot is in two groups, neither as it is wished nor as it is, and none that is reserved is given to others.
     pub fn check(&self) {
+        let mut reserved = BTreeSet::new();
+        let outside =
+            self.reconciler.deployments.iter().filter(|(_, known)| known.checked.spec.placement_group.is_none());
+        let slots = outside.flat_map(|(name, known)| known.group.slots().map(move |place| (name.to_string(), place)));
+        let named = self.reconciler.groups.iter();
+        let seats = named.flat_map(|named| named.group.slots().map(|place| (named.spec.name.clone(), place)));
+        for (name, place) in slots.chain(seats) {
+            assert!(reserved.insert((place.node.clone(), place.slot)), "{place:?} is reserved twice, once for {name}");
+        }
         let mut wished = BTreeSet::new();
         for (name, deployment) in &self.reconciler.deployments {
             for replica in deployment.replicas.iter().filter(|replica| replica.wants_processes()) {
@@ -343,18 +377,41 @@ impl Head {
         }
     }
 
+    /// Deployments and placement groups that it knows.
     pub fn names(&self) -> BTreeSet<String> {
-        self.reconciler.deployments.iter().map(|(name, _)| name.to_string()).collect()
+        let deployments = self.reconciler.deployments.iter().map(|(name, _)| name.to_string());
+        deployments.chain(self.reconciler.groups.iter().map(|named| named.spec.name.clone())).collect()
     }
 
+    /// Slots that are needed for all that was asked for; what runs in a placement group needs none of its own.
     pub fn num_slots_wanted(&self) -> u32 {
-        self.reconciler.deployments.iter().map(|(_, known)| known.size * known.replicas.len() as u32).sum()
+        let outside =
+            self.reconciler.deployments.iter().filter(|(_, known)| known.checked.spec.placement_group.is_none());
+        let deployments: u32 = outside.map(|(_, known)| known.size * known.replicas.len() as u32).sum();
+        deployments + self.reconciler.groups.iter().map(|named| named.spec.bundles.len() as u32).sum::<u32>()
     }
 
-    /// Whether a deployment is ready.
+    /// Deployments in a placement group.
+    pub fn deployments_in(&self, group: &str) -> Vec<String> {
+        self.inside(group).map(|(name, _)| name.to_string()).collect()
+    }
+
+    fn inside<'a>(&'a self, group: &'a str) -> impl Iterator<Item = &'a (DeploymentName, Deployment)> {
+        self.reconciler.deployments.iter().filter(move |(_, known)| known.checked.spec.placement_group() == Some(group))
+    }
+
+    /// Slots of a placement group that nobody has asked for.
+    pub fn num_slots_free_in(&self, group: &str) -> u32 {
+        let known = self.reconciler.groups.iter().find(|named| named.spec.name == group && !named.removing);
+        let asked: u32 = self.inside(group).map(|(_, known)| known.size * known.replicas.len() as u32).sum();
+        known.map_or(0, |named| named.spec.bundles.len() as u32).saturating_sub(asked)
+    }
+
+    /// Whether a deployment is ready, or a placement group stands.
     pub fn serves(&self, name: &str) -> bool {
-        let mut known = self.reconciler.deployments.iter();
-        known.any(|(other, deployment)| other.0 == name && deployment.state == DeploymentState::Ready)
+        let is_ready = |known: &Deployment| known.state == DeploymentState::Ready;
+        self.reconciler.deployments.iter().any(|(other, known)| other.0 == name && is_ready(known))
+            || self.reconciler.groups.iter().any(|named| named.spec.name == name && named.is_created())
     }
 
     /// No request is left, and nothing waits for the disk or an end.
@@ -365,6 +422,14 @@ impl Head {
 
     pub fn check_end(&self) {
         self.engines.iter().for_each(SimulatedEngine::check_end);
+        for named in &self.reconciler.groups {
+            let theirs: Vec<Place> = named.group.slots().collect();
+            for (name, known) in self.inside(&named.spec.name) {
+                let mut ranks =
+                    known.replicas.iter().filter(|replica| replica.wants_processes()).flat_map(|r| &r.ranks);
+                assert!(ranks.all(|rank| theirs.contains(&rank.place)), "{name} runs outside of {}", named.spec.name);
+            }
+        }
     }
 
     /// Words about what is not as it should be.
@@ -372,6 +437,10 @@ impl Head {
         let replica = |replica: &Replica| {
             let stage = match replica.stage {
                 Stage::Starting { .. } => "starting".to_owned(),
+                Stage::Connecting { .. } => "connecting".to_owned(),
+                Stage::Broken { .. } => "broken".to_owned(),
+                Stage::Yielding { .. } => "yielding".to_owned(),
+                Stage::Ended { .. } => "ended".to_owned(),
                 ref other => format!("{other:?}"),
             };
             format!("incarnation {} {stage} because {}", replica.incarnation.0, replica.cause)
@@ -381,23 +450,20 @@ impl Head {
             format!("{name}: {:?} ({}), {replicas:?}", known.state, known.reason)
         });
         let idle: Vec<bool> = self.engines.iter().map(SimulatedEngine::is_idle).collect();
-        format!("{:?}; engines idle {idle:?}, {} stopping", words.collect::<Vec<_>>(), self.stopping.len())
+        let groups = self.reconciler.groups.iter();
+        let groups =
+            groups.map(|named| format!("{}: {:?} ({})", named.spec.name, named.group.state(), named.group.reason()));
+        let (words, groups): (Vec<String>, Vec<String>) = (words.collect(), groups.collect());
+        format!("{words:?}, {groups:?}; engines idle {idle:?}, {} stopping", self.stopping.len())
     }
-}
-
-fn apply(disk: &mut BTreeMap<String, Vec<u8>>, name: String, record: Option<Vec<u8>>) {
-    match record {
-        Some(record) => disk.insert(name, record),
-        None => disk.remove(&name),
-    };
 }
 
 /// Whatever an agent is told to run is on disk, so that the next head knows it. Excused: what is being removed is forgotten
 /// before it ends, and a full disk keeps nothing that serves from serving.
-pub fn check_told(ranks: &[DesiredRank], disk: &BTreeMap<String, Vec<u8>>, excused: impl Fn(&str) -> bool) {
+pub fn check_told(ranks: &[DesiredRank], disk: &Disk, excused: impl Fn(&str) -> bool) {
     for rank in ranks {
         let name = rank.key.deployment.0.as_str();
-        let record = disk.get(name).map(|record| String::from_utf8_lossy(record));
+        let record = disk.deployments.get(name).map(|record| String::from_utf8_lossy(record));
         let is_known = record.is_some_and(|record| record.contains(&rank.launch_token));
         assert!(is_known || excused(name), "{} runs, and is not on disk", rank.key);
     }

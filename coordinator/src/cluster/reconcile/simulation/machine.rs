@@ -13,8 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 use super::super::super::ClusterError;
 use super::super::super::event::ClusterEvent;
 use super::super::super::nodes::AgentSession;
-use super::{NUM_BLOCKS, NUM_SLOTS, Random};
+use super::{NUM_BLOCKS, NUM_SLOTS};
 use crate::engine::group::RankLink;
+use crate::stories::Random;
 
 /// A silent peer is noticed after so long, milliseconds.
 pub const SILENCE_MS: u64 = 11_000;
@@ -189,6 +190,8 @@ pub struct Machine {
     desired: BTreeMap<RankKey, DesiredRank>,
     finished: BTreeSet<RankKey>,
     observed: BTreeMap<RankKey, RankObserved>,
+    /// It was told to end: its ranks first.
+    is_leaving: bool,
     /// Ends of streams that the head will see.
     goodbyes: Vec<(u64, u64, AgentSession)>,
 }
@@ -208,6 +211,7 @@ impl Machine {
             desired: BTreeMap::new(),
             finished: BTreeSet::new(),
             observed: BTreeMap::new(),
+            is_leaving: false,
             goodbyes: Vec::new(),
         }
     }
@@ -223,6 +227,7 @@ impl Machine {
         self.finished.clear();
         self.observed.clear();
         (self.agent_pid, self.back_at, self.frozen_until) = (0, back_at, 0);
+        self.is_leaving = false;
         self.drop_link(now);
     }
 
@@ -257,6 +262,10 @@ impl Machine {
         if now >= self.frozen_until {
             self.supervise(around);
             self.keep_link(is_cut, cut_for, around);
+            if self.is_leaving && self.ranks.is_empty() {
+                // Somebody lets it join again later.
+                self.kill_agent(now, now + 500 + around.random.below(10_000));
+            }
         }
         if let Link::Up(stream) = &mut self.link
             && !is_cut
@@ -391,7 +400,11 @@ impl Machine {
         let mut desired = None;
         while let Some((_, command)) = stream.inbox.to_agent.pop_front_if(|(due, _)| *due <= now) {
             match command {
-                Some(AgentCommand::Desired(ranks)) => desired = Some(ranks.ranks),
+                Some(AgentCommand::Desired(ranks)) if !self.is_leaving => desired = Some(ranks.ranks),
+                Some(AgentCommand::End(_)) => {
+                    self.is_leaving = true;
+                    desired = Some(Vec::new());
+                }
                 Some(_) => {}
                 None => {
                     self.drop_link(now);
