@@ -75,13 +75,6 @@ async fn bad_parameters_are_named() {
     )
     .await;
     check(
-        r#""thinking_token_budget":3"#,
-        "thinking_token_budget",
-        "thinking_token_budget: a budget for the thoughts of a model that marks none is not supported by this server; \
-         leave the field out",
-    )
-    .await;
-    check(
         r#""thinking_token_budget":3,"guided_choice":["a"]"#,
         "thinking_token_budget",
         "thinking_token_budget goes with a grammar in chat only",
