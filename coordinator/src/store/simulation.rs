@@ -218,7 +218,9 @@ impl StorageBackend for OpenFile {
     }
 }
 
-type Records = BTreeMap<(usize, String), Vec<u8>>;
+/// A table by its number, and a name.
+type Key = (usize, String);
+type Records = BTreeMap<Key, Vec<u8>>;
 const TABLES: [Table; 2] = [Table::Deployments, Table::PlacementGroups];
 
 /// A head's store through several lives, and what it has acknowledged.
@@ -228,7 +230,7 @@ struct Story {
     store: Option<Store>,
     acknowledged: Records,
     /// A change that was not acknowledged: it may be there, or not.
-    doubtful: Option<((usize, String), Option<Vec<u8>>)>,
+    doubtful: Option<(Key, Option<Vec<u8>>)>,
     term: u64,
 }
 

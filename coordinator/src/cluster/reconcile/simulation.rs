@@ -186,7 +186,7 @@ impl World {
 }
 
 /// Plays one story; gives a sign of all that happened in it.
-fn play(seed: u64) -> (u64, u64, String) {
+fn play(seed: u64) -> (u64, u64) {
     struct Simulated;
     impl Drop for Simulated {
         fn drop(&mut self) {
@@ -203,12 +203,14 @@ fn play(seed: u64) -> (u64, u64, String) {
         world.live();
     }
     world.calm_down();
-    (world.random.trace(), world.now, world.head.as_ref().map(Head::describe).unwrap_or_default())
+    (world.random.trace(), world.now)
 }
 
 #[test]
 fn cluster_stories_that_once_went_wrong() {
-    stories::play_kept(SEEDS_KEPT, |seed| drop(play(seed)));
+    stories::play_kept(SEEDS_KEPT, |seed| {
+        play(seed);
+    });
 }
 
 #[test]
@@ -218,5 +220,7 @@ fn a_seed_plays_the_same_story_each_time() {
 
 #[test]
 fn cluster_stories_end_well() {
-    stories::play_range("cluster", NUM_SEEDS, |seed| drop(play(seed)));
+    stories::play_range("cluster", NUM_SEEDS, |seed| {
+        play(seed);
+    });
 }
