@@ -75,6 +75,14 @@ fn a_standby_takes_over_from_a_killed_leader() {
     let deploy = two.b.cluster.node.run("coordinator", &["undeploy", "m"]);
     assert!(deploy.code == 1 && deploy.stderr.contains(&two.a.cluster.address), "{deploy:?}");
 
+    // A head that machines would not know is no second one.
+    let ports = ["--port", "0", "--http-port", "0", "--dashboard-port", "0"];
+    let start = ["start", "--head", "--store", &two.etcd.store()];
+    for more in [&[][..], &["--insecure"][..]] {
+        let stranger = Node::new().run("coordinator", &[&start[..], &ports[..], more].concat());
+        assert!(stranger.code == 1 && stranger.stderr.contains("Copy trust/authority.json"), "{stranger:?}");
+    }
+
     let before = two.rank_pids(&two.a);
     let company = two.work.start(&two.a.cluster.http);
     wait_for("streams to run", || (two.a.cluster.status().queue.running > 0).then_some(()));

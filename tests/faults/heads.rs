@@ -16,6 +16,8 @@ use super::{Cell, Expected, Fault, Moment, Victim};
 
 /// The head that stands by answers new requests within this.
 const TAKEN_OVER: Duration = Duration::from_secs(10);
+/// Lines of logs that are shown of a cell that went wrong.
+const LAST_LINES: usize = 60;
 /// Longer than a lease: a head that has not renewed it for so long is known to be gone.
 const LEASE_AND_MORE: Duration = Duration::from_secs(5);
 
@@ -85,16 +87,15 @@ impl HeadsScene {
             Expected::TakenOver => self.take_over(cell, leader, standby, company),
             Expected::Unnoticed => self.go_unnoticed(cell, &before, company),
             Expected::Refused => self.fill_etcd(cell, &before, company),
-            other => panic!("{other:?} is not of two heads"),
+            other => unreachable!("{other:?} is not of two heads"),
         }
     }
 
     /// The end of all logs.
     pub fn last_words(&self) -> String {
         let logs = [&self.near, &self.other].map(|head| head.cluster.node.logs()).concat();
-        let st =
         let lines: Vec<&str> = logs.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")).collect();
-        lines[lines.len().saturating_sub(60)..].join("\n")
+        lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
     }
 
     /// The head that leads, and the one that stands by.
