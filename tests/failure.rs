@@ -2,11 +2,14 @@
 
 #![expect(clippy::expect_used, reason = "helpers of tests are test code too")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use harness::{Cluster, Lasting, Processes, Random, Stream, StreamEnd, Work, golden, wait_for};
+use harness::{Cluster, Lasting, Node, Processes, Random, Stream, StreamEnd, Work, golden, wait_for};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+
+/// Kills of a head in one test; about one in three comes in the middle of a plan.
+const KILLS: u32 = 6;
 
 fn served(size: &str) -> Cluster {
     let cluster = Cluster::start(2);
@@ -66,7 +69,7 @@ fn a_frozen_rank_is_seen_by_health_and_replaced() {
     let company = Work::ask_alone(&cluster.http, 4, 200, 300).start(&cluster.http);
     wait_for("all streams to run", || (cluster.status().queue.running == 4).then_some(()));
     Processes::signal(before[0].pid, Signal::SIGSTOP);
-    let frozen = std::time::Instant::now();
+    let frozen = Instant::now();
     wait_for("health to say so", || (cluster.http.get("/health").0 == 503).then_some(()));
     assert!(frozen.elapsed() < Duration::from_secs(10), "it took {:?}", frozen.elapsed());
     println!("longest pause of 4 streams: {:?}", company.check());
@@ -109,25 +112,34 @@ fn a_head_that_is_started_again_finds_ranks_and_weights_where_they_were() {
     assert!(lasting.cluster.status().deployments.is_empty(), "what was removed stays away");
 }
 
+/// A head that dies while it sends a plan leaves one rank with it and the other without, which share a collective.
 #[test]
-fn a_head_that_is_killed_under_load_comes_back_and_serves() {
+fn a_head_that_is_killed_under_load_finds_ranks_and_weights_each_time() {
     let lasting = Lasting::start(2);
     serve_tiny(&lasting.cluster, "2");
-    let streams: Vec<_> = (0..8)
-        .map(|_| {
-            let http = lasting.cluster.http.clone();
-            std::thread::spawn(move || http.stream("/v1/completions", &long_request()).finish())
-        })
-        .collect();
-    wait_for("all streams to run", || (lasting.cluster.status().queue.running == 8).then_some(()));
-    lasting.kill_head();
-    let killed = std::time::Instant::now();
-    for stream in streams {
-        assert_eq!(stream.join().expect("a stream"), StreamEnd::Cut);
+    let before = lasting.pids();
+    for round in 0..KILLS {
+        let streams: Vec<_> = (0..8)
+            .map(|_| {
+                let http = lasting.cluster.http.clone();
+                std::thread::spawn(move || http.stream("/v1/completions", &long_request()).finish())
+            })
+            .collect();
+        wait_for("all streams to run", || (lasting.cluster.status().queue.running == 8).then_some(()));
+        lasting.kill_head();
+        let killed = Instant::now();
+        for stream in streams {
+            assert_eq!(stream.join().expect("a stream"), StreamEnd::Cut);
+        }
+        assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
+        let took = lasting.restart_head();
+        println!("kill {round} under load: ready {took:?} after the start");
+        assert!(took < Duration::from_secs(3), "it took {took:?}");
+        assert_eq!(lasting.pids(), before, "nothing was started again");
+        check_text(&lasting.cluster);
     }
-    assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
-    println!("ready {:?} after the head was started again under load", lasting.restart_head());
-    check_text(&lasting.cluster);
+    let logs = lasting.cluster.node.logs();
+    println!("plans that were passed on: {}", logs.matches("it is passed on").count());
 }
 
 fn check_text(cluster: &Cluster) {
@@ -150,6 +162,55 @@ fn a_killed_agent_takes_its_ranks_with_it_and_the_head_says_so() {
     let deployment = &cluster.status().deployments[0];
     assert_ne!(deployment.state, "ready");
     assert!(!deployment.reason.is_empty());
+}
+
+/// A rank dies whenever the request runs: it is replayed four times and then ends, and the deployment goes on without it.
+#[test]
+fn a_request_that_breaks_group_after_group_ends_with_an_error() {
+    let cluster = served("2");
+    let http = cluster.http.clone();
+    let stream = std::thread::spawn(move || http.stream("/v1/completions", &long_request()).finish());
+    let mut num_kills = 0;
+    while !stream.is_finished() {
+        assert!(num_kills < 6, "the request must have ended");
+        let status = cluster.status();
+        let deployment = &status.deployments[0];
+        let epoch = num_kills + 1;
+        if (deployment.state.as_str(), deployment.epoch) == ("ready", epoch) && deployment.running == 1 {
+            Processes::kill(cluster.ranks("m")[1].pid);
+            num_kills += 1;
+        }
+    }
+    let end = stream.join().expect("a stream");
+    assert!(matches!(end, StreamEnd::Error(_)), "{end:?}");
+    assert_eq!(num_kills, 5, "the first run and four replays");
+    wait_ready(&cluster, num_kills);
+    check_text(&cluster);
+}
+
+/// Each machine has room for one replica: when one is gone, its streams have only the other replica to go on in.
+#[test]
+fn streams_of_a_replica_whose_machine_is_gone_go_on_in_the_other_replica() {
+    let cluster = Cluster::start(2);
+    let other = Node::new().with_token_of(&cluster.node);
+    let joined = other.run("worker", &["join", "--address", &cluster.address, "--num-gpus", "2"]);
+    assert_eq!(joined.code, 0, "{joined:?}");
+    let flags = ["--tensor-parallel-size", "2", "--replicas", "2", "--dtype", "float32", "--placement-strategy"];
+    cluster.serve(&golden("tiny-llama").folder, "m", &[&flags[..], &["strict-pack"]].concat());
+    let agent = other.agent_pid().expect("an agent");
+    let company = Work::ask_alone(&cluster.http, 8, 100, 600).start(&cluster.http);
+    wait_for("streams to run", || (cluster.status().queue.running == 8).then_some(()));
+    Processes::kill(agent);
+    let longest = company.check();
+    println!("longest pause of 8 streams, some of which moved: {longest:?}");
+    assert!(longest < Duration::from_secs(10), "{longest:?}");
+    let logs = cluster.node.logs();
+    assert!(logs.contains("go on in other replicas"), "some have moved");
+    wait_for("no request to be left", || {
+        let queue = cluster.status().queue;
+        (queue.running + queue.waiting == 0).then_some(())
+    });
+    check_text(&cluster);
 }
 
 #[test]

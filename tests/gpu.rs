@@ -9,8 +9,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use harness::{
-    Cluster, Golden, Precision, Processes, StreamEnd, check_agreement, check_edited, check_model, edited_answers,
-    edited_requests, golden, goldens, model_config, smollm2, smollm2_bf16, token_ids, wait_for,
+    Cluster, Golden, Precision, Processes, StreamEnd, check_agreement, check_edited, check_model, check_near,
+    edited_answers, edited_requests, embedding_model, embedding_reference, golden, goldens, model_config, smollm2,
+    smollm2_bf16, token_ids, vectors, wait_for,
 };
 use phalanx_kernels::cuda::{Context, devices};
 use serde_json::{Value, json};
@@ -85,6 +86,38 @@ fn tiny_models_compute_what_transformers_computes_in_every_type() {
                 check_model(&cluster, &model, &flags, precision);
                 println!("{} {dtype} TP {size}: as the reference ({:.1?})", model.name, started.elapsed());
             }
+        }
+    }
+}
+
+#[test]
+fn embeddings_are_the_hidden_states_that_numpy_computes() {
+    let cluster = cluster();
+    for name in ["tiny-llama", "tiny-qwen2"] {
+        for (pooling, size) in
+            ["last", "mean"].into_iter().flat_map(|pooling| sizes().into_iter().map(move |s| (pooling, s)))
+        {
+            let folder = embedding_model(name, pooling);
+            let (prompts, expected) = embedding_reference(name, pooling);
+            // Steps are short, so that the longest prompt comes in chunks.
+            let flags = ["--dtype", "float32", "--tensor-parallel-size", size, "--max-num-batched-tokens", "48"];
+            let served = cluster.serve(
+                folder.path(),
+                "m",
+                &[&flags[..], &["--max-model-len", "256", "--max-num-seqs", "16"]].concat(),
+            );
+            assert_eq!(served.code, 0, "{served:?}");
+            let what = format!("{name} {pooling} TP {size}");
+            check_near(&what, &vectors(&cluster, &json!({"model": "m", "input": prompts})), &expected);
+            for (prompt, expected) in prompts.as_array().expect("prompts").iter().zip(&expected) {
+                check_near(
+                    &what,
+                    &vectors(&cluster, &json!({"model": "m", "input": prompt})),
+                    std::slice::from_ref(expected),
+                );
+            }
+            println!("embeddings of {what}: as the reference");
+            remove(&cluster, "m");
         }
     }
 }

@@ -7,6 +7,7 @@
 #   sh run.sh nodes [FILTER...]    two nodes with a device each, which exchange through NCCL; needs two devices
 #   sh run.sh sanitize             the ops under compute-sanitizer, where that is found: small shapes, recordings, two ranks
 #   sh run.sh reference [OPTIONS]  models of full size against transformers, which must be there; see --help
+#   sh run.sh repeat MODEL PROMPTS [OPTIONS]  the same greedy requests again and again, in every way; see --help
 #   sh run.sh kill [OPTIONS]       kill -9 of ranks under 16 streams of Llama-3-8B; needs two devices; see --help
 #   sh run.sh bench [OPTIONS]      the benchmark table; see `sh run.sh bench --help`
 #
@@ -53,8 +54,9 @@ case "$what" in
     cluster) cluster "$@" ;;
     nodes) nodes "$@" ;;
     reference) python3 "$here/reference/compare.py" "$here/configs" "$@" ;;
+    repeat) python3 "$here/reference/repeat.py" "$@" ;;
     kill) python3 "$here/reference/kill.py" "$here/configs/llama-3-8b" "$@" ;;
     sanitize) sanitize ;;
     bench) "$here/bin/xtask" bench-run --programs "$here/bin" --configs "$here/configs" "$@" ;;
-    *) sed -n '2,15p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,16p' "$0" >&2; exit 2 ;;
 esac

@@ -47,6 +47,7 @@ fn sequence(id: u64, limits: &EngineLimits) -> Result<Sequence, Box<dyn Error>> 
         stop_token_ids: vec![TokenId(0)],
         constraint: None,
         priority: 0,
+        cache_salt: None,
     };
     let max_tokens = limits.admit(&request)?;
     Ok(Sequence::new(SeqId(id), request, max_tokens))

@@ -37,12 +37,14 @@ use crate::cluster::{
 };
 use crate::config::{Home, defaults};
 use crate::dashboard;
+use crate::security::FileError;
 use crate::security::access::Gate;
-use crate::security::key_file::{KeyFile, KeyFileError};
+use crate::security::key_file::KeyFile;
 use crate::security::keys::KeyRing;
 use crate::security::tokens::{TokenBook, TokenBookError};
 use crate::store::etcd::{Campaign, Leadership};
 use crate::store::{Backend, Store, StoreError, StoreWriter, Table};
+use crate::traces::{TraceEndpoint, TraceSink};
 
 /// Time between two writings of what keys have used.
 const USAGE_INTERVAL: Duration = Duration::from_secs(10);
@@ -76,6 +78,8 @@ pub struct HeadOptions {
     pub certificate_lifetime: Duration,
     /// Pages that may read the API's answers.
     pub allowed_origins: AllowedOrigins,
+    /// The collector that spans of requests are sent to.
+    pub traces: Option<TraceEndpoint>,
 }
 
 /// Why a head cannot start.
@@ -92,7 +96,7 @@ pub enum HeadError {
     Store(#[from] StoreError),
     /// The API keys cannot be read: nobody is let in on a guess.
     #[error(transparent)]
-    Keys(#[from] KeyFileError),
+    Keys(#[from] FileError),
     /// Tokens cannot be had.
     #[error(transparent)]
     Tokens(#[from] TokenBookError),
@@ -292,10 +296,15 @@ impl BoundHead {
         servers.push(tokio::spawn(log_stats(models.clone(), ended.clone())));
         let keys = Arc::new(KeyRing::new(&options.api_keys, Some(KeyFile::new(&options.home.store_dir())))?);
         servers.push(tokio::spawn(keep_usage(Arc::clone(&keys), ended.clone())));
+        let traces = options.traces.map(|endpoint| {
+            let (sink, export) = TraceSink::new(&endpoint, ended.clone());
+            servers.push(tokio::spawn(export));
+            sink
+        });
         servers.push(http_server(
             "HTTP",
             http,
-            api_router(models, &board, keys, options.allowed_origins),
+            api_router(models, &board, keys, options.allowed_origins, traces),
             ended.clone(),
         )?);
         servers.push(http_server("the dashboard", dashboard, dashboard::router(board), ended)?);
@@ -417,11 +426,18 @@ async fn keep_usage(keys: Arc<KeyRing>, mut ended: watch::Receiver<bool>) {
     }
 }
 
-fn api_router(models: ServedModels, board: &StatusBoard, keys: Arc<KeyRing>, origins: AllowedOrigins) -> axum::Router {
+fn api_router(
+    models: ServedModels,
+    board: &StatusBoard,
+    keys: Arc<KeyRing>,
+    origins: AllowedOrigins,
+    traces: Option<TraceSink>,
+) -> axum::Router {
     let board = board.clone();
     let mut state = ApiState::new(models, Arc::new(move || board.snapshot()));
     state.keys = keys;
     state.origins = origins;
+    state.traces = traces;
     api::router(state)
 }
 

@@ -4,7 +4,8 @@
 //! Never sees a device: device work is asked of the `worker` binary.
 //!
 //! Rooms: `api -> text, constraint, engine`; `constraint -> text, engine`; `cluster -> engine`; `engine` knows none of them;
-//! `dashboard` only reads. `heavy` is where `api` and `constraint` do what takes long.
+//! `dashboard` only reads. `heavy` is where `api` and `constraint` do what takes long, `traces` where `api` leaves
+//! spans for a collector.
 #![forbid(unsafe_code)]
 
 pub mod api;
@@ -21,3 +22,4 @@ pub mod metrics;
 mod security;
 mod store;
 pub mod text;
+pub mod traces;

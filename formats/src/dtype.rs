@@ -1,4 +1,6 @@
-//! How tensors are stored in files.
+//! How tensors are stored in files, and what a file says of one.
+
+use std::ops::Range;
 
 /// Element or block type of a stored tensor. Block layouts are those of GGML.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -30,6 +32,22 @@ pub enum StoredType {
 }
 
 impl StoredType {
+    /// All of them.
+    pub const ALL: [Self; 12] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+        Self::IQ4NL,
+    ];
+
     /// Values in one block along a row.
     pub const fn block_len(self) -> usize {
         match self {
@@ -63,4 +81,17 @@ impl StoredType {
             None
         }
     }
+}
+
+/// A tensor as a file's header describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Described {
+    /// Its name in the file.
+    pub name: String,
+    /// Its type, or the word for a type that is not known.
+    pub dtype: Result<StoredType, String>,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Bytes of the file, and inside it; of a type that is not known, GGUF tells the first one only.
+    pub range: Range<usize>,
 }

@@ -518,18 +518,3 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     }
     advance(group, kSeqMeet, number);
 }
-
-// ---- barrier ----
-
-// Ends when all ranks have begun it; what their kernels before it wrote to this rank's memory is seen by the kernels after.
-//
-// Arguments: PeerGroup group. Grid: 1. Block: 32.
-extern "C" __global__ void __launch_bounds__(32) peer_barrier(const __grid_constant__ PeerGroup group) {
-    pdl_wait();
-    pdl_launch();
-    const u32 number = words(group, group.rank, kSeqMeet)[0] + 1;
-    bool failed = has_failed(group);
-    if (!__syncthreads_or(failed)) signal(group, kFlagsMeet, number);
-    failed = await(group, kFlagsMeet, number, kOpBarrier, failed);
-    if (!failed) advance(group, kSeqMeet, number);
-}

@@ -24,7 +24,7 @@ constexpr u32 kRowsMax = 8192;    // rows that have a sequence number
 
 // Offsets of the control words, in bytes.
 constexpr u64 kFailed = 0;            // u32: a wait was given up; set here, never by another rank
-constexpr u64 kSeqMeet = 1024;        // u32[kBlocksMax]: exchanges of pull, staged gather and barrier
+constexpr u64 kSeqMeet = 1024;        // u32[kBlocksMax]: exchanges of pull and staged gather
 constexpr u64 kSeqScatter = 2048;     // u32[kBlocksMax]: pieces of the two-shot all-reduce
 constexpr u64 kSeqGather = 3072;      // u32[kBlocksMax]: gathers of small records
 constexpr u64 kFlagsMeet = 8192;      // u32[kBlocksMax][kWorldMax]: the number that a rank's block has reached
@@ -59,7 +59,6 @@ constexpr u32 kOpAllReducePull = 2;
 constexpr u32 kOpAllReduceTwoShot = 3;
 constexpr u32 kOpAllGather = 4;
 constexpr u32 kOpAllGatherStaged = 5;
-constexpr u32 kOpBarrier = 6;
 
 // Why it gave up.
 constexpr u64 kTimedOut = 1;

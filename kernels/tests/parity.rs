@@ -13,21 +13,6 @@ use phalanx_kernels::{
 };
 use proptest::prelude::*;
 
-const FORMATS: [StoredType; 12] = [
-    StoredType::F32,
-    StoredType::F16,
-    StoredType::BF16,
-    StoredType::Q4_0,
-    StoredType::Q4_1,
-    StoredType::Q5_0,
-    StoredType::Q5_1,
-    StoredType::Q8_0,
-    StoredType::Q4K,
-    StoredType::Q5K,
-    StoredType::Q6K,
-    StoredType::IQ4NL,
-];
-
 /// A group in which the other ranks' terms are those of this rank, times their rank.
 struct Echo {
     world_size: usize,
@@ -242,7 +227,7 @@ fn linear_program<O: Ops>(bench: &mut Bench<O>, x: &[f32], parts: &[HostMatrix],
 
 #[test]
 fn embed_reads_every_format_and_leaves_other_ranks_ids_zero() {
-    for (seed, dtype) in (1..).zip(FORMATS) {
+    for (seed, dtype) in (1..).zip(StoredType::ALL) {
         let table = Random(seed).matrix(dtype, 19, 45);
         fn program<O: Ops>(bench: &mut Bench<O>, table: &HostMatrix) -> Vec<f32> {
             let width = table.cols;
@@ -265,7 +250,7 @@ fn embed_reads_every_format_and_leaves_other_ranks_ids_zero() {
 
 #[test]
 fn linear_layers_of_every_format() {
-    for (seed, dtype) in (1..).zip(FORMATS) {
+    for (seed, dtype) in (1..).zip(StoredType::ALL) {
         for (rows, n, k) in [(1, 33, 300), (7, 5, 64), (35, 130, 37), (17, 64, 512)] {
             let mut random = Random(seed * 77);
             let parts = [random.matrix(dtype, n, k), random.matrix(dtype, 3, k)];
@@ -291,7 +276,7 @@ fn gate_and_up_of_every_format() {
         bench.ops.gate_up_act(&bench.inputs, &x, &weight, &mut out).unwrap();
         bench.read(&out, rows)
     }
-    for (seed, dtype) in (1..).zip(FORMATS) {
+    for (seed, dtype) in (1..).zip(StoredType::ALL) {
         for (rows, inner, k, up_dtype) in [(1, 37, 96, dtype), (9, 64, 256, dtype), (20, 16, 512, StoredType::Q8_0)] {
             let mut random = Random(seed * 131);
             let k = k.max(dtype.block_len());

@@ -32,6 +32,12 @@ pub struct LogitEdits {
     pub allowed: Vec<TokenId>,
     /// Sequences of tokens that may not stand in the output.
     pub bad_words: Vec<Vec<TokenId>>,
+    /// Edits nothing: tokens whose log-probabilities are told beside each drawn one.
+    pub scored: Vec<TokenId>,
+    /// Edits nothing: the same for the prompt's tokens from `scored_prompt_start` on, a list for each.
+    pub scored_prompt: Vec<Vec<TokenId>>,
+    /// Position of the token that the first of these lists is for.
+    pub scored_prompt_start: u32,
 }
 
 impl Default for LogitEdits {
@@ -45,11 +51,20 @@ impl Default for LogitEdits {
             bias: Vec::new(),
             allowed: Vec::new(),
             bad_words: Vec::new(),
+            scored: Vec::new(),
+            scored_prompt: Vec::new(),
+            scored_prompt_start: 0,
         }
     }
 }
 
 impl LogitEdits {
+    /// True where no logit is changed, whatever is scored.
+    pub fn changes_nothing(&self) -> bool {
+        let unscored = Self { scored: Vec::new(), scored_prompt: Vec::new(), scored_prompt_start: 0, ..self.clone() };
+        unscored.is_neutral()
+    }
+
     /// True where nothing is edited.
     pub fn is_neutral(&self) -> bool {
         *self == Self { end_tokens: self.end_tokens.clone(), ..Self::default() }
@@ -63,7 +78,9 @@ impl LogitEdits {
             hash.add((number + 0.0).to_bits().into());
         }
         hash.add(self.min_tokens.into());
-        for list in [&self.end_tokens, &self.allowed].into_iter().chain(&self.bad_words) {
+        hash.add(self.scored_prompt_start.into());
+        let lists = [&self.end_tokens, &self.allowed, &self.scored].into_iter();
+        for list in lists.chain(&self.bad_words).chain(&self.scored_prompt) {
             hash.add(list.len() as u64);
             for token in list {
                 hash.add(token.0.into());
@@ -81,6 +98,7 @@ impl LogitEdits {
             frequency_penalty: self.frequency_penalty,
             repetition_penalty: self.repetition_penalty,
             min_tokens: self.min_tokens,
+            scored_prompt_start: self.scored_prompt_start,
             ..pb::LogitEdits::default()
         }
     }
@@ -88,8 +106,9 @@ impl LogitEdits {
     /// In parts of at most [`EDIT_IDS_MESSAGE_MAX`] numbers, one at least.
     fn parts(&self) -> Vec<pb::LogitEdits> {
         let raw = |tokens: &[TokenId]| tokens.iter().map(|token| token.0).collect::<Vec<u32>>();
-        let bad_words: Vec<u32> =
-            self.bad_words.iter().flat_map(|word| [vec![word.len() as u32], raw(word)].concat()).collect();
+        let joined = |lists: &[Vec<TokenId>]| -> Vec<u32> {
+            lists.iter().flat_map(|list| [vec![list.len() as u32], raw(list)].concat()).collect()
+        };
         let mut parts = vec![self.numbers()];
         for ids in self.end_tokens.chunks(EDIT_IDS_MESSAGE_MAX) {
             parts.push(pb::LogitEdits { end_tokens: raw(ids), ..self.numbers() });
@@ -97,8 +116,14 @@ impl LogitEdits {
         for ids in self.allowed.chunks(EDIT_IDS_MESSAGE_MAX) {
             parts.push(pb::LogitEdits { allowed: raw(ids), ..self.numbers() });
         }
-        for ids in bad_words.chunks(EDIT_IDS_MESSAGE_MAX) {
+        for ids in joined(&self.bad_words).chunks(EDIT_IDS_MESSAGE_MAX) {
             parts.push(pb::LogitEdits { bad_words: ids.to_vec(), ..self.numbers() });
+        }
+        for ids in self.scored.chunks(EDIT_IDS_MESSAGE_MAX) {
+            parts.push(pb::LogitEdits { scored: raw(ids), ..self.numbers() });
+        }
+        for ids in joined(&self.scored_prompt).chunks(EDIT_IDS_MESSAGE_MAX) {
+            parts.push(pb::LogitEdits { scored_prompt: ids.to_vec(), ..self.numbers() });
         }
         for biases in self.bias.chunks(EDIT_IDS_MESSAGE_MAX) {
             let (bias_tokens, bias_values) = biases.iter().map(|(token, bias)| (token.0, *bias)).unzip();
@@ -120,15 +145,6 @@ impl TryFrom<pb::LogitEdits> for LogitEdits {
             return Err(invalid("a value for each bias", e.bias_tokens.len().to_string()));
         }
         let ids = |ids: Vec<u32>| ids.into_iter().map(TokenId).collect::<Vec<_>>();
-        let mut bad_words = Vec::new();
-        let mut rest = e.bad_words.as_slice();
-        while let Some((len, behind)) = rest.split_first() {
-            let (word, behind) = behind
-                .split_at_checked(*len as usize)
-                .ok_or_else(|| invalid("bad words as long as they say", len.to_string()))?;
-            bad_words.push(ids(word.to_vec()));
-            rest = behind;
-        }
         Ok(Self {
             presence_penalty: e.presence_penalty,
             frequency_penalty: e.frequency_penalty,
@@ -137,9 +153,25 @@ impl TryFrom<pb::LogitEdits> for LogitEdits {
             end_tokens: ids(e.end_tokens),
             bias: e.bias_tokens.into_iter().map(TokenId).zip(e.bias_values).collect(),
             allowed: ids(e.allowed),
-            bad_words,
+            bad_words: lists(&e.bad_words)?,
+            scored: ids(e.scored),
+            scored_prompt: lists(&e.scored_prompt)?,
+            scored_prompt_start: e.scored_prompt_start,
         })
     }
+}
+
+/// Lists that stand behind each other, each behind its length.
+fn lists(joined: &[u32]) -> Result<Vec<Vec<TokenId>>, WireError> {
+    let (mut lists, mut rest) = (Vec::new(), joined);
+    while let Some((len, behind)) = rest.split_first() {
+        let (list, behind) = behind
+            .split_at_checked(*len as usize)
+            .ok_or_else(|| invalid("lists as long as they say", len.to_string()))?;
+        lists.push(list.iter().copied().map(TokenId).collect());
+        rest = behind;
+    }
+    Ok(lists)
 }
 
 /// The messages that carry the edits of a plan's new sequences.
@@ -183,6 +215,9 @@ impl EditStaging {
         kept.bias_values.extend(edits.bias_values);
         kept.allowed.extend(edits.allowed);
         kept.bad_words.extend(edits.bad_words);
+        kept.scored.extend(edits.scored);
+        kept.scored_prompt.extend(edits.scored_prompt);
+        kept.scored_prompt_start = edits.scored_prompt_start;
         Ok(())
     }
 
@@ -202,7 +237,8 @@ impl EditStaging {
 }
 
 fn num_ids(edits: &pb::LogitEdits) -> usize {
-    edits.end_tokens.len() + edits.bias_tokens.len() + edits.allowed.len() + edits.bad_words.len()
+    let lists = [&edits.end_tokens, &edits.bias_tokens, &edits.allowed, &edits.bad_words];
+    lists.into_iter().chain([&edits.scored, &edits.scored_prompt]).map(Vec::len).sum()
 }
 
 fn invalid(expected: &'static str, value: String) -> WireError {
@@ -265,9 +301,12 @@ mod tests {
                 end_tokens: ids(2),
                 bias: ids(7000).into_iter().map(|id| (id, 0.25)).collect(),
                 bad_words: vec![ids(1), ids(5000), ids(300)],
+                scored: ids(128),
+                scored_prompt: vec![ids(20), vec![], ids(5200)],
+                scored_prompt_start: 7,
                 ..LogitEdits::default()
             },
-            6,
+            9,
         );
     }
 
@@ -291,5 +330,7 @@ mod tests {
     fn what_edits_nothing_is_neutral() {
         assert!(LogitEdits { end_tokens: vec![TokenId(1)], ..LogitEdits::default() }.is_neutral());
         assert!(!LogitEdits { min_tokens: 1, ..LogitEdits::default() }.is_neutral());
+        let scored = LogitEdits { scored: vec![TokenId(1)], ..LogitEdits::default() };
+        assert!(scored.changes_nothing() && !scored.is_neutral());
     }
 }

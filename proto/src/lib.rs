@@ -26,13 +26,15 @@ pub use error::WireError;
 pub use heads::HeadSight;
 pub use ids::{BlockId, DeploymentName, Epoch, Incarnation, NodeId, Rank, SeqId, SeqSlot, StepId, Term, TokenId};
 pub use masks::{MaskStaging, TokenMask, mask_messages};
+pub use pb::RecalledPart;
 pub use plan::{
     Fnv, NewSequence, PlanRow, PromptLogprobs, SampledRow, SamplerVariant, SamplingParams, StepOutput, StepPlan,
     TokenLogprobs,
 };
 pub use pooling::{POOLED_ROWS_MAX, PooledRow, Pooling};
 pub use session::{
-    HeadMessage, LoadModel, Phase, RankCapacity, RankEvent, RankFailure, RankHello, RankResumes, SamplerFeatures,
+    HeadMessage, LoadModel, Phase, PlanMark, RankCapacity, RankEvent, RankFailure, RankHello, RankResumes,
+    SamplerFeatures,
 };
 pub use status::*;
 

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DeploymentName, Epoch, Incarnation, NodeId, Rank, SeqId, StepOutput, StepPlan, Term, TokenId, WireError, pb,
+    DeploymentName, Epoch, Incarnation, NodeId, Rank, SeqId, StepId, StepOutput, StepPlan, Term, TokenId, WireError, pb,
 };
 
 /// Phases of a rank's start, in order. Each has a name, a deadline and a progress line.
@@ -107,6 +107,31 @@ pub struct RankResumes {
     pub capacity: RankCapacity,
     /// KV blocks that are allocated.
     pub num_blocks: u32,
+    /// The last plan that it was given; none before the first.
+    pub last_plan: Option<PlanMark>,
+}
+
+/// Names a plan among all that a rank is ever given; later ones are greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PlanMark {
+    /// Life of the head.
+    pub term: Term,
+    /// Epoch of the group.
+    pub epoch: Epoch,
+    /// Step of the epoch.
+    pub step: StepId,
+}
+
+impl PlanMark {
+    /// The plan that a message carries, where it does carry one.
+    pub fn of(message: &pb::HeadToRank) -> Option<Self> {
+        match &message.message {
+            Some(pb::head_to_rank::Message::Plan(plan)) => {
+                Some(Self { term: Term(plan.term), epoch: Epoch(plan.epoch), step: StepId(plan.step) })
+            }
+            _ => None,
+        }
+    }
 }
 
 /// What fits on a rank once its weights are loaded.
@@ -176,6 +201,8 @@ pub enum RankEvent {
     },
     /// A step is done.
     Output(StepOutput),
+    /// A message of an earlier head about a step that is not finished, as it came; none where there is none.
+    Recalled(pb::RecalledPart),
     /// The rank gives up; it ends after this.
     Failure(RankFailure),
 }
@@ -255,6 +282,8 @@ pub enum HeadMessage {
         /// The epoch.
         epoch: Epoch,
     },
+    /// Give back the plans of an earlier head that are not finished.
+    RecallPlans,
     /// End.
     Shutdown(String),
 }
@@ -290,7 +319,23 @@ impl From<pb::RankCapacity> for RankCapacity {
 
 fn resumes(kept: pb::RankResumes) -> Result<RankResumes, WireError> {
     let capacity = kept.capacity.ok_or(WireError::Missing { message: "RankResumes", field: "capacity" })?;
-    Ok(RankResumes { capacity: capacity.into(), num_blocks: kept.num_blocks })
+    let last_plan =
+        kept.last_plan.map(|m| PlanMark { term: Term(m.term), epoch: Epoch(m.epoch), step: StepId(m.step) });
+    Ok(RankResumes { capacity: capacity.into(), num_blocks: kept.num_blocks, last_plan })
+}
+
+/// Only what belongs to plans is given back.
+fn recalled(part: pb::RecalledPart) -> Result<RankEvent, WireError> {
+    use pb::head_to_rank::Message as M;
+    let message = part.message.as_ref().and_then(|message| message.message.as_ref());
+    match message {
+        None | Some(M::Plan(_) | M::Stage(_) | M::SampleInputs(_) | M::StageEdits(_)) => Ok(RankEvent::Recalled(part)),
+        Some(_) => Err(WireError::Invalid {
+            field: "recalled",
+            value: "another message".into(),
+            expected: "a plan or a part of one",
+        }),
+    }
 }
 
 impl From<RankEvent> for pb::RankMessage {
@@ -310,6 +355,11 @@ impl From<RankEvent> for pb::RankMessage {
                 resumes: h.resumes.map(|kept| pb::RankResumes {
                     capacity: Some((&kept.capacity).into()),
                     num_blocks: kept.num_blocks,
+                    last_plan: kept.last_plan.map(|m| pb::PlanMark {
+                        term: m.term.0,
+                        epoch: m.epoch.0,
+                        step: m.step.0,
+                    }),
                 }),
             }),
             RankEvent::Progress { phase, fraction, detail } => {
@@ -319,6 +369,7 @@ impl From<RankEvent> for pb::RankMessage {
             RankEvent::Capacity(c) => M::Capacity((&c).into()),
             RankEvent::Ready { num_blocks } => M::Ready(pb::RankReady { num_blocks }),
             RankEvent::Output(output) => M::Output((&output).into()),
+            RankEvent::Recalled(part) => M::Recalled(part),
             RankEvent::Failure(f) => {
                 M::Failure(pb::RankFailure { phase: f.phase.as_str().into(), code: f.code, message: f.message })
             }
@@ -350,6 +401,7 @@ impl TryFrom<pb::RankMessage> for RankEvent {
             M::Capacity(c) => Self::Capacity(c.into()),
             M::Ready(r) => Self::Ready { num_blocks: r.num_blocks },
             M::Output(output) => Self::Output(output.into()),
+            M::Recalled(part) => recalled(part)?,
             M::Failure(f) => Self::Failure(RankFailure { phase: f.phase.parse()?, code: f.code, message: f.message }),
         })
     }
@@ -447,6 +499,7 @@ impl From<&HeadMessage> for pb::HeadToRank {
             }
             HeadMessage::Plan(plan) => M::Plan(plan.into()),
             HeadMessage::BeginEpoch { term, epoch } => M::BeginEpoch(pb::BeginEpoch { term: term.0, epoch: epoch.0 }),
+            HeadMessage::RecallPlans => M::RecallPlans(pb::RecallPlans {}),
             HeadMessage::Shutdown(reason) => M::Shutdown(pb::Shutdown { reason: reason.clone() }),
         };
         Self { message: Some(message) }

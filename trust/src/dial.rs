@@ -102,6 +102,13 @@ pub async fn dial(address: &str, trust: &Trust, patience: Duration) -> Result<St
     tokio::time::timeout(patience, connect(address, trust)).await.map_err(late)?
 }
 
+/// Whether what listens at `host:port` speaks TLS, as far as it can be told within `patience`.
+pub async fn speaks_tls(address: &str, patience: Duration) -> bool {
+    // Nobody has this pin: whoever shows a certificate at all is told apart by that.
+    let stranger = Trust::Pinned(Pin::of(&[]));
+    !matches!(dial(address, &stranger, patience).await, Err(DialError::NoTls | DialError::Unreachable(_)))
+}
+
 async fn connect(address: &str, trust: &Trust) -> Result<Stream, DialError> {
     let unreachable = |error: io::Error| DialError::Unreachable(error.to_string());
     let tcp = TcpStream::connect(address).await.map_err(unreachable)?;

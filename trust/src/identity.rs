@@ -143,12 +143,7 @@ impl Identity {
         unix_seconds() >= self.not_after
     }
 
-    /// Whether less than a third of its time is left.
-    pub fn is_due(&self) -> bool {
-        self.due_in().is_zero()
-    }
-
-    /// How long until it should be renewed.
+    /// How long until it should be renewed: when a third of its time is left.
     pub fn due_in(&self) -> Duration {
         let third = self.not_after.saturating_sub(self.made) / 3;
         Duration::from_secs((self.not_after - third).saturating_sub(unix_seconds()))
@@ -185,10 +180,10 @@ mod tests {
         identity.write(dir.path()).expect("writes");
         assert_eq!(Identity::read(dir.path()).expect("reads"), Some(identity.clone()));
         assert_eq!(identity.pin(), authority.pin());
-        assert!(!identity.is_due() && !identity.has_ended());
+        assert!(!identity.due_in().is_zero() && !identity.has_ended());
         assert!(identity.due_in() <= Duration::from_secs(60), "{:?}", identity.due_in());
         let old = Identity { made: unix_seconds() - 80, not_after: unix_seconds() + 10, ..identity };
-        assert!(old.is_due() && !old.has_ended());
+        assert!(old.due_in().is_zero() && !old.has_ended());
         assert!(Identity { not_after: unix_seconds() - 1, ..old }.has_ended());
     }
 }

@@ -20,7 +20,7 @@ mod token;
 pub mod variables;
 
 pub use authority::{Authority, IssuedCertificate};
-pub use dial::{DialError, Trust, channel, dial};
+pub use dial::{DialError, Trust, channel, dial, speaks_tls};
 pub use error::TrustError;
 pub use identity::{Enrollment, Identity};
 pub use incoming::{HeadTls, incoming};

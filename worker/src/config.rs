@@ -6,84 +6,21 @@
 //! **Invariant:** nothing else in this crate reads the environment, and nothing changes a `Config` later. A key or a value
 //! that is not understood stops the start.
 
+pub mod defaults;
+mod home;
+mod values;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
-use phalanx_proto::DeviceKind;
 use serde::Deserialize;
 
+pub use self::home::Home;
+use self::home::head_of_home;
+pub use self::values::{DeviceChoice, HeadAddress, LogFormat};
 use crate::agent::credentials::TrustWish;
-
-/// Defaults and limits.
-pub mod defaults {
-    use std::time::Duration;
-
-    /// Port of the head where an address names none.
-    pub const CLUSTER_PORT: u16 = 8001;
-    /// Time for one attempt to connect to the head.
-    pub const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
-    /// Time for the head to answer a hello.
-    pub const WELCOME_DEADLINE: Duration = Duration::from_secs(5);
-    /// Time for the head that was started together with an agent to listen.
-    pub const HEAD_START_DEADLINE: Duration = Duration::from_secs(30);
-    /// First pause between two attempts to reach the head; it doubles.
-    pub const RETRY_PAUSE_MIN: Duration = Duration::from_millis(100);
-    /// Longest pause between two attempts to reach the head.
-    pub const RETRY_PAUSE_MAX: Duration = Duration::from_secs(3);
-    /// Longest pause between attempts to reach a head that ranks wait for.
-    pub const RETRY_PAUSE_ORPHANED: Duration = Duration::from_millis(200);
-    /// Looks for the token of a head on this machine that listens already.
-    pub const TOKEN_LOOKS: u32 = 20;
-    /// Time between two of them.
-    pub const TOKEN_LOOK_PAUSE: Duration = Duration::from_millis(100);
-    /// Shortest time between two looks at when this node's certificate ends.
-    pub const RENEWAL_LOOK: Duration = Duration::from_secs(1);
-    /// Longest time between two looks at when this node's certificate ends.
-    pub const RENEWAL_PAUSE: Duration = Duration::from_secs(600);
-    /// Rest before a renewal that failed is tried again.
-    pub const RENEWAL_RETRY: Duration = Duration::from_secs(5);
-    /// Attempts of a rank to reach the head that asked for it.
-    pub const RANK_CONNECT_ATTEMPTS: u32 = 5;
-    /// How long `worker join` waits for its background process to have joined before it returns.
-    pub const JOIN_REPORT_DEADLINE: Duration = Duration::from_secs(4);
-    /// Time for a rank to end after SIGTERM; then comes SIGKILL.
-    pub const RANK_END_DEADLINE: Duration = Duration::from_secs(3);
-    /// Most bytes of a log in one answer.
-    pub const LOG_PART_BYTES_MAX: u32 = 256 << 10;
-    /// Longest wait for the work of this machine to move elsewhere; then the agent is asked to end at once.
-    pub const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
-    /// Time for an agent to end after SIGTERM, its ranks included; then comes SIGKILL.
-    pub const AGENT_END_DEADLINE: Duration = Duration::from_secs(15);
-    /// Time for the last messages of a stream to reach the head.
-    pub const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
-    /// Time for a stream to take one message.
-    pub const SEND_DEADLINE: Duration = Duration::from_secs(5);
-    /// Time for a GPU library to say how many devices there are.
-    pub const PROBE_DEADLINE: Duration = Duration::from_secs(20);
-    /// Time between pings on an idle gRPC connection.
-    pub const KEEPALIVE: Duration = Duration::from_secs(1);
-    /// Silence after a ping that ends a connection.
-    pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-    /// HTTP/2 window of a stream, bytes.
-    pub const STREAM_WINDOW_BYTES: u32 = 8 << 20;
-    /// HTTP/2 window of a connection, bytes.
-    pub const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
-    /// Messages that wait for the head.
-    pub const OUTBOX: usize = 64;
-    /// Orders and events that wait between the agent's threads.
-    pub const AGENT_QUEUE: usize = 256;
-    /// One log file; a second one of this size holds what came before.
-    pub const LOG_BYTES_MAX: u64 = 8 << 20;
-    /// Log files of ranks that are kept; the oldest go first.
-    pub const RANK_LOGS_MAX: usize = 64;
-    /// Last lines of a rank's log that the head is told.
-    pub const LAST_LINES: usize = 20;
-    /// Longest line of a rank's log that the head is told, bytes.
-    pub const LAST_LINE_BYTES_MAX: usize = 512;
-}
 
 /// Why the start is stopped.
 #[derive(Debug, thiserror::Error)]
@@ -120,157 +57,6 @@ pub enum ConfigError {
     /// No head is named.
     #[error("no head runs in this home, and none is named: --address HOST:PORT or PHALANX_ADDRESS says where it is")]
     NoAddress,
-}
-
-/// Which devices to offer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DeviceChoice {
-    /// GPUs where there are any, else CPU.
-    #[default]
-    Auto,
-    /// These, or nothing.
-    #[serde(untagged)]
-    Only(DeviceKind),
-}
-
-impl FromStr for DeviceChoice {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        if text == "auto" {
-            return Ok(Self::Auto);
-        }
-        let bad = |_| ConfigError::Value { key: "--device", value: text.into(), expected: "auto, cuda, rocm or cpu" };
-        text.parse().map(Self::Only).map_err(bad)
-    }
-}
-
-/// How log lines look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// One object a line.
-    Json,
-}
-
-impl LogFormat {
-    /// The word of the flag.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Text => "text",
-            Self::Json => "json",
-        }
-    }
-}
-
-impl FromStr for LogFormat {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        match text {
-            "text" => Ok(Self::Text),
-            "json" => Ok(Self::Json),
-            _ => Err(ConfigError::Value { key: "--log-format", value: text.into(), expected: "text or json" }),
-        }
-    }
-}
-
-/// Where the head listens: `host:port`, as given.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeadAddress(String);
-
-impl HeadAddress {
-    /// `host:port`.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl FromStr for HeadAddress {
-    type Err = ConfigError;
-
-    /// Takes `host`, `host:port`, `[v6]:port` and the same behind `http://`.
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let bad = || ConfigError::Value { key: "--address", value: text.into(), expected: "HOST:PORT" };
-        let bare = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
-        let (host, port) = match bare.rsplit_once(':') {
-            Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
-                (host, port.parse().map_err(|_| bad())?)
-            }
-            Some(_) => return Err(bad()),
-            None => (bare, defaults::CLUSTER_PORT),
-        };
-        if host.is_empty() || port == 0 || host.contains(['/', ' ', '@', '?', '#']) {
-            return Err(bad());
-        }
-        Ok(Self(format!("{host}:{port}")))
-    }
-}
-
-/// The folder of one node, and where things lie in it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Home(PathBuf);
-
-impl Home {
-    /// A home at this path, made absolute.
-    pub fn new(path: &Path) -> Self {
-        Self(std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf()))
-    }
-
-    /// The folder itself.
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-
-    /// Records of running processes.
-    pub fn run_dir(&self) -> PathBuf {
-        self.0.join("run")
-    }
-
-    /// Keys and certificates between machines.
-    pub fn trust_dir(&self) -> PathBuf {
-        self.0.join("trust")
-    }
-
-    /// Whether the head at this address is the one that runs in this home.
-    pub fn is_head_at(&self, head: &HeadAddress) -> bool {
-        let Some(record) = head_of_home(self) else { return false };
-        [&record["address"], &record["local_address"]].into_iter().any(|known| known.as_str() == Some(head.as_str()))
-    }
-
-    /// Logs.
-    pub fn log_dir(&self) -> PathBuf {
-        self.0.join("logs")
-    }
-
-    /// Device code that was compiled on this machine.
-    pub fn kernel_cache_dir(&self) -> PathBuf {
-        self.0.join("cache").join("kernels")
-    }
-
-    /// The record of the running agent.
-    pub fn agent_record(&self) -> PathBuf {
-        self.run_dir().join("agent.json")
-    }
-
-    /// Which head leads, for the ranks.
-    pub fn head_note(&self) -> PathBuf {
-        self.run_dir().join("leading-head.json")
-    }
-
-    /// Held by the running agent for as long as it lives.
-    pub fn agent_lock(&self) -> PathBuf {
-        self.run_dir().join("agent.lock")
-    }
-
-    /// The node's id.
-    pub fn node_id(&self) -> PathBuf {
-        self.0.join("node_id")
-    }
 }
 
 /// The file: every key may be absent, none may be unknown.
@@ -460,12 +246,6 @@ impl Config {
     }
 }
 
-/// What the head that runs in this home says of itself.
-fn head_of_home(home: &Home) -> Option<serde_json::Value> {
-    let text = std::fs::read_to_string(home.path().join("run/head.json")).ok()?;
-    serde_json::from_str(&text).ok()
-}
-
 fn trust(insecure: bool, token: Option<String>, token_file: Option<PathBuf>) -> Result<TrustWish, ConfigError> {
     let expected = "a token (phxt-ID-SECRET-PIN), as `coordinator token create` prints it";
     Ok(match (insecure, token, token_file) {
@@ -492,27 +272,9 @@ fn read_file(path: &Path) -> Result<File, ConfigError> {
 
 #[cfg(test)]
 mod tests {
+    use phalanx_proto::DeviceKind;
+
     use super::*;
-
-    #[track_caller]
-    fn check(text: &str, expected: Option<&str>) {
-        let parsed: Result<HeadAddress, _> = text.parse();
-        assert_eq!(parsed.as_ref().ok().map(HeadAddress::as_str), expected, "{text}");
-    }
-
-    #[test]
-    fn addresses_are_read_as_people_write_them() {
-        check("head:8001", Some("head:8001"));
-        check("http://10.0.0.1:9/", Some("10.0.0.1:9"));
-        check("head", Some("head:8001"));
-        check("[::1]:8001", Some("[::1]:8001"));
-        check("::1", None);
-        check("head:", None);
-        check("head:0", None);
-        check("head:99999", None);
-        check("", None);
-        check("a/b:1", None);
-    }
 
     fn load(file: &str, flags: Flags, environment: Environment) -> Result<Config, ConfigError> {
         let home = tempfile::tempdir().unwrap();

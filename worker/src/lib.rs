@@ -4,10 +4,12 @@
 
 pub mod agent;
 pub mod backend;
+pub mod cli;
 pub mod collective;
 pub mod config;
 pub mod decoder;
 pub mod device_thread;
+pub mod edits;
 pub mod epoch;
 pub mod error;
 pub mod head_note;
@@ -19,6 +21,7 @@ pub mod pooling;
 pub mod rank;
 pub mod reduce_bench;
 pub mod runner;
+pub mod scoring;
 pub mod session;
 pub mod shard;
 pub mod warm_up;

@@ -102,6 +102,7 @@ pub fn run(launch: RankLaunch) -> Result<(), RankError> {
         node_id: launch.node_id.clone(),
         device: device_of(launch.device),
         num_threads: launch.num_threads as usize,
+        head_grace: grace,
     };
     backend::cuda::prepare(
         ModuleSettings::new(launch.kernel_cache_dir.clone(), launch.cuda_home.as_deref()),
@@ -143,8 +144,7 @@ async fn serve(
             () = heads.superseded(&led) => SessionError::HeadGone { reason: "another head leads".into() },
         };
         // What has not been ready has nothing worth waiting with.
-        let Some(kept) = session.kept().filter(|_| !grace.is_zero()) else { return Err(lost) };
-        drop(session);
+        let Some(kept) = session.into_kept().filter(|_| !grace.is_zero()) else { return Err(lost) };
         warn!(error = %lost, ?grace, "waiting for a head");
         session = Session::resume(heads, &hello, &mut device, kept, Instant::now() + grace).await?;
     }

@@ -12,20 +12,19 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use phalanx_kernels::{
-    InputLimits, KernelError, Ops, SamplerKind, ScoreRow, Scored, StepInputs, StepPart, StepResult, VocabSlice,
-    WarmUpStep,
+    InputLimits, KernelError, Ops, SamplerKind, Scored, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep,
 };
 use phalanx_proto::{
     Epoch, PooledRow, PromptLogprobs, Rank, SampledRow, SamplerVariant, SeqSlot, StepId, StepOutput, StepPlan, TokenId,
-    TokenLogprobs,
 };
 
 use crate::decoder::Decoder;
 use crate::epoch::EpochRecord;
 use crate::error::WorkerError;
-use crate::inputs::{Batch, PromptChunk, StepWork};
+use crate::inputs::{Batch, StepWork};
 use crate::kv_cache::KvCache;
 use crate::pooling::Pools;
+use crate::scoring::{NamedTokens, PromptChunk, Wanted, token_logprobs, write_pass};
 use crate::warm_up;
 
 /// Executes plans.
@@ -47,6 +46,9 @@ pub struct Runner<B: Ops> {
     last_finish: Instant,
 }
 
+/// Scores of tokens that requests name, each with the sampled row that they stand beside.
+type NamedScores = Vec<(u32, Vec<(TokenId, f32)>)>;
+
 /// A step that the device works on.
 struct Launched {
     epoch: Epoch,
@@ -58,6 +60,8 @@ struct Launched {
     /// Which of them are scored.
     scored: Vec<u32>,
     prompt_logprobs: Vec<PromptLogprobs>,
+    /// Of this step.
+    named: NamedScores,
     pooled: Vec<PooledRow>,
 }
 
@@ -162,8 +166,8 @@ impl<B: Ops> Runner<B> {
         if self.rank == Rank(0) {
             launched.pooled = self.pool()?;
         }
-        if !self.work.prompts.is_empty() {
-            launched.prompt_logprobs = self.score_prompts()?;
+        if !self.work.prompts.is_empty() || !self.work.named.is_empty() {
+            (launched.prompt_logprobs, launched.named) = self.score_known()?;
         }
         self.in_flight.push_back(launched);
         Ok(())
@@ -238,43 +242,29 @@ impl<B: Ops> Runner<B> {
         Ok(pooled)
     }
 
-    /// Log-probabilities of the prompt tokens that the step's chunks predict, in passes of as many rows as logits have room.
+    /// Log-probabilities of the prompt tokens that the step's chunks predict and of the tokens that requests name, in passes of as
+    /// many rows as logits have room.
     ///
-    /// Waits for the device, as the hidden states are those of this step: prompts that want this are rare.
-    fn score_prompts(&mut self) -> Result<Vec<PromptLogprobs>, WorkerError> {
-        let wanted: Vec<(u32, TokenId, u32)> = self.work.prompts.iter().flat_map(PromptChunk::rows).collect();
+    /// Waits for the device, as the hidden states are those of this step: requests that want this are rare.
+    fn score_known(&mut self) -> Result<(Vec<PromptLogprobs>, NamedScores), WorkerError> {
+        let prompts = self.work.prompts.iter().flat_map(PromptChunk::wanted);
+        let wanted: Vec<Wanted> = prompts.chain(self.work.named.iter().flat_map(NamedTokens::wanted)).collect();
         let mut scored: Vec<Scored> = Vec::with_capacity(wanted.len());
         let Self { ops, model, inputs, work, vocab, limits, in_flight, taken, .. } = self;
         while taken.len() <= in_flight.len() {
             taken.push_back(ops.take()?);
         }
         for pass in wanted.chunks(limits.logit_rows_max.max(1)) {
-            let step = &mut work.inputs;
-            step.samples.clear();
-            step.masks.clear();
-            step.edits.clear();
-            step.logit_rows.clear();
-            step.logit_rows.extend(pass.iter().map(|(row, ..)| *row));
-            step.scores.clear();
-            let score = |(row, (_, token, num_top)): (u32, &(u32, TokenId, u32))| ScoreRow {
-                row,
-                token: Some(token.0),
-                num_top: *num_top,
-            };
-            step.scores.extend((0..).zip(pass).map(score));
-            ops.load_inputs(step, inputs)?;
+            write_pass(pass, &mut work.inputs);
+            ops.load_inputs(&work.inputs, inputs)?;
             ops.run(inputs, StepPart::Score, &mut |ops| model.project(ops, inputs))?;
             ops.score(inputs, model.logits(), vocab)?;
             ops.submit(inputs)?;
             scored.extend(ops.take()?.scores);
         }
-        let mut scored = scored.into_iter().map(token_logprobs);
-        let chunk = |chunk: &PromptChunk| PromptLogprobs {
-            slot: chunk.slot,
-            start: chunk.start,
-            tokens: scored.by_ref().take(chunk.tokens.len()).collect(),
-        };
-        Ok(self.work.prompts.iter().map(chunk).collect())
+        let mut scored = scored.into_iter();
+        let prompts = self.work.prompts.iter().map(|chunk| chunk.take(&mut scored)).collect();
+        Ok((prompts, self.work.named.iter().map(|named| named.take(&mut scored)).collect()))
     }
 }
 
@@ -288,6 +278,7 @@ impl Launched {
             slots: inputs.samples.iter().map(|sample| SeqSlot(sample.slot)).collect(),
             scored: inputs.scores.iter().map(|score| score.row).collect(),
             prompt_logprobs: Vec::new(),
+            named: Vec::new(),
             pooled: Vec::new(),
         }
     }
@@ -310,7 +301,7 @@ impl Launched {
         tokens: &[(SeqSlot, TokenId)],
         scores: Vec<Scored>,
     ) -> StepOutput {
-        let Self { epoch, step, plan_hash, scored, prompt_logprobs, pooled, .. } = self;
+        let Self { epoch, step, plan_hash, scored, prompt_logprobs, named, pooled, .. } = self;
         let mut output = StepOutput { epoch, step, elapsed_us, plan_hash, token_hash, ..StepOutput::default() };
         if rank != Rank(0) {
             return output;
@@ -325,18 +316,14 @@ impl Launched {
                 sampled.logprobs = Some(token_logprobs(score));
             }
         }
+        for (row, scores) in named {
+            if let Some(logprobs) = output.rows.get_mut(row as usize).and_then(|sampled| sampled.logprobs.as_mut()) {
+                logprobs.top.extend(scores);
+            }
+        }
         output.prompt_logprobs = prompt_logprobs;
         output.pooled = pooled;
         output
-    }
-}
-
-fn token_logprobs(scored: Scored) -> TokenLogprobs {
-    TokenLogprobs {
-        token: TokenId(scored.token),
-        logprob: scored.logprob,
-        rank: scored.rank,
-        top: scored.top.into_iter().map(|(token, logprob)| (TokenId(token), logprob)).collect(),
     }
 }
 

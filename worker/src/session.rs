@@ -1,32 +1,35 @@
 //! A rank's stream to the head: plans down, results up, nothing else.
 //!
-//! Owns the connection, and what came ahead of its plan: token masks, edits of logits, and parts of long prompts. Knows no model and no device.
+//! Owns the connection, what came ahead of its plan (`staging`), and the plans that are not finished (`held`), which the next head may
+//! ask for. Knows no model and no device.
 //!
 //! **Invariant:** a head that another one has followed ends no rank.
 //! **Invariant:** the device thread sees messages in the order of the head, each whole and checked. Nothing is taken before the
 //! hello, and nothing waits without a bound: a full queue ends the session.
 
-use std::collections::HashMap;
-use std::net::{IpAddr, UdpSocket};
-use std::path::{Path, PathBuf};
+mod dialing;
+mod held;
+mod staging;
+
+use std::net::IpAddr;
 use std::sync::mpsc::TrySendError;
 
 use phalanx_proto::pb::rank_sessions_client::RankSessionsClient;
-use phalanx_proto::{
-    EditStaging, Epoch, HeadMessage, LoadModel, MaskStaging, RankCapacity, RankEvent, RankHello, RankResumes, SeqId,
-    Term, WireError, pb,
-};
-use phalanx_trust::{DialError, Identity, Trust};
+use phalanx_proto::{HeadMessage, LoadModel, RankCapacity, RankEvent, RankHello, RankResumes, WireError, pb};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tracing::{debug, info};
 
 use crate::config::defaults;
 use crate::device_thread::DeviceHandle;
 use crate::head_note::{Heads, Led};
+use dialing::own_ip;
+pub use dialing::{HeadTarget, HeadTrust, dial_tcp};
+use held::HeldPlans;
+use staging::Staging;
 
 /// Why a session ended before the head said so.
 #[derive(Debug, thiserror::Error)]
@@ -70,94 +73,15 @@ pub enum SessionError {
     DeviceEnded,
 }
 
-/// How a head is known, and what is shown to it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum HeadTrust {
-    /// Neither (`--insecure`).
-    Plain,
-    /// TLS, with the certificate that lies in this folder at the time of dialling: the agent renews it.
-    Certificate(PathBuf),
-}
-
-/// Where a rank finds its head.
-#[derive(Debug, Clone)]
-pub struct HeadTarget {
-    /// `host:port`.
-    pub address: String,
-    /// The Unix socket, where the head is on this machine.
-    pub socket: Option<PathBuf>,
-    /// How it is known.
-    pub trust: HeadTrust,
-}
-
-impl HeadTarget {
-    /// Connects, by the Unix socket where there is one, else over TCP.
-    ///
-    /// # Errors
-    /// Neither answers within its deadline.
-    pub async fn dial(&self) -> Result<Channel, SessionError> {
-        if let Some(socket) = &self.socket {
-            match dial_unix(socket).await {
-                Ok(channel) => return Ok(channel),
-                Err(error) => debug!(%error, "unix socket does not answer, trying tcp"),
-            }
-        }
-        let trust = match &self.trust {
-            HeadTrust::Plain => Trust::Plain,
-            HeadTrust::Certificate(folder) => match Identity::read(folder) {
-                Ok(Some(identity)) => Trust::Known(Box::new(identity)),
-                Ok(None) => return Err(SessionError::Refused { message: "this node has no certificate".into() }),
-                Err(error) => return Err(SessionError::Refused { message: error.to_string() }),
-            },
-        };
-        dial_tcp(&self.address, &trust).await
-    }
-}
-
-async fn dial_unix(socket: &Path) -> Result<Channel, SessionError> {
-    let uri = format!("unix://{}", socket.display());
-    let endpoint = endpoint(&uri).map_err(|error| unreachable(&uri, &error))?;
-    endpoint.connect().await.map_err(|error| unreachable(&uri, &error))
-}
-
-/// Connects to the head at `host:port`, if it is the one that is trusted.
-///
-/// # Errors
-/// Nobody answers within the deadline, or somebody else does.
-pub async fn dial_tcp(address: &str, trust: &Trust) -> Result<Channel, SessionError> {
-    // The connection is made first; the name only stands in each request.
-    let endpoint = endpoint("http://head.phalanx").map_err(|error| unreachable(address, &error))?;
-    let stream = phalanx_trust::dial(address, trust, defaults::CONNECT_DEADLINE).await;
-    let stream = stream.map_err(|error| match error {
-        DialError::Unreachable(reason) => SessionError::Unreachable { head: address.into(), reason },
-        other => SessionError::Refused { message: other.to_string() },
-    })?;
-    phalanx_trust::channel(&endpoint, stream).await.map_err(|error| unreachable(address, &error))
-}
-
-fn unreachable(head: &str, error: &tonic::transport::Error) -> SessionError {
-    let reason = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
-    SessionError::Unreachable { head: head.into(), reason }
-}
-
-fn endpoint(uri: &str) -> Result<Endpoint, tonic::transport::Error> {
-    Ok(Endpoint::from_shared(uri.to_owned())?
-        .connect_timeout(defaults::CONNECT_DEADLINE)
-        .initial_stream_window_size(defaults::STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(defaults::CONNECTION_WINDOW_BYTES)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(defaults::KEEPALIVE)
-        .keep_alive_timeout(defaults::KEEPALIVE_TIMEOUT)
-        .keep_alive_while_idle(true))
-}
-
 /// What outlives a lost head.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Kept {
     /// What the next head is told.
     resumes: RankResumes,
     /// The limit of staged tokens, which the group's first head set.
     staged_tokens_max: usize,
+    /// Plans that are not finished.
+    held: HeldPlans,
 }
 
 /// A rank's open stream.
@@ -168,6 +92,7 @@ pub struct Session<'a> {
     plans: tonic::Streaming<pb::HeadToRank>,
     results: mpsc::Sender<pb::RankMessage>,
     staging: Staging,
+    held: HeldPlans,
     /// Where this machine is seen by the head's: the way to the other nodes, as far as the rank can know it.
     own_ip: Option<IpAddr>,
     /// What the device thread has said that outlives this stream.
@@ -211,6 +136,8 @@ impl<'a> Session<'a> {
         ends: Instant,
     ) -> Result<Self, SessionError> {
         let hello = RankHello { resumes: Some(kept.resumes), ..hello.clone() };
+        let mut held = kept.held;
+        held.cut();
         loop {
             let led = heads.now();
             let greeted = async {
@@ -223,6 +150,7 @@ impl<'a> Session<'a> {
                 Ok((plans, results)) => {
                     let mut session = Self::new(heads, led, device, plans, results);
                     session.staging.num_tokens_max = kept.staged_tokens_max;
+                    session.held = held;
                     (session.kept, session.is_stale) = (Some(kept.resumes), true);
                     return Ok(session);
                 }
@@ -245,7 +173,8 @@ impl<'a> Session<'a> {
     ) -> Self {
         info!(head = %led.target.address, "session open");
         let (staging, own_ip, heads) = (Staging::default(), own_ip(&led.target.address), heads.clone());
-        Self { device, heads, led, plans, results, staging, own_ip, capacity: None, kept: None, is_stale: false }
+        let held = HeldPlans::default();
+        Self { device, heads, led, plans, results, staging, held, own_ip, capacity: None, kept: None, is_stale: false }
     }
 
     /// The head that it serves.
@@ -254,8 +183,9 @@ impl<'a> Session<'a> {
     }
 
     /// What the rank holds that another head can go on with; none before it was ready.
-    pub fn kept(&self) -> Option<Kept> {
-        Some(Kept { resumes: self.kept?, staged_tokens_max: self.staging.num_tokens_max })
+    pub fn into_kept(self) -> Option<Kept> {
+        let resumes = RankResumes { last_plan: self.held.last(), ..self.kept? };
+        Some(Kept { resumes, staged_tokens_max: self.staging.num_tokens_max, held: self.held })
     }
 
     /// Hands plans to the device thread as they come, and results to the head as they are ready. Neither waits for the other.
@@ -267,7 +197,7 @@ impl<'a> Session<'a> {
             tokio::select! {
                 message = self.plans.message() => match message {
                     Ok(Some(message)) => {
-                        if let Some(reason) = self.take(message)? {
+                        if let Some(reason) = self.take(message).await? {
                             return Ok(reason);
                         }
                     }
@@ -284,13 +214,17 @@ impl<'a> Session<'a> {
 
     /// Passes on what the device thread says.
     async fn pass(&mut self, event: RankEvent) -> Result<(), SessionError> {
+        if let RankEvent::Output(output) = &event {
+            self.held.finish(output);
+        }
         match &event {
             RankEvent::Output(_) if self.is_stale => return Ok(()),
             RankEvent::Capacity(capacity) => self.capacity = Some(*capacity),
             RankEvent::Ready { num_blocks } => {
                 self.is_stale = false;
+                self.held.rest();
                 let capacity = self.capacity.or(self.kept.map(|kept| kept.capacity));
-                self.kept = capacity.map(|capacity| RankResumes { capacity, num_blocks: *num_blocks });
+                self.kept = capacity.map(|capacity| RankResumes { capacity, num_blocks: *num_blocks, last_plan: None });
             }
             _ => {}
         }
@@ -298,13 +232,15 @@ impl<'a> Session<'a> {
     }
 
     /// Passes one message on; says why to end where it is the last one.
-    fn take(&mut self, message: pb::HeadToRank) -> Result<Option<String>, SessionError> {
+    async fn take(&mut self, message: pb::HeadToRank) -> Result<Option<String>, SessionError> {
+        self.held.keep(&message);
         let Some(message) = self.staging.admit(message)? else { return Ok(None) };
         let message = match message {
             HeadMessage::Load(load) => {
                 self.staging.limit(&load);
                 HeadMessage::Load(self.name_interface(load))
             }
+            HeadMessage::RecallPlans => return self.give_back().await.map(|()| None),
             // What was asked of this rank is another head's business now.
             HeadMessage::Shutdown(_) if self.heads.is_superseded(&self.led) => return Err(gone("another head leads")),
             HeadMessage::Shutdown(reason) => {
@@ -318,6 +254,21 @@ impl<'a> Session<'a> {
             TrySendError::Full(_) => SessionError::Overrun,
             TrySendError::Disconnected(_) => SessionError::DeviceEnded,
         })
+    }
+
+    /// Gives the plans that are not finished to a head that did not send them.
+    async fn give_back(&mut self) -> Result<(), SessionError> {
+        let messages = self.held.messages();
+        let mut num_left = messages.len() as u32;
+        if num_left == 0 {
+            return send(&self.results, RankEvent::Recalled(pb::RecalledPart::default())).await;
+        }
+        for message in messages {
+            num_left -= 1;
+            let part = pb::RecalledPart { message: Some(message), num_left };
+            send(&self.results, RankEvent::Recalled(part)).await?;
+        }
+        Ok(())
     }
 
     /// Collectives between nodes go the way of the session, unless the head says otherwise.
@@ -370,147 +321,4 @@ async fn send(results: &mpsc::Sender<pb::RankMessage>, event: RankEvent) -> Resu
 
 fn gone(reason: &str) -> SessionError {
     SessionError::HeadGone { reason: reason.into() }
-}
-
-/// The address from which this machine speaks to the head; `None` where that is this machine itself. Nothing is sent:
-/// connecting a datagram socket only asks the routes.
-fn own_ip(head: &str) -> Option<IpAddr> {
-    let from = if head.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
-    let socket = UdpSocket::bind(from).ok()?;
-    socket.connect(head).ok()?;
-    let ip = socket.local_addr().ok()?.ip();
-    (!ip.is_loopback()).then_some(ip)
-}
-
-/// Prompt parts, masks and edits that wait for their plan.
-#[derive(Debug, Default)]
-struct Staging {
-    parts: HashMap<SeqId, Vec<u32>>,
-    masks: MaskStaging,
-    edits: EditStaging,
-    num_tokens: usize,
-    num_tokens_max: usize,
-}
-
-impl Staging {
-    /// What all sequences of a full batch may have staged.
-    fn limit(&mut self, load: &LoadModel) {
-        self.num_tokens_max = load.max_model_len as usize * load.max_num_seqs.max(1) as usize;
-    }
-
-    /// Keeps parts, completes plans, and converts what is whole.
-    fn admit(&mut self, message: pb::HeadToRank) -> Result<Option<HeadMessage>, SessionError> {
-        use pb::head_to_rank::Message as M;
-        let missing = WireError::Missing { message: "HeadToRank", field: "message" };
-        Ok(Some(match message.message.ok_or(missing)? {
-            M::Stage(part) => {
-                self.keep(part)?;
-                return Ok(None);
-            }
-            M::Plan(mut plan) => {
-                for new in &mut plan.new_sequences {
-                    self.complete(new);
-                }
-                let mut plan = plan.try_into()?;
-                self.masks.complete(&mut plan)?;
-                self.edits.complete(&mut plan)?;
-                HeadMessage::Plan(plan)
-            }
-            M::SampleInputs(inputs) => {
-                self.masks.keep(inputs)?;
-                return Ok(None);
-            }
-            M::StageEdits(part) => {
-                self.edits.keep(part)?;
-                return Ok(None);
-            }
-            M::Load(load) => HeadMessage::Load(load.try_into()?),
-            M::Connect(connect) => HeadMessage::Connect(connect.addresses),
-            M::InitKvCache(init) => HeadMessage::InitKvCache { num_blocks: init.num_blocks },
-            M::BeginEpoch(begin) => {
-                // What came for plans of the epoch before belongs to nobody any more.
-                *self = Self { num_tokens_max: self.num_tokens_max, ..Self::default() };
-                HeadMessage::BeginEpoch { term: Term(begin.term), epoch: Epoch(begin.epoch) }
-            }
-            M::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
-        }))
-    }
-
-    fn keep(&mut self, part: pb::StagePart) -> Result<(), SessionError> {
-        let num_tokens = self.num_tokens + part.tokens.len();
-        if num_tokens > self.num_tokens_max {
-            return Err(SessionError::Staging { num_tokens, num_tokens_max: self.num_tokens_max });
-        }
-        self.num_tokens = num_tokens;
-        self.parts.entry(SeqId(part.seq_id)).or_default().extend(part.tokens);
-        Ok(())
-    }
-
-    fn complete(&mut self, new: &mut pb::NewSequence) {
-        if let Some(mut tokens) = self.parts.remove(&SeqId(new.seq_id)) {
-            self.num_tokens -= tokens.len();
-            tokens.append(&mut new.tokens);
-            new.tokens = tokens;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn stage(seq_id: u64, tokens: Vec<u32>) -> pb::HeadToRank {
-        let part = pb::StagePart { seq_id, tokens };
-        pb::HeadToRank { message: Some(pb::head_to_rank::Message::Stage(part)) }
-    }
-
-    fn plan(seq_id: u64, tokens: Vec<u32>, num_tokens: u32) -> pb::HeadToRank {
-        let new = pb::NewSequence {
-            seq_id,
-            tokens,
-            num_tokens,
-            num_prompt_tokens: num_tokens,
-            sampling: Some(pb::Sampling { top_p: 1.0, ..Default::default() }),
-            ..Default::default()
-        };
-        let plan = pb::Plan { new_sequences: vec![new], ..Default::default() };
-        pb::HeadToRank { message: Some(pb::head_to_rank::Message::Plan(plan)) }
-    }
-
-    #[test]
-    fn staged_parts_come_before_the_tokens_of_their_plan() {
-        let mut staging = Staging { num_tokens_max: 100, ..Staging::default() };
-        for part in [stage(1, vec![1, 2]), stage(2, vec![9]), stage(1, vec![3])] {
-            assert!(staging.admit(part).unwrap().is_none());
-        }
-        let Some(HeadMessage::Plan(plan)) = staging.admit(plan(1, vec![4, 5], 5)).unwrap() else { panic!() };
-        let tokens: Vec<u32> = plan.new_sequences[0].tokens.iter().map(|token| token.0).collect();
-        assert_eq!(tokens, [1, 2, 3, 4, 5]);
-        assert_eq!((staging.parts.len(), staging.num_tokens), (1, 1));
-    }
-
-    #[test]
-    fn an_epoch_begins_with_nothing_staged() {
-        let mut staging = Staging { num_tokens_max: 4, ..Staging::default() };
-        staging.admit(stage(1, vec![1, 2, 3])).unwrap();
-        let begin = pb::BeginEpoch { term: 1, epoch: 2 };
-        staging.admit(pb::HeadToRank { message: Some(pb::head_to_rank::Message::BeginEpoch(begin)) }).unwrap();
-        assert_eq!((staging.parts.len(), staging.num_tokens, staging.num_tokens_max), (0, 0, 4));
-        assert!(staging.admit(plan(1, vec![4], 1)).is_ok());
-    }
-
-    #[test]
-    fn lying_heads_are_refused() {
-        let mut staging = Staging { num_tokens_max: 4, ..Staging::default() };
-        assert!(staging.admit(stage(1, vec![1, 2, 3])).unwrap().is_none());
-        assert!(matches!(staging.admit(stage(2, vec![1, 2])), Err(SessionError::Staging { num_tokens: 5, .. })));
-        assert!(matches!(staging.admit(plan(1, vec![4], 5)), Err(SessionError::Wire(_))));
-        assert!(matches!(staging.admit(pb::HeadToRank { message: None }), Err(SessionError::Wire(_))));
-    }
-
-    #[test]
-    fn the_way_to_a_head_on_this_machine_names_no_interface() {
-        assert_eq!(own_ip("127.0.0.1:8001"), None);
-        assert_eq!(own_ip("[::1]:8001"), None);
-    }
 }

@@ -22,7 +22,7 @@ const PACK_BYTES_MAX: u64 = 50 << 20;
 /// What runs in a pack.
 const RUN: &str = include_str!("../run.sh");
 /// Scripts of `tests/reference`.
-const SCRIPTS: [&str; 3] = ["cluster.py", "compare.py", "kill.py"];
+const SCRIPTS: [&str; 4] = ["cluster.py", "compare.py", "kill.py", "repeat.py"];
 /// The model that does not fit into a pack; put beside it, it is found.
 const MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
@@ -78,7 +78,8 @@ fn write(folder: &Path, programs: &[(String, PathBuf)]) -> anyhow::Result<()> {
         let _ = Command::new("strip").arg(&to).stderr(Stdio::null()).status();
     }
     let goldens = root().join("tests/goldens");
-    let wanted = |name: &OsStr| name.to_string_lossy().starts_with("tiny-") || name == "smollm2";
+    let wanted =
+        |name: &OsStr| name.to_string_lossy().starts_with("tiny-") || name == "smollm2" || name == "embeddings";
     for entry in fs::read_dir(&goldens).with_context(|| format!("cannot read {}", goldens.display()))? {
         let entry = entry?;
         if wanted(&entry.file_name()) {

@@ -149,7 +149,7 @@ impl DummyRank {
                 Some(Message::Plan(plan)) => Some(self.step(plan).map_or_else(|e| failure(&e), RankEvent::Output)),
                 Some(Message::SampleInputs(inputs)) => self.masks.keep(inputs).err().map(|error| failure(&error)),
                 // Prompts and edits change nothing here.
-                Some(Message::Stage(_) | Message::StageEdits(_)) => None,
+                Some(Message::Stage(_) | Message::StageEdits(_) | Message::RecallPlans(_)) => None,
                 Some(Message::Shutdown(_)) | None => return,
             };
             if let Some(event) = answer

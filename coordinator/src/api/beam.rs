@@ -109,7 +109,7 @@ impl Submission<'_> {
                 "the outputs of a beam search cannot be held to a grammar: leave tools out or set tool_choice to none";
             return Err(ApiError::Conflict { param: "tools", rule });
         }
-        let meter = RequestMeter::new(&request.model.name, &request.caller);
+        let meter = RequestMeter::new(&request.model.name, &request.caller, self.facts(&request.model)?);
         let search = |prompt: &Vec<TokenId>| self.search_behind(prompt, request, beam, &meter);
         let searches = self.prompts.iter().map(search).collect::<Result<_, _>>()?;
         request.leave();
@@ -145,12 +145,13 @@ impl Submission<'_> {
         step.max_tokens = NonZeroU32::MIN;
         step.stop_token_ids = Vec::new();
         let kept = options.num_choices.get();
+        meter.prompt(prompt.len());
         Ok(Search {
             search: BeamSearch::new(settings),
             step,
             patience: Patience::new(model.queue_timeout, request.caller.deadline),
             later: Patience::new(None, request.caller.deadline),
-            meters: (0..kept).map(|_| meter.output(prompt.len())).collect(),
+            meters: (0..kept).map(|_| meter.output()).collect(),
             texts: (0..kept).map(|_| self.output_text(model)).collect(),
             include_stop: options.include_stop,
             cached_tokens: None,

@@ -14,6 +14,7 @@ use super::error::ApiError;
 use super::reply;
 use crate::config::parse_duration;
 use crate::security::keys::KeyEntry;
+use crate::traces::SpanPlace;
 
 /// How long the client waits for the whole answer: `30s`, `500ms` or seconds.
 pub const TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout");
@@ -38,6 +39,8 @@ pub struct Caller {
     pub deadline: Option<Deadline>,
     /// The key that it was sent with, where keys are in use and it is one of the store.
     pub key: Option<Arc<KeyEntry>>,
+    /// Where the span of its request belongs; none where it has none.
+    pub span: Option<SpanPlace>,
 }
 
 impl Caller {
@@ -54,7 +57,7 @@ impl Caller {
                 Some(Deadline { at: received.checked_add(limit).ok_or_else(bad)?, limit })
             }
         };
-        Ok(Self { received, request_id, deadline, key: None })
+        Ok(Self { received, request_id, deadline, key: None, span: None })
     }
 
     /// The sender of a request that passed the guard.
@@ -65,6 +68,7 @@ impl Caller {
             request_id: reply::new_id(),
             deadline: None,
             key: None,
+            span: None,
         })
     }
 }

@@ -93,6 +93,10 @@ impl ChatRequest {
             let rule = "an answer that has to call a tool cannot be held to another grammar";
             return Err(ApiError::Conflict { param: structure.param, rule });
         }
+        if !options.delivery.detokenize && tools.as_ref().is_some_and(|tools| tools.choice != ToolChoice::None) {
+            let rule = "calls are found in text: tools need detokenize to be true";
+            return Err(ApiError::Conflict { param: "detokenize", rule });
+        }
         let max_tokens = limit.or(older_limit).and_then(NonZeroU32::new);
         let ignored = options.without_effect(fields.into_ignored());
         Ok(Self { model, prompt, max_tokens, tools, effort, include_reasoning, options, ignored })
@@ -228,11 +232,13 @@ impl Prepared {
         let accepted = Accepted::new(state, chat.model.as_deref(), id, caller)?;
         let text = Arc::clone(accepted.text("messages")?);
         let rendered = chat.render(&accepted, body.num_bytes).await?;
+        let mut prompts = [rendered.tokens];
+        Submission::cut(&chat.options, &accepted, chat.max_tokens, &mut prompts)?;
         let rules = chat.rules(&text, rendered.opens_thoughts);
         let structure = chat.structure(&text);
         let thoughts = rules.thoughts.and_then(ThoughtRules::as_tokens);
         let constraint = structured::compile(structure.as_ref(), &accepted, thoughts).await?;
-        Ok(Self { chat, accepted, prompts: [rendered.tokens], rules, constraint })
+        Ok(Self { chat, accepted, prompts, rules, constraint })
     }
 
     fn submission(&self) -> Submission<'_> {
@@ -339,6 +345,9 @@ pub struct ChatCompletion<'a> {
     prompt_token_ids: Option<&'a [TokenId]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobs>,
+    /// Of the tokens that `prompt_logprob_token_ids` names, a list for each place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_id_logprobs: Option<Vec<Vec<Option<f32>>>>,
 }
 
 #[derive(Serialize, JsonSchema)]
@@ -355,7 +364,7 @@ struct WholeChoice {
 
 impl Answer {
     pub(super) fn names(&self) -> TokenNames<'_> {
-        TokenNames { text: self.accepted.model.text.as_deref(), as_ids: self.options.tokens_as_ids }
+        self.options.token_names(self.accepted.model.text.as_deref())
     }
 
     fn whole(&self, outputs: Vec<Output>, mut usage: Usage) -> Response {
@@ -368,10 +377,10 @@ impl Answer {
         usage.set_reasoning(parsers.sum());
         let (made, kept) = (self.options.num_made(), self.options.num_choices.get() as usize);
         let mut outputs = choice::keep_best(outputs, made, kept);
-        let prompt_logprobs = self.options.prompt_logprobs.map(|best| {
-            let entries = outputs.first_mut().and_then(|output| output.prompt_logprobs.take()).unwrap_or_default();
-            PromptLogprobs::new(&entries, best, self.names())
-        });
+        let mut entries = outputs.first_mut().and_then(|output| output.prompt_logprobs.take()).unwrap_or_default();
+        let prompt_token_id_logprobs = self.options.scoring.split(&mut entries);
+        let prompt_logprobs =
+            self.options.prompt_logprobs.map(|best| PromptLogprobs::new(&entries, best, self.names()));
         let choices = outputs.into_iter().enumerate().map(|(index, output)| self.whole_choice(index, output));
         Json(ChatCompletion {
             id: &self.accepted.id,
@@ -381,8 +390,9 @@ impl Answer {
             choices: choices.collect(),
             usage,
             system_fingerprint: SYSTEM_FINGERPRINT,
-            prompt_token_ids: self.options.return_token_ids.then_some(&self.prompt),
+            prompt_token_ids: self.options.tells_token_ids().then_some(&self.prompt),
             prompt_logprobs,
+            prompt_token_id_logprobs,
         })
         .into_response()
     }
@@ -397,7 +407,7 @@ impl Answer {
             logprobs: self.options.logprobs.map(|_| ChatLogprobs::new(&output.logprobs, self.names())),
             finish_reason: reason.as_ref().map(|reason| parser.finish_word(reason)),
             stop_reason: reason.and_then(StopReason::new),
-            token_ids: self.options.return_token_ids.then_some(output.tokens),
+            token_ids: self.options.tells_token_ids().then_some(output.tokens),
         }
     }
 }

@@ -4,6 +4,7 @@
 //!
 //! **Invariant:** a choice ends with exactly one [`End`] or one error; dropping it before aborts its sequence.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,6 +15,7 @@ use phalanx_proto::{TokenId, TokenLogprobs};
 use super::error::ApiError;
 use super::meter::OutputMeter;
 use super::patience::Patience;
+use super::repetition::LoopDetector;
 use crate::engine::{FinishReason, TokenEvent, TokenStream};
 use crate::text::{Detokenizer, StopMatcher};
 
@@ -35,6 +37,8 @@ pub enum EndReason {
     Stop(StopCause),
     /// It is as long as it may be.
     Length,
+    /// It repeats itself, and the request asked to end then.
+    Repetition,
     /// The engine dropped it.
     Abort,
 }
@@ -65,6 +69,17 @@ pub struct Delta {
     pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
     /// Present on the last one.
     pub end: Option<End>,
+}
+
+impl Delta {
+    /// Takes in what came behind it.
+    fn append(&mut self, later: Self) {
+        self.text.push_str(&later.text);
+        self.tokens.extend(later.tokens);
+        self.logprobs.extend(later.logprobs);
+        self.prompt_logprobs = self.prompt_logprobs.take().or(later.prompt_logprobs);
+        self.end = self.end.take().or(later.end);
+    }
 }
 
 /// Which tokens end an output.
@@ -141,6 +156,29 @@ impl OutputText {
     }
 }
 
+/// In which pieces an output is given: the first and the last at once, so many tokens in each of the others.
+#[derive(Debug, Default)]
+pub struct Pace {
+    /// Tokens of a piece; none: as they come.
+    pub interval: Option<NonZeroU32>,
+    opened: bool,
+    /// Ends the output behind the piece that was given before it.
+    error: Option<ApiError>,
+}
+
+impl Pace {
+    /// Pieces of `interval` tokens.
+    pub fn new(interval: Option<NonZeroU32>) -> Self {
+        Self { interval, ..Self::default() }
+    }
+
+    /// Whether a piece is given as it is.
+    fn is_full(&self, piece: &Delta) -> bool {
+        let Some(interval) = self.interval else { return true };
+        !self.opened || piece.end.is_some() || piece.tokens.len() >= interval.get() as usize
+    }
+}
+
 /// One output that is being made.
 pub struct Choice {
     /// Its place in the answer.
@@ -157,6 +195,10 @@ pub struct Choice {
     pub min_tokens: u32,
     /// Tokens so far.
     pub num_tokens: u32,
+    /// Ends it where it repeats itself.
+    pub loops: Option<LoopDetector>,
+    /// In which pieces it is given.
+    pub pace: Pace,
     /// How long it may take.
     pub patience: Patience,
     /// Its measures.
@@ -182,15 +224,48 @@ impl Choice {
         })
     }
 
+    /// The next piece, as the pace has it; `None` after the end.
+    async fn piece(&mut self) -> Option<Result<Delta, ApiError>> {
+        if let Some(error) = self.pace.error.take() {
+            return Some(Err(error));
+        }
+        let mut piece = match self.next().await? {
+            Ok(piece) => piece,
+            Err(error) => return Some(Err(error)),
+        };
+        while !self.pace.is_full(&piece) {
+            match self.next().await {
+                Some(Ok(later)) => piece.append(later),
+                Some(Err(error)) => {
+                    self.pace.error = Some(error);
+                    break;
+                }
+                None => break,
+            }
+        }
+        self.pace.opened |= !piece.tokens.is_empty();
+        Some(Ok(piece))
+    }
+
     fn on_token(&mut self, token: TokenId, logprobs: Option<TokenLogprobs>) -> Delta {
         self.num_tokens += 1;
         self.meter.token(Instant::now());
-        let silent = self.stop_tokens.contains(token) && !self.include_stop;
-        let (text, stopped) = match &mut self.text {
+        let stops = self.stop_tokens.contains(token);
+        let silent = stops && !self.include_stop;
+        let (mut text, stopped) = match &mut self.text {
             Some(text) if !silent => text.push(token, self.num_tokens > self.min_tokens),
             _ => (String::new(), None),
         };
-        let end = stopped.map(|stop| self.end(EndReason::Stop(StopCause::Text(stop)), None));
+        let may_end = !stops && self.num_tokens >= self.min_tokens;
+        let loops = self.loops.as_mut().is_some_and(|loops| loops.push(token)) && may_end;
+        let end = match stopped {
+            Some(stop) => Some(self.end(EndReason::Stop(StopCause::Text(stop)), None)),
+            None if loops => {
+                text.push_str(&self.text.as_mut().map(OutputText::finish).unwrap_or_default().0);
+                Some(self.end(EndReason::Repetition, None))
+            }
+            None => None,
+        };
         Delta {
             index: self.index,
             text,
@@ -226,6 +301,7 @@ impl Choice {
         self.meter.end(match reason {
             EndReason::Stop(_) => "stop",
             EndReason::Length => "length",
+            EndReason::Repetition => "repetition",
             EndReason::Abort => "abort",
         });
         End { reason, completion_tokens: self.num_tokens, cached_tokens }
@@ -236,7 +312,7 @@ impl Choice {
 pub fn merged(choices: Vec<Choice>) -> impl Stream<Item = Result<Delta, ApiError>> + Send + Unpin + 'static {
     let mut all: SelectAll<BoxStream<'static, _>> = SelectAll::new();
     for choice in choices {
-        all.push(stream::unfold(choice, async |mut choice| Some((choice.next().await?, choice))).boxed());
+        all.push(stream::unfold(choice, async |mut choice| Some((choice.piece().await?, choice))).boxed());
     }
     all
 }
@@ -265,10 +341,9 @@ impl Output {
         self.end = self.end.take().or(delta.end);
     }
 
-    /// Mean log-probability of its tokens, by which the best are chosen.
-    fn mean_logprob(&self) -> f32 {
-        let sum: f32 = self.logprobs.iter().map(|entry| entry.logprob).sum();
-        sum / self.logprobs.len().max(1) as f32
+    /// Log-probability of all its tokens together, by which the best are chosen.
+    fn cumulative_logprob(&self) -> f64 {
+        self.logprobs.iter().map(|entry| f64::from(entry.logprob)).sum()
     }
 }
 
@@ -300,7 +375,7 @@ pub fn keep_best(outputs: Vec<Output>, made: usize, kept: usize) -> Vec<Output> 
         if group.is_empty() {
             return best;
         }
-        group.sort_by(|a, b| b.mean_logprob().total_cmp(&a.mean_logprob()));
+        group.sort_by(|a, b| b.cumulative_logprob().total_cmp(&a.cumulative_logprob()));
         group.truncate(kept);
         best.append(&mut group);
     }

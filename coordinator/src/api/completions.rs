@@ -68,17 +68,25 @@ impl CompletionRequest {
             let rule = "echo cannot be combined with use_beam_search";
             return Err(ApiError::Conflict { param: "echo", rule });
         }
+        if options.thinking_budget.is_some() && options.structure.is_some() {
+            // A grammar holds from the first token on here, so it would forbid the mark that the budget demands.
+            let rule = "thinking_token_budget goes with a grammar in chat only";
+            return Err(ApiError::Conflict { param: "thinking_token_budget", rule });
+        }
         let ignored = options.without_effect(fields.into_ignored());
         Ok(Self { model, prompts, max_tokens, echo, options, ignored })
     }
 
+    /// Most tokens that the engine is asked for: an echo alone needs one to be described.
+    fn limit(&self) -> NonZeroU32 {
+        self.max_tokens.map_or(MAX_TOKENS_DEFAULT, |limit| NonZeroU32::new(limit).unwrap_or(NonZeroU32::MIN))
+    }
+
     fn submission<'a>(&'a self, prompts: &'a [Vec<TokenId>], constraint: Option<Constraint>) -> Submission<'a> {
-        let max_tokens =
-            self.max_tokens.map_or(MAX_TOKENS_DEFAULT, |limit| NonZeroU32::new(limit).unwrap_or(NonZeroU32::MIN));
         Submission {
             prompts,
             param: "prompt",
-            max_tokens: Some(max_tokens),
+            max_tokens: Some(self.limit()),
             echo_logprobs: self.options.logprobs.filter(|_| self.echo),
             constraint,
             keeps_special: false,
@@ -95,8 +103,9 @@ async fn create(State(state): State<ApiState>, request: Request) -> Result<Respo
     let accepted = Accepted::new(&state, completion.model.as_deref(), id, caller)?;
     let add_special = completion.options.add_special_tokens.unwrap_or(true);
     let asked = std::mem::take(&mut completion.prompts);
-    let prompts = asked.tokenize(&accepted, "prompt", add_special, num_bytes).await?;
+    let mut prompts = asked.tokenize(&accepted, "prompt", add_special, num_bytes).await?;
     drop(room);
+    Submission::cut(&completion.options, &accepted, Some(completion.limit()), &mut prompts)?;
     let constraint = structured::compile(completion.options.structure.as_ref(), &accepted, None).await?;
     let usage = Usage::of_prompts(&prompts);
     let ignored = std::mem::take(&mut completion.ignored);
@@ -154,11 +163,14 @@ struct CompletionChoice<'a> {
     prompt_token_ids: Option<&'a [TokenId]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobs>,
+    /// Of the tokens that `prompt_logprob_token_ids` names, a list for each place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_id_logprobs: Option<Vec<Vec<Option<f32>>>>,
 }
 
 impl Answer {
     fn names(&self) -> TokenNames<'_> {
-        TokenNames { text: self.accepted.model.text.as_deref(), as_ids: self.request.options.tokens_as_ids }
+        self.request.options.token_names(self.accepted.model.text.as_deref())
     }
 
     /// True where the output itself is not wanted, only the echo.
@@ -178,7 +190,8 @@ impl Answer {
 
     fn prompt_text(&self, prompt: &[TokenId]) -> String {
         let skip_special = self.request.options.skip_special_tokens;
-        self.accepted.model.text.as_ref().map(|text| text.decode(prompt, skip_special)).unwrap_or_default()
+        let text = self.accepted.model.text.as_ref().filter(|_| self.request.options.delivery.detokenize);
+        text.map(|text| text.decode(prompt, skip_special)).unwrap_or_default()
     }
 
     /// The columns of log-probabilities of an echoed prompt.
@@ -218,7 +231,8 @@ impl Answer {
     fn whole_choice(&self, index: usize, output: Output) -> CompletionChoice<'_> {
         let options = &self.request.options;
         let prompt = self.prompt_of(index, options.num_choices);
-        let entries = output.prompt_logprobs.unwrap_or_default();
+        let mut entries = output.prompt_logprobs.unwrap_or_default();
+        let prompt_token_id_logprobs = options.scoring.split(&mut entries);
         let mut offset = 0;
         let logprobs = options.logprobs.map(|_| {
             let mut columns = match self.request.echo {
@@ -236,9 +250,10 @@ impl Answer {
             logprobs,
             finish_reason: reason.as_ref().map(FinishWord::from),
             stop_reason: reason.and_then(StopReason::new),
-            token_ids: options.return_token_ids.then_some(output.tokens),
-            prompt_token_ids: options.return_token_ids.then_some(prompt),
+            token_ids: options.tells_token_ids().then_some(output.tokens),
+            prompt_token_ids: options.tells_token_ids().then_some(prompt),
             prompt_logprobs: options.prompt_logprobs.map(|best| PromptLogprobs::new(&entries, best, self.names())),
+            prompt_token_id_logprobs,
         }
     }
 }
@@ -287,7 +302,7 @@ impl ChunkWriter {
         let choice = CompletionChoice {
             text: self.answer.prompt_text(prompt),
             logprobs,
-            prompt_token_ids: options.return_token_ids.then_some(prompt),
+            prompt_token_ids: options.tells_token_ids().then_some(prompt),
             ..CompletionChoice::empty(index)
         };
         self.push(&[choice], None, frames);
@@ -308,6 +323,7 @@ impl CompletionChoice<'_> {
             token_ids: None,
             prompt_token_ids: None,
             prompt_logprobs: None,
+            prompt_token_id_logprobs: None,
         }
     }
 }
@@ -326,7 +342,7 @@ impl WriteFrames for ChunkWriter {
         }
         self.usage.add_delta(&delta);
         let options = &self.answer.request.options;
-        let tokens_wanted = options.return_token_ids && !delta.tokens.is_empty();
+        let tokens_wanted = options.tells_token_ids() && !delta.tokens.is_empty();
         let logprobs_wanted = options.logprobs.is_some() && !delta.logprobs.is_empty();
         if delta.text.is_empty() && delta.end.is_none() && !tokens_wanted && !logprobs_wanted {
             return;
@@ -338,13 +354,13 @@ impl WriteFrames for ChunkWriter {
             columns
         });
         let reason = delta.end.map(|end| end.reason);
-        let prompt_ids = first && !echo && options.return_token_ids;
+        let prompt_ids = first && !echo && options.tells_token_ids();
         let choice = CompletionChoice {
             text: delta.text,
             logprobs,
             finish_reason: reason.as_ref().map(FinishWord::from),
             stop_reason: reason.and_then(StopReason::new),
-            token_ids: options.return_token_ids.then_some(delta.tokens),
+            token_ids: options.tells_token_ids().then_some(delta.tokens),
             prompt_token_ids: prompt_ids.then(|| self.answer.prompt_of(index, options.num_choices)),
             ..CompletionChoice::empty(index)
         };

@@ -92,6 +92,7 @@ impl EditFields {
             bias: self.bias.clone(),
             allowed: self.allowed.clone().unwrap_or_default(),
             bad_words: self.bad_words(model)?,
+            ..LogitEdits::default()
         };
         Ok((!edits.is_neutral()).then(|| Arc::new(edits)))
     }

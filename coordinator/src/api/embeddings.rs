@@ -22,6 +22,7 @@ use super::fields::{Fields, text_of};
 use super::meter::{OutputMeter, RequestMeter};
 use super::patience::Patience;
 use super::prompts::Prompts;
+use super::request_span::RequestFacts;
 use super::served_models::ServedModel;
 use super::submission::{Accepted, check_priority};
 use super::truncation::Truncation;
@@ -175,7 +176,7 @@ fn submit(
     priority: i32,
 ) -> Result<Vec<Pending>, ApiError> {
     let model = &accepted.model;
-    let meter = RequestMeter::new(&model.name, &accepted.caller);
+    let meter = RequestMeter::new(&model.name, &accepted.caller, RequestFacts::default());
     let mut pending = Vec::with_capacity(inputs.len());
     for (index, prompt) in inputs.into_iter().enumerate() {
         let num_tokens = prompt.len();
@@ -187,9 +188,11 @@ fn submit(
             stop_token_ids: Vec::new(),
             constraint: None,
             priority,
+            cache_salt: None,
         })?;
         let patience = Patience::new(model.queue_timeout, accepted.caller.deadline);
-        pending.push(Pending { stream, patience, meter: meter.output(num_tokens) });
+        meter.prompt(num_tokens);
+        pending.push(Pending { stream, patience, meter: meter.output() });
     }
     accepted.leave();
     Ok(pending)

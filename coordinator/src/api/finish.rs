@@ -16,6 +16,8 @@ pub enum FinishWord {
     Length,
     /// It calls tools.
     ToolCalls,
+    /// It repeats itself.
+    Repetition,
     /// The engine dropped it.
     Abort,
 }
@@ -25,6 +27,7 @@ impl From<&EndReason> for FinishWord {
         match reason {
             EndReason::Stop(_) => Self::Stop,
             EndReason::Length => Self::Length,
+            EndReason::Repetition => Self::Repetition,
             EndReason::Abort => Self::Abort,
         }
     }
@@ -46,7 +49,9 @@ impl StopReason {
         match reason {
             EndReason::Stop(StopCause::Text(text)) => Some(Self::Text(text)),
             EndReason::Stop(StopCause::Token(token)) => Some(Self::Token(token)),
-            EndReason::Stop(StopCause::EndOfText) | EndReason::Length | EndReason::Abort => None,
+            EndReason::Stop(StopCause::EndOfText) | EndReason::Length | EndReason::Repetition | EndReason::Abort => {
+                None
+            }
         }
     }
 }

@@ -15,6 +15,7 @@ use super::error::ApiError;
 use super::{ApiState, reply};
 use crate::metrics as names;
 use crate::security::keys::{KeyEntry, Refusal, Scope};
+use crate::traces::TraceParent;
 
 /// Checks the key, names the request, passes it on and counts the answer.
 pub async fn pass(State(state): State<ApiState>, mut request: Request, next: Next) -> Response {
@@ -30,7 +31,8 @@ pub async fn pass(State(state): State<ApiState>, mut request: Request, next: Nex
     let brings_body = brings_body(&request);
     let caller = allow(&state, endpoint, request.headers()).and_then(|key| {
         let caller = Caller::new(request_id.clone(), request.headers(), started)?;
-        Ok(Caller { key, ..caller })
+        let span = state.traces.as_ref().and_then(|traces| traces.place(TraceParent::of(request.headers())));
+        Ok(Caller { key, span, ..caller })
     });
     let key = caller.as_ref().ok().and_then(|caller| caller.key.clone());
     let mut response = match caller {

@@ -189,7 +189,8 @@ impl Serialize for PromptPosition {
     }
 }
 
-fn finite(logprob: f32) -> f32 {
+/// The number as JSON can hold it.
+pub fn finite(logprob: f32) -> f32 {
     if logprob.is_finite() { logprob.max(LOGPROB_MIN) } else { LOGPROB_MIN }
 }
 

@@ -1,6 +1,7 @@
 //! What is measured of one output.
 //!
-//! **Invariant:** every output that was started is counted as finished exactly once, dropped ones as `abort`.
+//! **Invariant:** every output that was started is counted as finished exactly once, dropped ones as `abort`; the span of their
+//! request ends with the last of them.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,6 +9,7 @@ use std::time::Instant;
 use metrics::{Counter, Histogram};
 
 use super::caller::Caller;
+use super::request_span::{RequestFacts, RequestSpan};
 use crate::metrics as names;
 use crate::security::keys::KeyEntry;
 
@@ -23,6 +25,7 @@ struct Meters {
     first_token: Histogram,
     inter_token: Histogram,
     latency: Histogram,
+    span: Option<RequestSpan>,
 }
 
 /// What a key has used.
@@ -60,7 +63,7 @@ pub struct OutputMeter {
 
 impl RequestMeter {
     /// A request of `caller` for `model`.
-    pub fn new(model: &str, caller: &Caller) -> Self {
+    pub fn new(model: &str, caller: &Caller, facts: RequestFacts) -> Self {
         let counter = |name: &'static str| metrics::counter!(name, "model_name" => model.to_owned());
         let histogram = |name: &'static str| metrics::histogram!(name, "model_name" => model.to_owned());
         let meters = Meters {
@@ -74,18 +77,26 @@ impl RequestMeter {
             first_token: histogram(names::TIME_TO_FIRST_TOKEN),
             inter_token: histogram(names::INTER_TOKEN_LATENCY),
             latency: histogram(names::REQUEST_LATENCY),
+            span: caller.span.clone().map(|place| RequestSpan::new(place, model, caller, facts)),
         };
         Self { meters: Arc::new(meters), received: caller.received }
     }
 
-    /// One of its outputs was accepted.
-    pub fn output(&self, prompt_tokens: usize) -> OutputMeter {
+    /// One of its prompts was accepted, however many outputs come behind it.
+    pub fn prompt(&self, prompt_tokens: usize) {
         self.meters.prompt_tokens.increment(prompt_tokens as u64);
+        if let Some(span) = &self.meters.span {
+            span.prompt(prompt_tokens);
+        }
         self.meters.request_prompt.record(prompt_tokens as f64);
         if let Some(key) = &self.meters.key {
             key.prompt_tokens.increment(prompt_tokens as u64);
             key.entry.add_tokens(prompt_tokens as u64);
         }
+    }
+
+    /// One of its outputs was accepted.
+    pub fn output(&self) -> OutputMeter {
         OutputMeter { request: self.clone(), first_token: None, last_token: None, num_tokens: 0, ended: false }
     }
 }
@@ -98,6 +109,9 @@ impl OutputMeter {
         if let Some(key) = &meters.key {
             key.generation_tokens.increment(1);
             key.entry.add_tokens(1);
+        }
+        if let Some(span) = &meters.span {
+            span.token(now);
         }
         self.num_tokens += 1;
         self.first_token.get_or_insert(now);
@@ -114,6 +128,9 @@ impl OutputMeter {
         }
         let meters = &self.request.meters;
         meters.latency.record(self.request.received.elapsed());
+        if let Some(span) = &meters.span {
+            span.output(reason);
+        }
         meters.request_generation.record(f64::from(self.num_tokens));
         if let (Some(first), Some(last), 2..) = (self.first_token, self.last_token, self.num_tokens) {
             meters.per_output_token.record(last.duration_since(first).as_secs_f64() / f64::from(self.num_tokens - 1));

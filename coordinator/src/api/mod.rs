@@ -14,6 +14,7 @@ mod caller;
 mod chat;
 mod choice;
 mod completions;
+mod delivery;
 mod edits;
 mod embeddings;
 mod error;
@@ -32,8 +33,11 @@ mod options;
 mod origins;
 mod patience;
 mod prompts;
+mod repetition;
 mod reply;
+mod request_span;
 mod responses;
+mod scoring;
 mod served_models;
 mod sse;
 pub mod standby;
@@ -57,6 +61,7 @@ use axum::{Router, middleware};
 use phalanx_proto::StatusSnapshot;
 
 use crate::security::keys::KeyRing;
+use crate::traces::TraceSink;
 
 pub use admission::Admission;
 pub use body::BodyLimits;
@@ -99,12 +104,21 @@ pub struct ApiState {
     pub origins: AllowedOrigins,
     /// Limits.
     pub limits: ApiLimits,
+    /// Where spans of requests go; none: there are none.
+    pub traces: Option<TraceSink>,
 }
 
 impl ApiState {
     /// A state with default limits and no keys.
     pub fn new(models: ServedModels, status: Arc<dyn Fn() -> StatusSnapshot + Send + Sync>) -> Self {
-        Self { models, status, keys: Arc::default(), origins: AllowedOrigins::default(), limits: ApiLimits::default() }
+        Self {
+            models,
+            status,
+            keys: Arc::default(),
+            origins: AllowedOrigins::default(),
+            limits: ApiLimits::default(),
+            traces: None,
+        }
     }
 }
 

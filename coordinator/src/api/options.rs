@@ -11,11 +11,17 @@ use phalanx_proto::{SamplingParams, TokenId};
 use serde_json::Value;
 
 use super::beam::{self, BeamFields};
+use super::delivery::Delivery;
 use super::edits::EditFields;
 use super::error::ApiError;
 use super::fields::{Bounds, Fields, Neutral, type_name};
+use super::logprobs::TokenNames;
+use super::repetition::RepetitionRule;
 use super::reply::REQUEST_ID_BYTES_MAX;
+use super::scoring::ScoringFields;
 use super::structured::{self, Structure};
+use super::truncation::Truncation;
+use crate::text::TextModel;
 
 /// Most outputs of one prompt.
 pub const NUM_CHOICES_MAX: i64 = 16_384;
@@ -92,21 +98,39 @@ pub struct Options {
     pub priority: i32,
     /// Outputs are searched for, not drawn.
     pub beam: Option<BeamFields>,
+    /// Prompts that are too long are cut.
+    pub truncation: Option<Truncation>,
+    /// What counts as a loop that ends an output.
+    pub repetition: Option<RepetitionRule>,
+    /// Tokens behind which thoughts are ended; none: they end by themselves.
+    pub thinking_budget: Option<u32>,
+    /// Tokens whose log-probabilities are asked for by name.
+    pub scoring: ScoringFields,
+    /// How tokens are handed over.
+    pub delivery: Delivery,
 }
 
 /// Fields of features that come later: each is accepted only where it changes nothing.
 const NOT_SUPPORTED: &[Neutral] = &[
-    Neutral { name: "logprob_token_ids", feature: "scoring of given tokens", changes_nothing: is_empty },
-    Neutral { name: "prompt_logprob_token_ids", feature: "scoring of given tokens", changes_nothing: is_empty },
-    Neutral { name: "prompt_logprob_start", feature: "scoring of part of a prompt", changes_nothing: is_zero },
-    Neutral { name: "truncate_prompt_tokens", feature: "truncation of prompts", changes_nothing: never },
-    Neutral { name: "thinking_token_budget", feature: "a budget for thoughts", changes_nothing: is_minus_one },
-    Neutral { name: "repetition_detection", feature: "detection of loops", changes_nothing: never },
     Neutral { name: "logits_processors", feature: "code from clients", changes_nothing: is_empty },
-    Neutral { name: "cache_salt", feature: "a separate prefix cache", changes_nothing: never },
     Neutral { name: "watermarking", feature: "watermarking", changes_nothing: is_false },
     Neutral { name: "kv_transfer_params", feature: "transfer of KV blocks", changes_nothing: is_empty },
     Neutral { name: "vllm_xargs", feature: "an extension of another server", changes_nothing: is_empty },
+];
+
+/// What only choices can tell: refused where an answer has none.
+pub const OF_CHOICES: [Neutral; 3] = [
+    Neutral { name: "detokenize", feature: "an answer of token ids at this address", changes_nothing: is_true },
+    Neutral {
+        name: "logprob_token_ids",
+        feature: "scoring of given tokens at this address",
+        changes_nothing: is_empty,
+    },
+    Neutral {
+        name: "prompt_logprob_token_ids",
+        feature: "scoring of given tokens at this address",
+        changes_nothing: is_empty,
+    },
 ];
 
 impl Options {
@@ -116,6 +140,7 @@ impl Options {
             fields.neutral(field)?;
         }
         let (num_choices, best_of) = take_counts(fields)?;
+        let scoring = ScoringFields::take(fields)?;
         let options = Self {
             num_choices,
             best_of,
@@ -125,7 +150,7 @@ impl Options {
             include_stop: fields.flag("include_stop_str_in_output", false)?,
             stop_token_ids: take_token_ids(fields, "stop_token_ids")?,
             ignore_eos: fields.flag("ignore_eos", false)?,
-            logprobs,
+            logprobs: logprobs.or((!scoring.tokens.is_empty()).then_some(0)),
             prompt_logprobs: take_logprob_count(fields, "prompt_logprobs")?,
             skip_special_tokens: fields.flag("skip_special_tokens", true)?,
             add_special_tokens: fields.boolean("add_special_tokens")?,
@@ -136,6 +161,11 @@ impl Options {
             structure: structured::take(fields)?,
             priority: take_priority(fields)?,
             beam: BeamFields::take(fields)?,
+            truncation: Truncation::take(fields)?,
+            repetition: RepetitionRule::take(fields)?,
+            thinking_budget: take_thinking_budget(fields)?,
+            scoring,
+            delivery: Delivery::take(fields)?,
         };
         // Tokenizers of this kind put no spaces of their own between special tokens: both values mean the same.
         fields.boolean("spaces_between_special_tokens")?;
@@ -147,6 +177,11 @@ impl Options {
         if self.beam.is_some() {
             self.check_beam()?;
         }
+        if !self.delivery.detokenize && !self.stops.is_empty() {
+            let rule = "stop strings are found in text: stop needs detokenize to be true";
+            return Err(ApiError::Conflict { param: "stop", rule });
+        }
+        self.scoring.check(self.stream.is_some())?;
         if self.stream.is_some() && self.prompt_logprobs.is_some() {
             let rule = "prompt_logprobs cannot be streamed; set stream to false";
             return Err(ApiError::Conflict { param: "prompt_logprobs", rule });
@@ -170,6 +205,10 @@ impl Options {
             (self.stream.is_some(), "stream"),
             (!self.stops.is_empty(), "stop"),
             (self.prompt_logprobs.is_some(), "prompt_logprobs"),
+            (self.repetition.is_some(), "repetition_detection"),
+            (self.thinking_budget.is_some(), "thinking_token_budget"),
+            (!self.scoring.tokens.is_empty(), "logprob_token_ids"),
+            (self.scoring.prompt.is_some(), "prompt_logprob_token_ids"),
         ];
         let asked = asked.into_iter().find(|(is_asked, _)| *is_asked).map(|(_, param)| param);
         match asked.or(self.edits.asked()).or(self.structure.as_ref().map(|structure| structure.param)) {
@@ -180,6 +219,16 @@ impl Options {
             Some(param) => Err(ApiError::Conflict { param, rule: RULE }),
             None => Ok(()),
         }
+    }
+
+    /// Whether answers tell token ids: where that is asked for, and where there is nothing else to tell.
+    pub fn tells_token_ids(&self) -> bool {
+        self.return_token_ids || !self.delivery.detokenize
+    }
+
+    /// How answers name tokens.
+    pub fn token_names<'a>(&self, text: Option<&'a TextModel>) -> TokenNames<'a> {
+        TokenNames { text: text.filter(|_| self.delivery.detokenize), as_ids: self.tokens_as_ids }
     }
 
     /// Outputs of each prompt from which the best are chosen once they are there.
@@ -197,7 +246,9 @@ impl Options {
 
     /// Log-probabilities that the engine must report: those asked for, or what the choice of the best needs.
     pub fn engine_logprobs(&self) -> Option<u32> {
-        self.logprobs.or((self.best_of > self.num_choices).then_some(0))
+        // Named tokens take the place of the best ones.
+        let asked = self.logprobs.map(|num_top| if self.scoring.tokens.is_empty() { num_top } else { 0 });
+        asked.or((self.best_of > self.num_choices).then_some(0))
     }
 
     /// The sampling of output `choice` of a prompt: request, then the model's defaults, then OpenAI's.
@@ -213,7 +264,7 @@ impl Options {
             min_p: own.min_p.or(defaults.min_p).unwrap_or(0.0),
             seed: own.seed.map_or_else(random_seed, |seed| seed as u64),
             logprobs: self.engine_logprobs(),
-            prompt_logprobs: self.prompt_logprobs,
+            prompt_logprobs: self.prompt_logprobs.or(self.scoring.prompt.as_ref().map(|_| 0)),
             pooling: None,
             edits: None,
         };
@@ -293,9 +344,23 @@ fn take_counts(fields: &mut Fields) -> Result<(NonZeroU32, NonZeroU32), ApiError
     Ok((num_choices, best_of))
 }
 
-/// Takes a number of alternatives, 0 to [`NUM_LOGPROBS_MAX`].
+/// Takes a number of alternatives, 0 to [`NUM_LOGPROBS_MAX`]; -1 is the whole vocabulary, which is always more than that.
 pub fn take_logprob_count(fields: &mut Fields, name: &str) -> Result<Option<u32>, ApiError> {
-    Ok(fields.integer(name, 0, NUM_LOGPROBS_MAX)?.map(|count| count as u32))
+    match fields.integer(name, i64::MIN, i64::MAX)? {
+        None => Ok(None),
+        Some(count) if (0..=NUM_LOGPROBS_MAX).contains(&count) => Ok(Some(count as u32)),
+        Some(count) => {
+            let whole = if count == -1 { ", which the whole vocabulary is above" } else { "" };
+            let expected = format!("an integer between 0 and {NUM_LOGPROBS_MAX}{whole}");
+            Err(ApiError::OutOfRange { param: name.into(), value: count.to_string(), expected })
+        }
+    }
+}
+
+/// Tokens of thoughts; -1 is no bound.
+fn take_thinking_budget(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    let budget = fields.integer("thinking_token_budget", -1, u32::MAX.into())?;
+    Ok(budget.and_then(|tokens| u32::try_from(tokens).ok()))
 }
 
 /// Takes a token limit of at least `min`.
@@ -384,18 +449,14 @@ pub fn never(_: &Value) -> bool {
     false
 }
 
-/// 0.
-pub fn is_zero(value: &Value) -> bool {
-    value.as_f64() == Some(0.0)
-}
-
 /// 1.
 pub fn is_one(value: &Value) -> bool {
     value.as_f64() == Some(1.0)
 }
 
-fn is_minus_one(value: &Value) -> bool {
-    value.as_i64() == Some(-1)
+/// `true`.
+fn is_true(value: &Value) -> bool {
+    value == &Value::Bool(true)
 }
 
 /// `false`.

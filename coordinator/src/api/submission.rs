@@ -13,16 +13,20 @@ use phalanx_proto::{DeploymentStatus, TokenId};
 use super::ApiState;
 use super::admission::Entry;
 use super::caller::Caller;
-use super::choice::{Choice, OutputText, StopTokens};
+use super::choice::{Choice, OutputText, Pace, StopTokens};
 use super::error::ApiError;
 use super::meter::RequestMeter;
 use super::options::Options;
 use super::patience::Patience;
+use super::repetition::LoopDetector;
+use super::request_span::RequestFacts;
 use super::served_models::ServedModel;
+use crate::constraint::ThoughtBudget;
+use crate::engine::block_manager::BlockHash;
 use crate::engine::policy::Policy;
-use crate::engine::{Constraint, GenerateRequest};
+use crate::engine::{Constraint, ConstraintError, EngineError, GenerateRequest};
 use crate::heavy;
-use crate::text::{TextError, TextModel};
+use crate::text::{TextError, TextModel, ThoughtParser};
 
 /// A request with its name and its model.
 pub struct Accepted {
@@ -153,33 +157,54 @@ impl Submission<'_> {
         self.check(model)?;
         let stop_tokens = Arc::new(self.stop_tokens(model));
         let edits = self.options.edits.resolve(model, stop_tokens.all())?;
-        let meter = RequestMeter::new(&model.name, &request.caller);
+        let meter = RequestMeter::new(&model.name, &request.caller, self.facts(model)?);
         let made = self.options.best_of.get() as usize;
         let mut choices = Vec::with_capacity(self.prompts.len() * made);
         for prompt in self.prompts {
             let mut first = self.generate_request(model, prompt, &stop_tokens)?;
-            first.sampling.edits.clone_from(&edits);
+            let vocab_size = model.engine.limits().vocab_size;
+            first.sampling.edits = self.options.scoring.add_to(edits.clone(), prompt.len(), vocab_size)?;
             for output in 0..made {
                 let index = choices.len();
                 let mut generate = first.clone();
                 generate.request_id =
                     if self.prompts.len() * made == 1 { request.id.clone() } else { format!("{}-{index}", request.id) };
                 generate.sampling.seed = first.sampling.seed.wrapping_add(output as u64);
+                let stream = model.engine.submit(generate)?;
+                if output == 0 {
+                    meter.prompt(prompt.len());
+                }
                 choices.push(Choice {
                     index,
-                    stream: Some(model.engine.submit(generate)?),
+                    stream: Some(stream),
                     text: self.output_text(model),
                     stop_tokens: Arc::clone(&stop_tokens),
                     include_stop: self.options.include_stop,
                     min_tokens: self.options.edits.min_tokens,
                     num_tokens: 0,
+                    loops: self.options.repetition.map(LoopDetector::new),
+                    pace: Pace::new(self.options.stream.and(self.options.delivery.stream_interval)),
                     patience: Patience::new(model.queue_timeout, request.caller.deadline),
-                    meter: meter.output(prompt.len()),
+                    meter: meter.output(),
                 });
             }
         }
         request.leave();
         Ok(choices)
+    }
+
+    /// What is told of the request.
+    ///
+    /// # Errors
+    /// `n` does not fit the sampling.
+    pub(super) fn facts(&self, model: &ServedModel) -> Result<RequestFacts, ApiError> {
+        let sampling = self.options.sampling(&model.defaults)?;
+        Ok(RequestFacts {
+            num_choices: Some(self.options.num_choices.get()),
+            max_tokens: self.max_tokens.map(NonZeroU32::get),
+            temperature: Some(sampling.temperature),
+            top_p: Some(sampling.top_p),
+        })
     }
 
     /// What can only be checked against the model.
@@ -245,14 +270,54 @@ impl Submission<'_> {
             sampling,
             max_tokens: self.max_tokens.unwrap_or(room).min(room),
             stop_token_ids: stop_tokens.all(),
-            constraint: self.constraint.clone(),
+            constraint: self.held(model, prompt)?,
             priority: self.options.priority,
+            cache_salt: self.options.delivery.cache_salt.as_deref().map(BlockHash::of_salt),
         })
+    }
+
+    /// What holds an output behind a prompt: the request's grammar, and the budget of its thoughts.
+    ///
+    /// # Errors
+    /// A budget for a model that does not think, or on a device that cannot hold it.
+    fn held(&self, model: &ServedModel, prompt: &[TokenId]) -> Result<Option<Constraint>, ApiError> {
+        const PARAM: &str = "thinking_token_budget";
+        let Some(budget) = self.options.thinking_budget else { return Ok(self.constraint.clone()) };
+        let limits = model.engine.limits();
+        let unsupported = |feature| ApiError::Unsupported { param: PARAM.into(), feature };
+        if !limits.features.masks {
+            return Err(unsupported("a budget for thoughts on this device"));
+        }
+        let marks = model.text.as_ref().filter(|text| text.thinks()).map(|text| {
+            let (start, end) = ThoughtParser::marks();
+            (text.token_id(start), text.token_id(end))
+        });
+        let Some((start, Some(end))) = marks else {
+            return Err(unsupported("a budget for the thoughts of a model that marks none"));
+        };
+        let held = ThoughtBudget::new(start, end, budget, prompt).hold(self.constraint.clone(), limits.vocab_size);
+        let refused = |error: ConstraintError| ApiError::Engine(EngineError::Constraint { reason: error.reason });
+        held.map(Some).map_err(refused)
+    }
+
+    /// Cuts prompts as the request allows.
+    ///
+    /// # Errors
+    /// It asks for more than the model's context leaves beside its answer.
+    pub fn cut(
+        options: &Options,
+        request: &Accepted,
+        max_tokens: Option<NonZeroU32>,
+        prompts: &mut [Vec<TokenId>],
+    ) -> Result<(), ApiError> {
+        let Some(truncation) = options.truncation else { return Ok(()) };
+        let room = request.model.max_model_len.saturating_sub(max_tokens.map_or(1, NonZeroU32::get)).max(1);
+        prompts.iter_mut().try_for_each(|prompt| truncation.cut(prompt, room))
     }
 
     /// Makes the text of one output; none without a tokenizer.
     pub(super) fn output_text(&self, model: &ServedModel) -> Option<OutputText> {
-        let text = model.text.as_ref()?;
+        let text = model.text.as_ref().filter(|_| self.options.delivery.detokenize)?;
         let detokenizer = text.detokenizer(self.options.skip_special_tokens && !self.keeps_special);
         Some(OutputText::new(detokenizer, &self.options.stops, self.options.include_stop))
     }

@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::cluster::membership::CallError;
 use crate::cluster::{DeployFailure, DeployFailureCode};
 use crate::head::{HeadError, HomeError, PortError};
-use crate::security::key_file::KeyFileError;
+use crate::security::FileError;
 
 /// What a command comes to.
 pub type Outcome = Result<(), CliError>;
@@ -119,8 +119,8 @@ impl From<HeadError> for CliError {
     }
 }
 
-impl From<KeyFileError> for CliError {
-    fn from(error: KeyFileError) -> Self {
+impl From<FileError> for CliError {
+    fn from(error: FileError) -> Self {
         Self::failed("io", error.to_string())
     }
 }

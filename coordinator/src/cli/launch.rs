@@ -24,6 +24,7 @@ use crate::config::{Home, defaults, parse_duration};
 use crate::head::{HeadOptions, HeadRecord, PortWish, ProcessId};
 use crate::security::tokens::home_token;
 use crate::store::etcd::EtcdPlace;
+use crate::traces::TraceEndpoint;
 
 /// Which devices a machine offers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -84,6 +85,9 @@ pub struct HeadFlags {
     /// Web pages that may use the API: origins with commas between them, or * for all [default: none]
     #[arg(long, value_name = "ORIGINS")]
     pub allowed_origins: Option<AllowedOrigins>,
+    /// Collector that spans of requests are sent to, by OTLP over gRPC: http://host:4317 [default: none]
+    #[arg(long, value_name = "URL")]
+    pub otlp_traces_endpoint: Option<TraceEndpoint>,
     /// Silence after which a machine counts as dead and its ranks are started elsewhere, at least 1s
     #[arg(long, value_name = "DURATION", default_value = "4500ms", value_parser = parse_node_timeout)]
     pub node_timeout: Duration,
@@ -123,6 +127,7 @@ impl HeadFlags {
             insecure: surroundings.global.insecure,
             certificate_lifetime: self.certificate_lifetime,
             allowed_origins: self.allowed_origins.clone().unwrap_or_default(),
+            traces: self.otlp_traces_endpoint.clone(),
         }
     }
 
@@ -140,6 +145,7 @@ impl HeadFlags {
             format!("--node-timeout={}ms", self.node_timeout.as_millis()),
         ];
         words.extend(self.allowed_origins.as_ref().map(|origins| format!("--allowed-origins={origins}")));
+        words.extend(self.otlp_traces_endpoint.as_ref().map(|url| format!("--otlp-traces-endpoint={url}")));
         words.extend(self.advertise_address.as_ref().map(|address| format!("--advertise-address={address}")));
         words.extend(self.store.as_ref().map(|place| format!("--store={place}")));
         words

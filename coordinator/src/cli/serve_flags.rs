@@ -18,6 +18,7 @@ use crate::cluster::{DeploymentSpec, ReplicaCount, TensorParallelSize};
 use crate::config::{defaults, parse_duration};
 use crate::engine::policy::Policy;
 use crate::text::tools::ToolFormat;
+use crate::traces::TraceEndpoint;
 
 const DTYPES: [&str; 6] = ["auto", "float16", "half", "bfloat16", "float32", "float"];
 const LOAD_FORMATS: [&str; 4] = ["auto", "safetensors", "gguf", "dummy"];
@@ -182,6 +183,9 @@ pub struct OwnHeadFlags {
     /// Web pages that may use the API: origins with commas between them, a JSON list of them, or * for all [default: none]
     #[arg(long, value_name = "ORIGINS")]
     pub allowed_origins: Option<AllowedOrigins>,
+    /// Collector that spans of requests are sent to, by OTLP over gRPC: http://host:4317 [default: none]
+    #[arg(long, value_name = "URL")]
+    pub otlp_traces_endpoint: Option<TraceEndpoint>,
     /// Device slots to offer [default: as many as the ranks need]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub num_gpus: Option<u32>,
@@ -202,6 +206,7 @@ impl OwnHeadFlags {
             dashboard_host: None,
             api_key: Vec::new(),
             allowed_origins: None,
+            otlp_traces_endpoint: None,
             num_gpus: None,
             device: None,
         }
@@ -217,6 +222,7 @@ impl OwnHeadFlags {
             ("--dashboard-port", self.dashboard_port.is_some()),
             ("--dashboard-host", self.dashboard_host.is_some()),
             ("--allowed-origins", self.allowed_origins.is_some()),
+            ("--otlp-traces-endpoint", self.otlp_traces_endpoint.is_some()),
             ("--num-gpus", self.num_gpus.is_some()),
             ("--device", self.device.is_some()),
         ];
@@ -238,6 +244,7 @@ impl OwnHeadFlags {
             dashboard_host: host(&self.dashboard_host),
             head_grace: defaults::HEAD_GRACE,
             allowed_origins: self.allowed_origins.clone(),
+            otlp_traces_endpoint: self.otlp_traces_endpoint.clone(),
             node_timeout: defaults::NODE_TIMEOUT,
         }
     }

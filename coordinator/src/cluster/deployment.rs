@@ -16,6 +16,7 @@ use super::placement_group::PlacementGroup;
 use super::reconcile::KeptVersion;
 use super::replica::{Replica, Stage};
 use super::spec::DeploymentSpec;
+use crate::engine::EngineHandle;
 
 /// Where a deployment stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -234,6 +235,12 @@ impl Deployment {
     fn num_counted(&self) -> usize {
         let counts = |replica: &&Replica| !self.is_auto() || replica.engine.is_some();
         self.replicas.iter().filter(counts).count()
+    }
+
+    /// Engines that take steps and are to go on with it.
+    pub fn serving(&self) -> impl Iterator<Item = &EngineHandle> {
+        let serves = |replica: &&Replica| matches!(replica.stage, Stage::Serving);
+        self.replicas.iter().filter(serves).filter_map(|replica| replica.engine())
     }
 
     /// Has one more replica, without slots.

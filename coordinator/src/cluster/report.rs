@@ -7,6 +7,7 @@ use phalanx_proto::{
     BundleStatus, DeploymentName, DeploymentStatus, DeviceKind, HeadStatus, NodeId, NodeStatus, Phase,
     PlacementGroupStatus, QueueStatus, RankStatus, StatusSnapshot,
 };
+use time::OffsetDateTime;
 
 use super::board::PostedEngine;
 use super::deployment::{Deployment, DeploymentState};
@@ -208,36 +209,33 @@ fn rank_state(replica: &Replica, record: &RankRecord) -> (&'static str, String) 
 
 /// A moment, `2026-11-22T10:02:11.123Z`.
 pub(super) fn timestamp(at: SystemTime) -> String {
-    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let seconds = since.as_secs();
-    let (year, month, day) = date(seconds / 86_400);
-    let (hours, minutes, rest) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{rest:02}.{:03}Z", since.subsec_millis())
+    let millis = at.duration_since(UNIX_EPOCH).unwrap_or_default().subsec_millis();
+    let at = utc(at);
+    format!("{}T{}.{millis:03}Z", day_of(at), time_of(at))
 }
 
 /// A time of day, `10:02:11 UTC`, with its date where that is not today.
 pub(super) fn clock(at: SystemTime) -> String {
-    let seconds_of = |at: SystemTime| at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    words(seconds_of(at), seconds_of(SystemTime::now()))
+    words(utc(at), utc(SystemTime::now()))
 }
 
-fn words(seconds: u64, now: u64) -> String {
-    let (hours, minutes, rest) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let time = format!("{hours:02}:{minutes:02}:{rest:02} UTC");
-    let (year, month, day) = date(seconds / 86_400);
-    if seconds / 86_400 == now / 86_400 { time } else { format!("{year:04}-{month:02}-{day:02} {time}") }
+fn words(at: OffsetDateTime, now: OffsetDateTime) -> String {
+    let time = format!("{} UTC", time_of(at));
+    if at.date() == now.date() { time } else { format!("{} {time}", day_of(at)) }
 }
 
-/// The civil date of a day since 1970. Source: Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms", `civil_from_days`.
-fn date(days: u64) -> (u64, u64, u64) {
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year + year / 4 - year / 100);
-    let month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    (year + era * 400 + u64::from(month <= 2), month, day)
+/// In UTC; a clock beyond the calendar is at its beginning.
+fn utc(at: SystemTime) -> OffsetDateTime {
+    let seconds = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    OffsetDateTime::from_unix_timestamp(seconds.cast_signed()).unwrap_or(OffsetDateTime::UNIX_EPOCH)
+}
+
+fn day_of(at: OffsetDateTime) -> String {
+    format!("{:04}-{:02}-{:02}", at.year(), u8::from(at.month()), at.day())
+}
+
+fn time_of(at: OffsetDateTime) -> String {
+    format!("{:02}:{:02}:{:02}", at.hour(), at.minute(), at.second())
 }
 
 #[cfg(test)]
@@ -248,9 +246,11 @@ mod tests {
 
     #[test]
     fn times_say_their_date_where_it_is_another() {
-        assert_eq!(words(1_795_384_931, 1_795_390_000), "22:02:11 UTC");
-        assert_eq!(words(951_826_154, 1_795_390_000), "2000-02-29 12:09:14 UTC");
+        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+        let check = |seconds, expected: &str| assert_eq!(words(utc(at(seconds)), utc(at(1_795_390_000))), expected);
+        check(1_795_384_931, "22:02:11 UTC");
+        check(951_826_154, "2000-02-29 12:09:14 UTC");
         assert_eq!(timestamp(UNIX_EPOCH + Duration::from_millis(1_795_384_931_007)), "2026-11-22T22:02:11.007Z");
-        assert_eq!([date(0), date(19_782), date(20_453)], [(1970, 1, 1), (2024, 2, 29), (2025, 12, 31)]);
+        assert_eq!(timestamp(at(1 << 50)), "1970-01-01T00:00:00.000Z", "a clock beyond the calendar");
     }
 }

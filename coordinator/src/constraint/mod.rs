@@ -7,6 +7,7 @@
 //! thread of its own with a large stack and a deadline, a few at a time.
 //! **Invariant:** a grammar that cannot be compiled hurts only the request that brought it.
 
+mod budget;
 mod calls;
 mod compiler;
 mod declared;
@@ -15,6 +16,7 @@ mod limits;
 mod matcher;
 mod vocabulary;
 
+pub use budget::ThoughtBudget;
 pub use calls::{call_grammar, free_grammar};
 pub use compiler::GrammarCompiler;
 pub use grammar::Grammar;

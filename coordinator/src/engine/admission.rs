@@ -94,6 +94,7 @@ mod tests {
             stop_token_ids: vec![],
             constraint: None,
             priority: 0,
+            cache_salt: None,
         };
         limits.admit(&request).map(NonZeroU32::get)
     }

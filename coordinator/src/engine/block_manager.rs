@@ -18,6 +18,11 @@ use sha2::{Digest, Sha256};
 pub struct BlockHash(u128);
 
 impl BlockHash {
+    /// What stands before the first block of a sequence with a salt, so that none of its blocks equals one of another salt.
+    pub fn of_salt(salt: &str) -> Self {
+        Self::of(Sha256::new().chain_update(b"salt").chain_update(salt))
+    }
+
     /// The hash of a block behind `previous` (none: it is the first of its sequence).
     pub fn chain(previous: Option<BlockHash>, tokens: &[TokenId]) -> Self {
         let mut hash = Sha256::new();
@@ -25,6 +30,10 @@ impl BlockHash {
         for token in tokens {
             hash.update(token.0.to_le_bytes());
         }
+        Self::of(hash)
+    }
+
+    fn of(hash: Sha256) -> Self {
         let mut low = [0; 16];
         low.copy_from_slice(&hash.finalize()[..16]);
         Self(u128::from_le_bytes(low))

@@ -89,6 +89,11 @@ impl Constraint {
         &self.next
     }
 
+    /// The rules alone, for another constraint that adds to them.
+    pub fn into_rules(self) -> Box<dyn TokenConstraint> {
+        self.rules
+    }
+
     /// Takes a token in and computes the next mask.
     ///
     /// # Errors

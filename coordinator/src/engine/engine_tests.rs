@@ -256,6 +256,99 @@ async fn requests_that_come_while_no_group_is_there_wait_for_it() {
     assert_eq!(read(stream).await.0, oracle(&request(prompt(1, 9), 20), 20).0);
 }
 
+/// A request that ends every group that has it in a step: it is replayed as often as its budget says and then fails, and the others,
+/// which were in its first two batches, go on.
+#[tokio::test]
+async fn a_poisoned_request_fails_by_itself_and_breaks_no_more_groups_than_it_may() {
+    const REPLAYS_MAX: u32 = 4;
+    let poison = TokenId(1);
+    let recovery = RecoveryLimits { replays_max: REPLAYS_MAX, ..RecoveryLimits::default() };
+    let faults = [Fault::None, Fault::Poisoned(poison)];
+    let (engine, ranks) = engine(&faults, EngineLimits { recovery, ..limits() }).await;
+    std::mem::forget(ranks);
+    let mut streams = tokio::task::JoinSet::new();
+    for family in [2, 3, 4] {
+        let (engine, request) = (engine.clone(), request(prompt(family, 9), 60));
+        streams.spawn(async move {
+            let (tokens, last) = read(engine.submit(request.clone()).unwrap()).await;
+            assert_eq!(tokens, oracle(&request, 60).0);
+            assert!(matches!(last, TokenEvent::Finished { .. }), "{last:?}");
+        });
+    }
+    let poisoned = engine.submit(request([poison].repeat(7), 30)).unwrap();
+    for epoch in 3..=3 + u64::from(REPLAYS_MAX) {
+        timeout(PATIENCE, engine.broke(Epoch(epoch))).await.unwrap();
+        let (group, ranks, _) = start_epoch(&faults, Epoch(epoch + 1)).await;
+        assert!(engine.adopt(group.unwrap()).is_ok());
+        std::mem::forget(ranks);
+    }
+    assert!(failure(read(poisoned).await.1).contains("rank 1 went away"));
+    while let Some(stream) = timeout(PATIENCE, streams.join_next()).await.unwrap() {
+        stream.unwrap();
+    }
+    assert_eq!(engine.snapshot().epoch, 4 + u64::from(REPLAYS_MAX), "no group broke after it");
+}
+
+#[tokio::test]
+async fn requests_of_a_group_that_is_gone_go_on_in_another_engine() {
+    let (lost, _ranks) = engine(&[Fault::None, Fault::Die(StepId(20))], limits()).await;
+    let (other, _others) = engine(&[Fault::None], limits()).await;
+    let requests: Vec<GenerateRequest> = (0..16)
+        .map(|at| GenerateRequest {
+            constraint: (at % 3 == 0).then(|| constraint(1 + 2 * at)),
+            ..request(prompt(at % 5, 1 + 5 * at % 60), 40 + at)
+        })
+        .collect();
+    let mut streams: Vec<_> = requests.iter().map(|request| lost.submit(request.clone()).unwrap()).collect();
+    let busy = other.submit(request(prompt(7, 30), 60)).unwrap();
+    timeout(PATIENCE, lost.broke(Epoch(3))).await.unwrap();
+    drop(streams.pop());
+    let late = lost.submit(request(prompt(2, 9), 20)).unwrap();
+    let moved = async {
+        while lost.num_accepted() > 0 {
+            lost.move_to(vec![other.clone()]);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, moved).await.unwrap();
+    drop(streams.pop());
+    for (stream, request) in streams.into_iter().zip(&requests) {
+        let (tokens, reason) = oracle(request, request.max_tokens.get());
+        let (read_tokens, last) = read(stream).await;
+        assert_eq!(read_tokens, tokens);
+        assert!(matches!(last, TokenEvent::Finished { reason: read, .. } if read == reason), "{last:?}");
+    }
+    assert_eq!(read(late).await.0, oracle(&request(prompt(2, 9), 20), 20).0);
+    assert_eq!(read(busy).await.0, oracle(&request(prompt(7, 30), 60), 60).0);
+    let all_free = async {
+        while other.num_accepted() > 0 || other.snapshot().num_blocks_free < 60 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, all_free).await.unwrap();
+    let (group, _ranks, _) = start_epoch(&[Fault::None], Epoch(4)).await;
+    lost.adopt(group.unwrap()).unwrap();
+    let again = lost.submit(request(prompt(1, 9), 20)).unwrap();
+    assert_eq!(read(again).await.0, oracle(&request(prompt(1, 9), 20), 20).0);
+}
+
+#[tokio::test]
+async fn a_stream_hears_of_the_end_of_the_engine_that_it_moved_to() {
+    let (lost, _ranks) = engine(&[Fault::Die(StepId(9))], limits()).await;
+    let (other, _others) = engine(&[Fault::None], EngineLimits { max_num_seqs: 1, ..limits() }).await;
+    let _busy = other.submit(request(prompt(7, 3), 190)).unwrap();
+    let stream = lost.submit(request(prompt(1, 9), 180)).unwrap();
+    timeout(PATIENCE, lost.broke(Epoch(3))).await.unwrap();
+    while lost.num_accepted() > 0 {
+        lost.move_to(vec![other.clone()]);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    timeout(PATIENCE, lost.stop(Duration::ZERO)).await.unwrap();
+    timeout(PATIENCE, other.stop(Duration::ZERO)).await.unwrap();
+    let (_, last) = read(stream).await;
+    assert!(matches!(last, TokenEvent::Failed(EngineError::Stopping) | TokenEvent::Finished { .. }), "{last:?}");
+}
+
 #[tokio::test]
 async fn a_fuse_breaks_a_group_that_looks_well() {
     let (group, _ranks, _) = start(&[Fault::None], StartDeadlines::default()).await;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use phalanx_proto::{
-    Epoch, HeadMessage, LoadModel, NodeId, Phase, Rank, RankCapacity, RankEvent, RankFailure, StepId, Term,
+    Epoch, HeadMessage, LoadModel, NodeId, Phase, Rank, RankCapacity, RankEvent, RankFailure, StepId, Term, TokenId,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -28,6 +28,8 @@ pub(super) enum Fault {
     Diverge(StepId),
     /// It notices at this step that another rank is gone.
     Complain(StepId),
+    /// Its stream ends in the first step of a sequence that begins with this token.
+    Poisoned(TokenId),
     /// It cannot load its weights.
     FailWeights,
     /// It never gets ready with its weights.
@@ -134,6 +136,7 @@ impl FakeRank {
                     }
                 }
                 HeadMessage::Shutdown(reason) => return reason,
+                HeadMessage::RecallPlans => unreachable!("these ranks hold nothing"),
                 HeadMessage::Stage { .. } => unreachable!("the decoder keeps parts"),
             }
         }
@@ -162,6 +165,9 @@ impl FakeRank {
         let mut output = device.run(plan);
         match self.fault {
             Fault::Die(step) if step == plan.step => return false,
+            Fault::Poisoned(token) if plan.new_sequences.iter().any(|new| new.tokens.first() == Some(&token)) => {
+                return false;
+            }
             Fault::Freeze(step) if step == plan.step => std::future::pending().await,
             Fault::Wait(step) if step <= plan.step => return true,
             Fault::Diverge(step) if step == plan.step => output.token_hash ^= 1,

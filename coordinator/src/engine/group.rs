@@ -1,9 +1,14 @@
 //! A tensor-parallel group as the head sees it: one link to each rank, plans out to all, every rank's answer back.
 //!
-//! Knows no sequence and no queue. The only file of the engine that names generated types.
+//! Knows no sequence and no queue. With what is beneath it (`blame`, `error`, `messages`) the only place of the engine that names
+//! generated types.
 //!
 //! **Invariant:** every rank gets the same messages in the same order.
 //! **Invariant:** a step is finished only when every rank has answered with the same hashes; anything else breaks the group.
+
+mod blame;
+mod error;
+mod messages;
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -12,26 +17,24 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use phalanx_proto::{
-    Epoch, HeadMessage, Incarnation, PLAN_BYTES_MAX, Phase, Rank, RankCapacity, RankEvent, RankFailure,
-    STAGE_TOKENS_MAX, SamplerFeatures, StepId, StepOutput, StepPlan, Term, edit_messages, mask_messages, pb,
+    Epoch, HeadMessage, Incarnation, Phase, Rank, RankCapacity, RankEvent, SamplerFeatures, StepId, StepOutput,
+    StepPlan, Term, pb,
 };
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use super::scheduler::PlannedStep;
 use super::step_time::StepDeadlines;
+pub use error::GroupError;
+#[cfg(test)]
+pub(super) use messages::Decoder;
+pub use messages::to_messages;
+pub(super) use messages::{Wire, event_name, to_wire};
 
-/// Prompt tokens that a plan carries itself; the rest is staged ahead.
-const INLINE_TOKENS_MAX: usize = 1024;
 /// Shortest deadline of a step until the engine sets its own.
 const STEP_DEADLINE_MIN: Duration = Duration::from_secs(5);
-/// When a rank complains about another one, how long the other one has to show itself.
-const CULPRIT_GRACE: Duration = Duration::from_millis(250);
 /// How long a rank's channel may refuse the last message.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(1);
-
-/// A message as the streams take it.
-pub(super) type Wire = pb::HeadToRank;
 
 /// The stream of one rank.
 #[derive(Debug)]
@@ -42,94 +45,6 @@ pub struct RankLink {
     pub commands: mpsc::Sender<Result<pb::HeadToRank, tonic::Status>>,
     /// From the rank; closed when its stream has ended.
     pub events: mpsc::Receiver<RankEvent>,
-}
-
-/// Why a group is broken. Each names the rank that failed first.
-#[derive(Debug, Clone, thiserror::Error, PartialEq)]
-pub enum GroupError {
-    /// The cluster gave the group up: a machine or a process of it is gone.
-    #[error("{reason}")]
-    GivenUp {
-        /// What was seen.
-        reason: String,
-    },
-    /// A rank's stream ended.
-    #[error("rank {rank} went away in phase {phase}")]
-    Gone {
-        /// Which.
-        rank: Rank,
-        /// What it did then.
-        phase: Phase,
-    },
-    /// A rank gave up.
-    #[error("rank {rank} failed in phase {}: {} ({})", .failure.phase, .failure.message, .failure.code)]
-    Failed {
-        /// Which.
-        rank: Rank,
-        /// What it said.
-        failure: RankFailure,
-    },
-    /// A rank did not get ready in time.
-    #[error("rank {rank} is late in phase {phase}: nothing within {limit:?}")]
-    StartLate {
-        /// Which.
-        rank: Rank,
-        /// In which phase.
-        phase: Phase,
-        /// The phase's deadline.
-        limit: Duration,
-    },
-    /// Ranks did not answer a step in time. One that hangs makes those wait that share a collective with it: they are not
-    /// named where they still answer when they are told to end.
-    #[error("late: no answer to step {step} within {limit:?} from rank {}", numbers(.ranks))]
-    StepLate {
-        /// Those that hang, or all that are late where that cannot be told.
-        ranks: Vec<Rank>,
-        /// Which step.
-        step: StepId,
-        /// The step's deadline.
-        limit: Duration,
-    },
-    /// A rank does not agree with the head.
-    #[error("rank {rank} disagrees about {what} of step {step}")]
-    Diverged {
-        /// Which.
-        rank: Rank,
-        /// In which step.
-        step: StepId,
-        /// `the plans` or `the tokens`.
-        what: &'static str,
-    },
-    /// A rank said what it must not say now.
-    #[error("rank {rank} sent {what}, out of turn")]
-    OutOfTurn {
-        /// Which.
-        rank: Rank,
-        /// The message.
-        what: &'static str,
-    },
-    /// The ranks' numbers are not 0 to `world_size` - 1, each once.
-    #[error("the group has {num_links} links, and rank {rank} is not where it should be")]
-    WrongRanks {
-        /// The first one that is wrong.
-        rank: Rank,
-        /// Links that were given.
-        num_links: usize,
-    },
-    /// No KV block fits on a rank.
-    #[error("rank {rank} has no room for a KV block: {free_bytes} bytes are free, a block takes {block_bytes}")]
-    NoRoom {
-        /// Which.
-        rank: Rank,
-        /// Bytes free on its device.
-        free_bytes: u64,
-        /// Bytes of one block.
-        block_bytes: u64,
-    },
-}
-
-fn numbers(ranks: &[Rank]) -> String {
-    ranks.iter().map(Rank::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// A rank, and what it has answered that nobody asked for yet.
@@ -377,60 +292,6 @@ impl TpGroup {
         answer.elapsed_us = slowest_us;
         Ok(answer)
     }
-
-    /// Names who is late. One rank that hangs keeps the others waiting for it: told to end, those still answer.
-    async fn late(&mut self, step: StepId, limit: Duration) -> GroupError {
-        let mut late: Vec<&mut Member> = self.members.iter_mut().filter(|member| member.outputs.is_empty()).collect();
-        let ranks: Vec<Rank> = late.iter().map(|member| member.link.rank).collect();
-        let message = to_wire(&HeadMessage::Shutdown(format!("step {step} is late")));
-        for member in &late {
-            let _gone = member.link.commands.try_send(Ok(message.clone()));
-        }
-        let deadline = Instant::now() + CULPRIT_GRACE;
-        let mut silent = Vec::new();
-        for member in &mut late {
-            let ended = async { while member.link.events.recv().await.is_some() {} };
-            if timeout_at(deadline, ended).await.is_err() {
-                silent.push(member.link.rank);
-            }
-        }
-        GroupError::StepLate { ranks: if silent.is_empty() { ranks } else { silent }, step, limit }
-    }
-
-    /// A rank that complains about its communicator has often only noticed first that another one died.
-    async fn culprit(&mut self, error: GroupError) -> GroupError {
-        if !is_complaint(&error) {
-            return error;
-        }
-        let deadline = Instant::now() + CULPRIT_GRACE;
-        loop {
-            match timeout_at(deadline, self.next_failure()).await {
-                Ok(next) if is_complaint(&next) => {}
-                Ok(culprit) => return culprit,
-                Err(_) => return error,
-            }
-        }
-    }
-
-    /// A rank that takes no message has often said why, or another one has.
-    async fn explained(&mut self, error: GroupError) -> GroupError {
-        match timeout_at(Instant::now() + CULPRIT_GRACE, self.next_failure()).await {
-            Ok(next) => self.culprit(next).await,
-            Err(_) => error,
-        }
-    }
-
-    async fn next_failure(&mut self) -> GroupError {
-        std::future::poll_fn(|cx| match self.poll_members(cx) {
-            Ok(()) => Poll::Pending,
-            Err(error) => Poll::Ready(error),
-        })
-        .await
-    }
-}
-
-fn is_complaint(error: &GroupError) -> bool {
-    matches!(error, GroupError::Failed { failure, .. } if matches!(failure.code.as_str(), "communicator" | "deadline"))
 }
 
 /// The token chain after a step, if rank 0 answered every row that samples or pools and no other.
@@ -444,48 +305,6 @@ fn check_rows(plan: &StepPlan, output: &StepOutput, previous: u64) -> Option<u64
         return None;
     }
     Some(StepOutput::chain(previous, plan.step, output.rows.iter().map(|row| (row.slot, row.token))))
-}
-
-/// The messages that carry a plan, in order: masks, edits, parts of long prompts, then the plan itself, none above
-/// `PLAN_BYTES_MAX`.
-///
-/// Public for the benchmark of a step.
-pub fn to_messages(plan: &StepPlan) -> Vec<pb::HeadToRank> {
-    use pb::head_to_rank::Message;
-    let mut messages = mask_messages(plan);
-    messages.append(&mut edit_messages(plan));
-    let mut wire = pb::Plan::from(plan);
-    let mut inline_left = INLINE_TOKENS_MAX;
-    for new in &mut wire.new_sequences {
-        if new.tokens.len() <= inline_left {
-            inline_left -= new.tokens.len();
-            continue;
-        }
-        for part in std::mem::take(&mut new.tokens).chunks(STAGE_TOKENS_MAX) {
-            let part = pb::StagePart { seq_id: new.seq_id, tokens: part.to_vec() };
-            messages.push(pb::HeadToRank { message: Some(Message::Stage(part)) });
-        }
-    }
-    messages.push(pb::HeadToRank { message: Some(Message::Plan(wire)) });
-    debug_assert!(messages.iter().all(|message| prost::Message::encoded_len(message) <= PLAN_BYTES_MAX));
-    messages
-}
-
-/// The wire form of a message.
-pub(super) fn to_wire(message: &HeadMessage) -> Wire {
-    message.into()
-}
-
-pub(super) fn event_name(event: &RankEvent) -> &'static str {
-    match event {
-        RankEvent::Hello(_) => "a hello",
-        RankEvent::Progress { .. } => "progress",
-        RankEvent::Listening(_) => "the address of its collective",
-        RankEvent::Capacity(_) => "its capacity",
-        RankEvent::Ready { .. } => "that it is ready",
-        RankEvent::Output(_) => "the output of a step",
-        RankEvent::Failure(_) => "a failure",
-    }
 }
 
 /// Why a message did not reach a rank.
@@ -507,107 +326,5 @@ impl Member {
             Ok(Err(_)) => Err(SendFailure::Gone),
             Err(_) => Err(SendFailure::Late),
         }
-    }
-}
-
-/// What a rank makes of the head's messages: staged parts stand in front of their sequence's tokens.
-#[cfg(test)]
-#[derive(Default)]
-pub(super) struct Decoder {
-    staged: std::collections::HashMap<u64, Vec<u32>>,
-    masks: phalanx_proto::MaskStaging,
-    edits: phalanx_proto::EditStaging,
-}
-
-#[cfg(test)]
-impl Decoder {
-    /// The message, if it is complete.
-    pub(super) fn decode(&mut self, message: pb::HeadToRank) -> Option<HeadMessage> {
-        use pb::head_to_rank::Message;
-        Some(match message.message.expect("a message has content") {
-            Message::Load(load) => HeadMessage::Load(load.try_into().expect("valid")),
-            Message::Connect(group) => HeadMessage::Connect(group.addresses),
-            Message::InitKvCache(init) => HeadMessage::InitKvCache { num_blocks: init.num_blocks },
-            Message::Stage(part) => {
-                self.staged.entry(part.seq_id).or_default().extend(part.tokens);
-                return None;
-            }
-            Message::Plan(mut plan) => {
-                for new in &mut plan.new_sequences {
-                    let mut tokens = self.staged.remove(&new.seq_id).unwrap_or_default();
-                    tokens.append(&mut new.tokens);
-                    new.tokens = tokens;
-                }
-                let mut plan = plan.try_into().expect("valid");
-                self.masks.complete(&mut plan).expect("every mask came before its plan");
-                self.edits.complete(&mut plan).expect("all edits came before their plan");
-                HeadMessage::Plan(plan)
-            }
-            Message::StageEdits(part) => {
-                self.edits.keep(part).expect("valid");
-                return None;
-            }
-            Message::SampleInputs(inputs) => {
-                self.masks.keep(inputs).expect("valid");
-                return None;
-            }
-            Message::BeginEpoch(begin) => {
-                self.masks = phalanx_proto::MaskStaging::default();
-                HeadMessage::BeginEpoch { term: Term(begin.term), epoch: Epoch(begin.epoch) }
-            }
-            Message::Shutdown(shutdown) => HeadMessage::Shutdown(shutdown.reason),
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use phalanx_proto::{NewSequence, PlanRow, SamplingParams, SeqId, SeqSlot, TokenId};
-    use prost::Message;
-
-    use super::*;
-
-    fn plan(prompts: &[u32]) -> StepPlan {
-        let new = |(index, num_tokens): (usize, &u32)| NewSequence {
-            slot: SeqSlot(index as u32),
-            seq_id: SeqId(index as u64),
-            tokens: (0..*num_tokens).map(|at| TokenId(u32::MAX - at)).collect(),
-            num_prompt_tokens: *num_tokens,
-            blocks: vec![],
-            sampling: SamplingParams::default(),
-        };
-        let row = PlanRow {
-            slot: SeqSlot(0),
-            start: 0,
-            num_tokens: 1,
-            new_blocks: vec![phalanx_proto::BlockId(1)],
-            samples: false,
-            consumes: None,
-            pools: false,
-        };
-        StepPlan {
-            new_sequences: prompts.iter().enumerate().map(new).collect(),
-            rows: vec![row],
-            ..StepPlan::default()
-        }
-    }
-
-    fn check(prompts: &[u32], num_parts: usize) {
-        let plan = plan(prompts);
-        let messages = to_messages(&plan);
-        assert_eq!(messages.len(), num_parts + 1);
-        assert!(messages.iter().all(|message| message.encoded_len() <= PLAN_BYTES_MAX));
-        let mut decoder = Decoder::default();
-        let mut decoded: Vec<_> = messages.into_iter().filter_map(|message| decoder.decode(message)).collect();
-        assert_eq!(decoded.pop(), Some(HeadMessage::Plan(plan)));
-        assert!(decoded.is_empty());
-    }
-
-    #[test]
-    fn long_prompts_go_ahead_in_parts() {
-        check(&[10], 0);
-        check(&[1_000, 24], 0);
-        check(&[1_000, 25], 1);
-        check(&[30_000, 10, 8_193], 4 + 2);
     }
 }

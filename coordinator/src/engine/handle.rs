@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
 use super::group::TpGroup;
+use super::moving::Route;
 use super::request::{EngineError, EngineLimits, GenerateRequest, TokenEvent};
 use super::scheduler::Counters;
 use super::sequence::Sequence;
@@ -26,8 +27,11 @@ const OPEN_STREAMS_SHARE: usize = 4;
 /// How long an engine may take to end after its drain: a step, and telling the ranks.
 const END_DEADLINE: Duration = Duration::from_secs(60);
 
-/// Groups that may be on their way to an engine: the next one, and word that there is none.
-const NEXT_GROUPS_MAX: usize = 2;
+/// Words that may be on their way to an engine without a group: to move its requests, the next group, and that there is none.
+const NEXT_GROUPS_MAX: usize = 3;
+
+/// The last sequence's number: one row for all engines of this process, as sequences move between them.
+static LAST_SEQ_ID: AtomicU64 = AtomicU64::new(0);
 
 /// The reason of an engine that ended without one, by a broken invariant.
 pub(super) const BROKEN: &str = "the engine broke";
@@ -43,6 +47,8 @@ pub(super) enum Command {
 pub(super) enum NextGroup {
     /// It goes on with this one.
     Ready(Box<TpGroup>),
+    /// None yet: what waits may go on in these engines.
+    Elsewhere(Vec<EngineHandle>),
     /// There will be none.
     None(EngineError),
 }
@@ -130,7 +136,7 @@ impl Shared {
     }
 
     /// Takes places for a request, if the bound allows.
-    fn accept(self: &Arc<Self>, count: u32) -> Result<Places, EngineError> {
+    pub(super) fn accept(self: &Arc<Self>, count: u32) -> Result<Places, EngineError> {
         let max = self.limits.num_accepted_max();
         let grow = |num: u32| num.checked_add(count).filter(|num| *num <= max);
         match self.num_accepted.fetch_update(Ordering::AcqRel, Ordering::Acquire, grow) {
@@ -148,8 +154,13 @@ impl Shared {
         }
     }
 
+    /// Whether it takes requests in.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(*self.state.borrow(), EngineState::Serving | EngineState::Recovering { .. })
+    }
+
     /// Why nothing more comes from the engine.
-    fn reason(&self) -> EngineError {
+    pub(super) fn reason(&self) -> EngineError {
         match &*self.state.borrow() {
             EngineState::Failed(error) => error.clone(),
             EngineState::Draining(_) | EngineState::Stopped => EngineError::Stopping,
@@ -212,7 +223,6 @@ pub struct EngineHandle {
     pub(super) shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
     groups: mpsc::Sender<NextGroup>,
-    next_id: Arc<AtomicU64>,
 }
 
 impl std::fmt::Debug for EngineHandle {
@@ -228,7 +238,7 @@ impl EngineHandle {
         let capacity = places.saturating_mul(1 + OPEN_STREAMS_SHARE).min(tokio::sync::Semaphore::MAX_PERMITS);
         let (commands, inbox) = mpsc::channel(capacity);
         let (groups, next_groups) = mpsc::channel(NEXT_GROUPS_MAX);
-        (Self { shared, commands, groups, next_id: Arc::new(AtomicU64::new(1)) }, inbox, next_groups)
+        (Self { shared, commands, groups }, inbox, next_groups)
     }
 
     /// Hands a request to the engine and gives the stream of its tokens.
@@ -252,9 +262,8 @@ impl EngineHandle {
         Ok(Reservation { engine: self.clone(), places, arrival: None })
     }
 
-    fn check_open(&self) -> Result<(), EngineError> {
-        let is_open = matches!(*self.shared.state.borrow(), EngineState::Serving | EngineState::Recovering { .. });
-        if is_open { Ok(()) } else { Err(self.shared.reason()) }
+    pub(super) fn check_open(&self) -> Result<(), EngineError> {
+        if self.shared.is_open() { Ok(()) } else { Err(self.shared.reason()) }
     }
 
     /// Most tokens that a request may have.
@@ -270,18 +279,21 @@ impl EngineHandle {
         places: Arc<Places>,
         arrival: Option<SeqId>,
     ) -> Result<TokenStream, EngineError> {
-        let (Ok(submission), Ok(cancellation)) =
-            (self.commands.clone().try_reserve_owned(), self.commands.clone().try_reserve_owned())
-        else {
-            return Err(self.refusal());
-        };
-        let id = SeqId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let (submission, cancellation) = (self.reserve_command()?, self.reserve_command()?);
+        let id = SeqId(LAST_SEQ_ID.fetch_add(1, Ordering::Relaxed) + 1);
         let capacity = (max_tokens.get() as usize).saturating_add(OTHER_EVENTS_MAX);
         let (stream, events) = mpsc::channel(capacity);
-        let sequence = Box::new(Sequence::new(id, request, max_tokens).with_places(places, arrival));
+        let route = Route::new(cancellation, Arc::clone(&self.shared));
+        let sequence = Sequence::new(id, request, max_tokens).with_places(places).with_arrival(arrival);
+        let sequence = Box::new(sequence.with_route(Arc::clone(&route)));
         let started = sequence.started();
         submission.send(Command::Submit { sequence, stream });
-        Ok(TokenStream { id, events, cancellation: Some(cancellation), started, shared: Arc::clone(&self.shared) })
+        Ok(TokenStream { id, events, route, has_ended: false, started })
+    }
+
+    /// A place among the commands.
+    pub(super) fn reserve_command(&self) -> Result<mpsc::OwnedPermit<Command>, EngineError> {
+        self.commands.clone().try_reserve_owned().map_err(|_| self.refusal())
     }
 
     /// The engine now.
@@ -331,7 +343,7 @@ impl EngineHandle {
     pub fn adopt(&self, group: TpGroup) -> Result<(), Box<TpGroup>> {
         let returned = |next| match next {
             NextGroup::Ready(group) => Err(group),
-            NextGroup::None(_) => Ok(()),
+            NextGroup::None(_) | NextGroup::Elsewhere(_) => Ok(()),
         };
         match self.groups.try_send(NextGroup::Ready(Box::new(group))) {
             Ok(()) => Ok(()),
@@ -343,6 +355,13 @@ impl EngineHandle {
     pub fn give_up(&self, reason: String) {
         // One that has ended needs no word, and one that was told already ends.
         let _ended = self.groups.try_send(NextGroup::None(EngineError::GroupFailed { reason }));
+    }
+
+    /// Says something that is not needed where other word is on its way.
+    pub(super) fn tell_quietly(&self, word: NextGroup) {
+        if self.groups.capacity() == NEXT_GROUPS_MAX {
+            let _ended = self.groups.try_send(word);
+        }
     }
 
     /// Refuses new requests, lets those in the engine end for at most `drain`, fails the rest, and ends ranks and thread.
@@ -385,10 +404,11 @@ impl EngineHandle {
 pub struct TokenStream {
     id: SeqId,
     events: mpsc::Receiver<TokenEvent>,
-    /// The place of the cancellation; none once the last event was read.
-    cancellation: Option<mpsc::OwnedPermit<Command>>,
+    /// Where the sequence is.
+    route: Arc<Route>,
+    /// The last event was read.
+    has_ended: bool,
     started: Arc<AtomicBool>,
-    shared: Arc<Shared>,
 }
 
 impl std::fmt::Debug for TokenStream {
@@ -410,10 +430,13 @@ impl TokenStream {
 
     /// The next event; none after the last one.
     pub async fn next(&mut self) -> Option<TokenEvent> {
-        self.cancellation.as_ref()?;
-        let event = self.events.recv().await.unwrap_or_else(|| TokenEvent::Failed(self.shared.reason()));
+        if self.has_ended {
+            return None;
+        }
+        let event = self.events.recv().await.unwrap_or_else(|| TokenEvent::Failed(self.route.reason()));
         if super::outbox::is_last(&event) {
-            self.cancellation = None;
+            self.has_ended = true;
+            drop(self.route.close());
         }
         Some(event)
     }
@@ -421,7 +444,7 @@ impl TokenStream {
 
 impl Drop for TokenStream {
     fn drop(&mut self) {
-        if let Some(place) = self.cancellation.take() {
+        if let Some(place) = self.route.close() {
             place.send(Command::Cancel(self.id));
         }
     }

@@ -16,6 +16,7 @@ mod engine_tests;
 mod fake_rank;
 pub mod group;
 mod handle;
+mod moving;
 mod outbox;
 pub mod policy;
 mod recovery;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use phalanx_proto::SeqId;
 use tokio::sync::mpsc;
 
+use super::moving::Moving;
 use super::request::{EngineError, TokenEvent};
 use super::scheduler::SeqEvent;
 
@@ -23,12 +24,15 @@ const DISPATCH_DEADLINE: Duration = Duration::from_secs(30);
 struct Batch {
     opened: Vec<(SeqId, mpsc::Sender<TokenEvent>)>,
     events: Vec<SeqEvent>,
+    /// Sequences that leave for another engine after these events.
+    moved: Vec<Moving>,
 }
 
 /// The engine's end.
 pub(super) struct Outbox {
     batches: mpsc::Sender<Batch>,
     opened: Vec<(SeqId, mpsc::Sender<TokenEvent>)>,
+    pub(super) moved: Vec<Moving>,
 }
 
 /// The API runtime's end.
@@ -40,7 +44,10 @@ pub(super) struct Dispatcher {
 /// Both ends.
 pub(super) fn outbox() -> (Outbox, Dispatcher) {
     let (sender, receiver) = mpsc::channel(BATCHES_MAX);
-    (Outbox { batches: sender, opened: Vec::new() }, Dispatcher { batches: receiver, streams: HashMap::new() })
+    (
+        Outbox { batches: sender, opened: Vec::new(), moved: Vec::new() },
+        Dispatcher { batches: receiver, streams: HashMap::new() },
+    )
 }
 
 /// True for the event that ends a stream.
@@ -59,10 +66,11 @@ impl Outbox {
     /// # Errors
     /// The API runtime is gone or stuck: there is nobody to serve.
     pub(super) async fn send(&mut self, events: Vec<SeqEvent>) -> Result<(), EngineError> {
-        if events.is_empty() && self.opened.is_empty() {
+        if events.is_empty() && self.opened.is_empty() && self.moved.is_empty() {
             return Ok(());
         }
-        let batch = Batch { opened: std::mem::take(&mut self.opened), events };
+        let (opened, moved) = (std::mem::take(&mut self.opened), std::mem::take(&mut self.moved));
+        let batch = Batch { opened, events, moved };
         self.batches
             .send_timeout(batch, DISPATCH_DEADLINE)
             .await
@@ -77,6 +85,11 @@ impl Dispatcher {
             self.streams.extend(batch.opened);
             for (id, event) in batch.events {
                 self.hand_over(id, event);
+            }
+            for moving in batch.moved {
+                if let Some(stream) = self.streams.remove(&moving.sequence.id) {
+                    moving.arrive(stream);
+                }
             }
         }
     }

@@ -1,6 +1,7 @@
 //! An engine between two groups: what ran waits, new requests queue, and the next group goes on with all of them.
 //!
-//! Knows that groups come through a channel; not where from, nor how ranks are started.
+//! Knows that groups come through a channel, and word of other engines that may take over (`moving.rs`); not where from, nor how ranks
+//! are started.
 //!
 //! **Invariant:** a request that is in the engine when its group breaks either goes on in the next epoch, each output index emitted
 //! once, or ends with one error event; it never waits longer than [`RecoveryLimits::deadline`](super::RecoveryLimits).
@@ -55,6 +56,11 @@ impl Engine {
                 next = self.next_groups.recv() => return match next {
                     Some(NextGroup::Ready(group)) => Ok(group),
                     Some(NextGroup::None(error)) => Err(error),
+                    Some(NextGroup::Elsewhere(engines)) => {
+                        self.move_waiting(&engines);
+                        self.emit(Vec::new()).await?;
+                        continue;
+                    }
                     None => Err(failed),
                 },
                 command = self.inbox.recv() => match command {

@@ -211,6 +211,7 @@ mod tests {
             stop_token_ids: Vec::new(),
             constraint: None,
             priority: 0,
+            cache_salt: None,
         }
     }
 

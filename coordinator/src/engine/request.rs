@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use phalanx_proto::{SamplerFeatures, SamplingParams, TokenId, TokenLogprobs};
 
+use super::block_manager::BlockHash;
 use super::constraint::Constraint;
 use super::policy::Policy;
 use crate::config::defaults;
@@ -26,6 +27,8 @@ pub struct GenerateRequest {
     pub constraint: Option<Constraint>,
     /// Lower runs first, where the policy looks at it.
     pub priority: i32,
+    /// Stands before its first block: prefixes are shared only behind the same one.
+    pub cache_salt: Option<BlockHash>,
 }
 
 /// Why a sequence ended.

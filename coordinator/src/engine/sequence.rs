@@ -17,6 +17,7 @@ use phalanx_proto::{
 use super::block_manager::{BlockHash, BlockTable};
 use super::constraint::{Constraint, ConstraintState, ConstraintWork, NextTokens};
 use super::handle::Places;
+use super::moving::Route;
 use super::policy::Turn;
 use super::request::{FinishReason, GenerateRequest, TokenEvent, Usage};
 
@@ -75,6 +76,8 @@ pub struct Sequence {
     /// Descriptions of the prompt from position 1 on, until they are emitted.
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
     hashes: Vec<BlockHash>,
+    /// Stands before the first of them.
+    salt: Option<BlockHash>,
     constraint: Option<ConstraintState>,
     /// Epochs that ended while it was in the batch.
     num_breaks: u32,
@@ -84,6 +87,8 @@ pub struct Sequence {
     started: Arc<AtomicBool>,
     /// Its place in the engine, given back when it is gone; absent where nobody counts.
     places: Option<Arc<Places>>,
+    /// Where its stream looks for it; absent where it has none.
+    route: Option<Arc<Route>>,
 }
 
 impl Sequence {
@@ -103,19 +108,37 @@ impl Sequence {
             num_in_flight: 0,
             num_cached_tokens: None,
             hashes: Vec::new(),
+            salt: request.cache_salt,
             constraint: request.constraint.map(ConstraintState::Ready),
             num_breaks: 0,
             alone_until: 0,
             started: Arc::default(),
             places: None,
+            route: None,
         }
     }
 
-    /// Keeps the places of its request, and takes the turn of the sequence that came with it first.
-    pub fn with_places(mut self, places: Arc<Places>, arrival: Option<SeqId>) -> Self {
+    /// Keeps the places of its request.
+    pub fn with_places(mut self, places: Arc<Places>) -> Self {
         self.places = Some(places);
+        self
+    }
+
+    /// Takes the turn of the sequence that came first with its request, where that was another.
+    pub fn with_arrival(mut self, arrival: Option<SeqId>) -> Self {
         self.turn.arrival = arrival.unwrap_or(self.id);
         self
+    }
+
+    /// Says where its stream looks for it.
+    pub(super) fn with_route(mut self, route: Arc<Route>) -> Self {
+        self.route = Some(route);
+        self
+    }
+
+    /// Where its stream looks for it.
+    pub(super) fn route(&self) -> Option<Arc<Route>> {
+        self.route.clone()
     }
 
     /// True once it has been in the batch, for whoever waits for it.
@@ -174,6 +197,11 @@ impl Sequence {
         self.num_cached_tokens.is_none()
     }
 
+    /// True before the first admission of its request: a search brings the same prompt with each of its sequences.
+    pub fn brings_prompt(&self) -> bool {
+        self.is_new() && self.turn.arrival == self.id
+    }
+
     /// True while descriptions of the prompt are owed.
     pub fn wants_prompt_logprobs(&self) -> bool {
         self.prompt_logprobs.is_some()
@@ -204,7 +232,7 @@ impl Sequence {
         let num_full = (num_tokens as usize).min(self.tokens.len()) / size;
         while self.hashes.len() < num_full {
             let start = self.hashes.len() * size;
-            let previous = self.hashes.last().copied();
+            let previous = self.hashes.last().copied().or(self.salt);
             self.hashes.push(BlockHash::chain(previous, &self.tokens[start..start + size]));
         }
         &self.hashes[..num_full]

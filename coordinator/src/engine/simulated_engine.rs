@@ -90,6 +90,7 @@ impl SimulatedEngine {
             stop_token_ids: Vec::new(),
             constraint: None,
             priority: 0,
+            cache_salt: None,
         };
         let Ok(max_tokens) = self.limits.admit(&request) else { return };
         let id = SeqId(self.cases.len() as u64);

@@ -4,6 +4,8 @@
 //!
 //! **Invariant:** the first failure ends the start and names rank and phase; no wait is without a deadline.
 
+mod catch_up;
+
 use std::collections::VecDeque;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -142,6 +144,7 @@ impl TpGroup {
             let (phase, detail) = (Phase::WarmUp, "weights were kept".to_owned());
             start.report(StartProgress { rank, phase, fraction: None, detail, capacity: Some(kept.capacity) });
         }
+        start.catch_up(&kept, RESUME_DEADLINE).await?;
         start.tell(&HeadMessage::BeginEpoch { term: load.term, epoch: load.epoch }, Phase::WarmUp).await?;
         start.wait_for(Wanted::Ready).await?;
         let num_blocks = kept.iter().map(|kept| kept.num_blocks).min().unwrap_or(0);

@@ -64,9 +64,9 @@ impl StepTime {
             }
             return;
         }
-        // Where prompts are the smaller part, an error in what decoding takes would be charged to few tokens, and the
-        // chunks that follow would be smaller still.
-        if num_prefill >= num_decode.max(CHUNK_TOKENS_MIN) || self.prefill_token_us.is_none() {
+        // Where prompts are the smaller part, or short, an error in what the step takes without them would be charged to few
+        // tokens, and the chunks that follow would be smaller still.
+        if num_prefill >= num_decode.max(CHUNK_TOKENS_MIN) {
             let fixed = self.decode_us(num_decode).min(elapsed * 0.9);
             blend(&mut self.prefill_token_us, (elapsed - fixed) / f64::from(num_prefill));
         }
@@ -139,6 +139,15 @@ mod tests {
     const BUDGET: Duration = Duration::from_millis(10);
 
     #[test]
+    fn a_prompt_of_one_token_says_nothing_about_long_ones() {
+        let mut time = StepTime::default();
+        time.observe(0, 1, 5_000);
+        assert_eq!(time.num_prefill_tokens(0, 1, BUDGET), FIRST_CHUNK_TOKENS);
+        time.observe(0, 100, 6_000);
+        assert!(time.num_prefill_tokens(0, 1, BUDGET) > 1_000, "60 us a token, not 5 ms");
+    }
+
+    #[test]
     fn chunks_follow_the_measured_cost() {
         let mut time = StepTime::default();
         assert_eq!(time.num_prefill_tokens(0, 1, BUDGET), FIRST_CHUNK_TOKENS);
@@ -181,7 +190,7 @@ mod tests {
     #[test]
     fn strange_measurements_are_harmless() {
         let mut time = StepTime::default();
-        time.observe(0, 1, u64::MAX);
+        time.observe(0, CHUNK_TOKENS_MIN, u64::MAX);
         time.observe(0, 0, 0);
         assert_eq!(time.num_prefill_tokens(1, 0, BUDGET), CHUNK_TOKENS_MIN);
         time.observe(0, u32::MAX, 0);

@@ -3,40 +3,18 @@
 //! **Invariant:** a file is replaced whole or not at all, and changed by one process at a time.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{self, OpenOptions};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use nix::fcntl::{Flock, FlockArg};
+use phalanx_trust::files::write_private;
 use serde::{Deserialize, Serialize};
 
+use super::FileError;
 use super::keys::KeyRecord;
-
-/// Why the keys cannot be had.
-#[derive(Debug, thiserror::Error)]
-pub enum KeyFileError {
-    /// The file cannot be read or written.
-    #[error("cannot use {path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The file is not what was written.
-    #[error("{path} is damaged: {source}")]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: serde_json::Error,
-    },
-}
 
 /// What keys have used on one day.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -72,6 +50,10 @@ impl KeyFile {
         self.folder.join("keys.json")
     }
 
+    fn usage_path(&self) -> PathBuf {
+        self.folder.join("key-usage.json")
+    }
+
     fn stamp(&self) -> Stamp {
         let metadata = fs::metadata(self.path()).ok()?;
         Some((metadata.modified().ok()?, metadata.len()))
@@ -86,15 +68,15 @@ impl KeyFile {
     ///
     /// # Errors
     /// The file cannot be read, or is damaged.
-    pub fn read(&self) -> Result<Vec<KeyRecord>, KeyFileError> {
+    pub fn read(&self) -> Result<Vec<KeyRecord>, FileError> {
         *self.read.lock().unwrap_or_else(PoisonError::into_inner) = self.stamp();
         let path = self.path();
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(source) => return Err(KeyFileError::Io { path, source }),
+            Err(source) => return Err(FileError::Io { path, source }),
         };
-        let stored: Stored = serde_json::from_slice(&text).map_err(|source| KeyFileError::Damaged { path, source })?;
+        let stored: Stored = serde_json::from_slice(&text).map_err(|source| FileError::Damaged { path, source })?;
         Ok(stored.keys)
     }
 
@@ -102,32 +84,22 @@ impl KeyFile {
     ///
     /// # Errors
     /// The file cannot be read or written, or is damaged.
-    pub fn change<T>(&self, change: impl FnOnce(&mut Vec<KeyRecord>) -> T) -> Result<T, KeyFileError> {
+    pub fn change<T>(&self, change: impl FnOnce(&mut Vec<KeyRecord>) -> T) -> Result<T, FileError> {
         let path = self.folder.join("keys.lock");
-        let io = |source| KeyFileError::Io { path: path.clone(), source };
+        let io = |source| FileError::Io { path: path.clone(), source };
         fs::create_dir_all(&self.folder).map_err(io)?;
         let opened = OpenOptions::new().create(true).truncate(false).write(true).open(&path).map_err(io)?;
         let _lock = Flock::lock(opened, FlockArg::LockExclusive).map_err(|(_, error)| io(error.into()))?;
         let mut keys = self.read()?;
         let result = change(&mut keys);
         let text = serde_json::to_vec_pretty(&Stored { keys }).map_err(|error| io(error.into()))?;
-        self.write("keys.json", &text).map_err(io)?;
+        write_private(&self.path(), &text).map_err(io)?;
         Ok(result)
-    }
-
-    /// Readable by the owner alone; a rename makes it whole.
-    fn write(&self, name: &str, text: &[u8]) -> io::Result<()> {
-        let fresh = self.folder.join(format!("{name}.new"));
-        let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&fresh)?;
-        file.write_all(text)?;
-        file.sync_all()?;
-        fs::rename(&fresh, self.folder.join(name))?;
-        File::open(&self.folder)?.sync_all()
     }
 
     /// What was used, as far as it is known.
     pub(super) fn read_usage(&self) -> Usage {
-        let text = fs::read(self.folder.join("key-usage.json")).unwrap_or_default();
+        let text = fs::read(self.usage_path()).unwrap_or_default();
         serde_json::from_slice(&text).unwrap_or_default()
     }
 
@@ -137,7 +109,7 @@ impl KeyFile {
             return;
         }
         let text = serde_json::to_vec(&Usage { day, tokens }).unwrap_or_default();
-        if let Err(error) = self.write("key-usage.json", &text) {
+        if let Err(error) = write_private(&self.usage_path(), &text) {
             tracing::warn!(%error, "what keys have used is not written");
         }
     }

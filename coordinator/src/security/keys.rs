@@ -15,7 +15,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::key_file::{KeyFile, KeyFileError};
+use super::FileError;
+use super::key_file::KeyFile;
 
 /// How often a changed file is looked for.
 const REREAD_INTERVAL: Duration = Duration::from_millis(500);
@@ -288,7 +289,7 @@ impl KeyRing {
     ///
     /// # Errors
     /// The file is damaged: nobody is let in on a guess.
-    pub fn new(plain: &[String], file: Option<KeyFile>) -> Result<Self, KeyFileError> {
+    pub fn new(plain: &[String], file: Option<KeyFile>) -> Result<Self, FileError> {
         let plain = plain.iter().map(|key| digest(key)).collect();
         let ring = Self { plain, file, ..Self::default() };
         if let Some(file) = &ring.file {

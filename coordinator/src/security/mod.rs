@@ -8,9 +8,33 @@ pub mod key_file;
 pub mod keys;
 pub mod tokens;
 
-use std::fmt;
+use std::path::PathBuf;
+use std::{fmt, io};
 
 use sha2::{Digest, Sha256};
+
+/// Why a file of the store cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The file cannot be read or written.
+    #[error("cannot use {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not what was written.
+    #[error("{path} is damaged: {source}")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
+    },
+}
 
 /// What an agent gives to the rank that it starts; proves to the head that the rank was asked for.
 #[derive(Clone)]

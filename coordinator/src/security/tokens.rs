@@ -18,6 +18,7 @@ use phalanx_trust::{Authority, IssuedCertificate, NodeCertificate, Token, TrustE
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use super::FileError;
 use super::access::AccessError;
 
 /// How long a token that is of no use any more stays in the list.
@@ -131,24 +132,9 @@ pub enum TokenBookError {
     /// Keys or certificates cannot be used.
     #[error(transparent)]
     Trust(#[from] TrustError),
-    /// The file cannot be read or written.
-    #[error("cannot use {path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The file is not what was written: nobody is let in on a guess.
-    #[error("{path} is damaged: {source}")]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: serde_json::Error,
-    },
+    /// The store's file of tokens, or the home's own token: nobody is let in on a guess.
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 /// The tokens and nodes of one head.
@@ -179,12 +165,13 @@ impl TokenBook {
     pub fn open(trust_dir: &Path, store_dir: &Path, lifetime: Duration) -> Result<Self, TokenBookError> {
         let authority = Arc::new(Authority::open(trust_dir)?);
         let path = store_dir.join("tokens.json");
-        private_dir(store_dir).map_err(|source| TokenBookError::Io { path: path.clone(), source })?;
+        private_dir(store_dir).map_err(|source| FileError::Io { path: path.clone(), source })?;
         let list = match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map_err(|source| TokenBookError::Damaged { path: path.clone(), source })?,
+            Ok(text) => {
+                serde_json::from_slice(&text).map_err(|source| FileError::Damaged { path: path.clone(), source })?
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => AccessList::default(),
-            Err(source) => return Err(TokenBookError::Io { path, source }),
+            Err(source) => return Err(FileError::Io { path, source }.into()),
         };
         let (list, revocations) = (Mutex::new(list), watch::Sender::new(0));
         let home_token = home_token_path(trust_dir);
@@ -207,7 +194,7 @@ impl TokenBook {
         let scopes = vec![TokenScope::Join, TokenScope::Admin];
         let (_, token) = self.create(TokenWish { scopes, ttl: None, note: HOME_NOTE.to_owned() })?;
         let written = write_private(&self.home_token, token.reveal().as_bytes());
-        written.map_err(|source| TokenBookError::Io { path: self.home_token.clone(), source })
+        Ok(written.map_err(|source| FileError::Io { path: self.home_token.clone(), source })?)
     }
 
     fn list(&self) -> MutexGuard<'_, AccessList> {
@@ -221,7 +208,7 @@ impl TokenBook {
         let result = change(&mut next);
         let written = serde_json::to_vec_pretty(&next).map_err(io::Error::from);
         let written = written.and_then(|text| write_private(&self.path, &text));
-        written.map_err(|source| TokenBookError::Io { path: self.path.clone(), source })?;
+        written.map_err(|source| FileError::Io { path: self.path.clone(), source })?;
         *list = next;
         Ok(result)
     }

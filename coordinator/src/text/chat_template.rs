@@ -1,17 +1,22 @@
 //! The model's own chat template, rendered as transformers renders it.
 
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, Value};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
 use serde_json::Map;
+use time::OffsetDateTime;
 
 use super::python_json;
+use super::template_thread::TemplateThreads;
 use super::{TextError, Tokenizer};
 
 /// What a template may spend on one conversation: instructions, and 64 bytes of text for each, written or made in between.
 const TEMPLATE_FUEL: u64 = 4_000_000;
+/// Longest template; the longest in use have some ten thousand.
+const TEMPLATE_BYTES_MAX: usize = 256 * 1024;
 
 /// What a chat template is asked to render.
 #[derive(Debug, Clone, Default)]
@@ -31,7 +36,8 @@ pub struct ChatPrompt {
 /// A parsed chat template.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
+    threads: TemplateThreads,
     bos_token: Option<String>,
     eos_token: Option<String>,
 }
@@ -40,30 +46,18 @@ impl ChatTemplate {
     /// Parses a template; special tokens come from the tokenizer.
     ///
     /// # Errors
-    /// The template does not parse.
+    /// The template is too long, or does not parse.
     pub fn new(template: String, tokenizer: &Tokenizer) -> Result<Self, TextError> {
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(TextError::Template)?);
-        environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-        environment.set_fuel(Some(TEMPLATE_FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_formatter(|out, _, value| {
-            if value.is_undefined() {
-                return Ok(());
-            }
-            out.write_str(&python_json::to_text(value)?).map_err(Error::from)
-        });
-        environment.add_filter("tojson", |value: Value, options| python_json::tojson(&value, options));
-        environment.add_filter("trim", |value: Value| python_json::to_text(&value).map(|text| text.trim().to_owned()));
-        environment.add_filter("string", |value: Value| python_json::to_text(&value));
-        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_function("strftime_now", |format: String| strftime_utc(&format, SystemTime::now()));
-        environment.add_template_owned("chat", without_generation_tags(&template)).map_err(TextError::Template)?;
+        let bytes = template.len();
+        if bytes > TEMPLATE_BYTES_MAX {
+            return Err(TextError::LongTemplate { bytes, limit: TEMPLATE_BYTES_MAX });
+        }
+        let threads = TemplateThreads::new(&template);
+        // Its parser goes down as deep as the template is nested.
+        let environment = threads.run(move || environment(&template)).map_err(not_rendered)??;
         Ok(Self {
-            environment,
+            environment: Arc::new(environment),
+            threads,
             bos_token: tokenizer.bos_token().map(str::to_owned),
             eos_token: tokenizer.eos_token().map(str::to_owned),
         })
@@ -85,12 +79,46 @@ impl ChatTemplate {
                 variables.entry(name).or_insert_with(|| token.as_str().into());
             }
         }
-        let template = self.environment.get_template("chat").map_err(TextError::Template)?;
-        let text = template.render(Value::from(Serde(variables))).map_err(|error| TextError::Render {
-            reason: error.detail().map_or_else(|| error.to_string(), str::to_owned),
-        })?;
+        let environment = Arc::clone(&self.environment);
+        let render = move || {
+            let template = environment.get_template("chat").map_err(TextError::Template)?;
+            template.render(Value::from(Serde(variables))).map_err(|error| TextError::Render {
+                reason: error.detail().map_or_else(|| error.to_string(), str::to_owned),
+            })
+        };
+        let text = self.threads.render(render).map_err(not_rendered)??;
         if prompt.continue_final_message { cut_after_final_message(text, prompt) } else { Ok(text) }
     }
+}
+
+/// The engine, with the template in it.
+fn environment(template: &str) -> Result<Environment<'static>, TextError> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    environment.set_syntax(syntax.map_err(TextError::Template)?);
+    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    environment.set_fuel(Some(TEMPLATE_FUEL));
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_formatter(|out, _, value| {
+        if value.is_undefined() {
+            return Ok(());
+        }
+        out.write_str(&python_json::to_text(value)?).map_err(Error::from)
+    });
+    environment.add_filter("tojson", |value: Value, options| python_json::tojson(&value, options));
+    environment.add_filter("trim", |value: Value| python_json::to_text(&value).map(|text| text.trim().to_owned()));
+    environment.add_filter("string", |value: Value| python_json::to_text(&value));
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", |format: String| strftime_utc(&format, SystemTime::now()));
+    environment.add_template_owned("chat", without_generation_tags(template)).map_err(TextError::Template)?;
+    Ok(environment)
+}
+
+/// Why a thread gave nothing.
+fn not_rendered(error: impl std::fmt::Display) -> TextError {
+    TextError::Render { reason: error.to_string() }
 }
 
 /// Leaves the last message open: whatever the template wrote behind its content goes.
@@ -133,26 +161,9 @@ fn without_generation_tags(template: &str) -> String {
 
 /// `strftime` in UTC, with the fields that chat templates use.
 fn strftime_utc(format: &str, now: SystemTime) -> String {
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
-    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let days = seconds / 86_400;
-    let (year, month, day) = civil_date(days);
-    let month_name = MONTHS.get(month as usize - 1).copied().unwrap_or_default();
-    let day_name = DAYS.get((days % 7) as usize).copied().unwrap_or_default();
+    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let now = OffsetDateTime::from_unix_timestamp(seconds.cast_signed()).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let (month_name, day_name) = (now.month().to_string(), now.weekday().to_string());
     let mut out = String::new();
     let mut chars = format.chars();
     while let Some(c) = chars.next() {
@@ -161,34 +172,22 @@ fn strftime_utc(format: &str, now: SystemTime) -> String {
             continue;
         }
         match chars.next() {
-            Some('Y') => out.push_str(&format!("{year:04}")),
-            Some('y') => out.push_str(&format!("{:02}", year % 100)),
-            Some('m') => out.push_str(&format!("{month:02}")),
-            Some('d') => out.push_str(&format!("{day:02}")),
-            Some('B') => out.push_str(month_name),
-            Some('b') => out.push_str(&month_name[..3.min(month_name.len())]),
-            Some('A') => out.push_str(day_name),
-            Some('a') => out.push_str(&day_name[..3.min(day_name.len())]),
-            Some('H') => out.push_str(&format!("{:02}", seconds / 3600 % 24)),
-            Some('M') => out.push_str(&format!("{:02}", seconds / 60 % 60)),
-            Some('S') => out.push_str(&format!("{:02}", seconds % 60)),
+            Some('Y') => out.push_str(&format!("{:04}", now.year())),
+            Some('y') => out.push_str(&format!("{:02}", now.year() % 100)),
+            Some('m') => out.push_str(&format!("{:02}", u8::from(now.month()))),
+            Some('d') => out.push_str(&format!("{:02}", now.day())),
+            Some('B') => out.push_str(&month_name),
+            Some('b') => out.push_str(&month_name[..3]),
+            Some('A') => out.push_str(&day_name),
+            Some('a') => out.push_str(&day_name[..3]),
+            Some('H') => out.push_str(&format!("{:02}", now.hour())),
+            Some('M') => out.push_str(&format!("{:02}", now.minute())),
+            Some('S') => out.push_str(&format!("{:02}", now.second())),
             Some(other) => out.push(other),
             None => out.push('%'),
         }
     }
     out
-}
-
-/// Year, month and day of a day count since 1970-01-01 (Gregorian; 400-year cycles of 146,097 days that begin in March).
-fn civil_date(days: u64) -> (u64, u64, u64) {
-    let shifted = days + 719_468;
-    let (cycle, day_of_cycle) = (shifted / 146_097, shifted % 146_097);
-    let year_of_cycle = (day_of_cycle - day_of_cycle / 1460 + day_of_cycle / 36_524 - day_of_cycle / 146_096) / 365;
-    let day_of_year = day_of_cycle - (365 * year_of_cycle + year_of_cycle / 4 - year_of_cycle / 100);
-    let march_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
-    (cycle * 400 + year_of_cycle + u64::from(month <= 2), month, day)
 }
 
 #[cfg(test)]
@@ -225,8 +224,17 @@ mod tests {
             "{{ 'ab' | replace('', 'x' * 9000000) | replace('x', 'y' * 9000000) }}",
             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
             "{% set ns = namespace(x=['a' * 1000]) %}{% for a in range(16) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | tojson }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(30) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(30) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(50000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(50000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x == [ns.x] }}",
+            "{% set ns = namespace(x=[1]) %}{% for a in range(50000) %}{% set ns.x = {'a': ns.x} %}{% endfor %}{{ ns.x ~ 'a' }}",
             &parens,
             &ifs,
+            &format!("{{{{ 1{} }}}}", " + 1".repeat(50_000)),
+            &format!("{{{{ x{} }}}}", ".a".repeat(50_000)),
+            &format!("{{{{ {}x }}}}", "not ".repeat(50_000)),
+            &format!("{{{{ x{} }}}}", "|list".repeat(50_000)),
         ] {
             let prompt = ChatPrompt { messages: vec![serde_json::json!({"role": "user"})], ..ChatPrompt::default() };
             let rendered = ChatTemplate::new(hostile.to_owned(), &tokenizer).and_then(|it| it.render(&prompt));

@@ -29,6 +29,14 @@ pub enum TextError {
     /// A chat template that does not parse.
     #[error("the chat template cannot be used: {0}")]
     Template(#[source] minijinja::Error),
+    /// A chat template that is longer than any is.
+    #[error("the chat template has {bytes} bytes; at most {limit} are read")]
+    LongTemplate {
+        /// Its length.
+        bytes: usize,
+        /// The limit.
+        limit: usize,
+    },
     /// The chat template refuses a conversation.
     #[error("the chat template refused the messages: {reason}")]
     Render {

@@ -11,6 +11,7 @@ mod gguf_vocab;
 mod python_json;
 mod reasoning;
 mod stop;
+mod template_thread;
 mod token_bytes;
 mod tokenizer;
 pub mod tools;

@@ -3,11 +3,11 @@
 //! **Invariant:** tensors of a header that was accepted lie inside the file, apart, and have unique names.
 
 use std::collections::{HashMap, HashSet};
-use std::ops::Range;
 use std::path::Path;
 
 use super::reader::Reader;
 use super::value::{Value, read_value};
+use crate::dtype::Described;
 use crate::{ModelError, StoredType};
 
 const MAGIC: &[u8; 4] = b"GGUF";
@@ -20,19 +20,6 @@ const ALIGNMENT_MAX: usize = 1 << 20;
 const METADATA_BYTES_MIN: usize = 8 + 4 + 1;
 /// Name, count of dimensions, one dimension, type, offset.
 const TENSOR_BYTES_MIN: usize = 8 + 4 + 8 + 4 + 8;
-
-/// A tensor as the header describes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Described {
-    /// Its name in the file.
-    pub name: String,
-    /// Its type, or the word for a type that is not known.
-    pub dtype: Result<StoredType, String>,
-    /// Dimensions, outermost first.
-    pub shape: Vec<usize>,
-    /// Bytes of the file; only the first one is known of a type that is not.
-    pub range: Range<usize>,
-}
 
 /// What a GGUF file says about itself.
 #[derive(Debug)]

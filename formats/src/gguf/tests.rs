@@ -10,21 +10,6 @@ use crate::{
     TokenizerSource,
 };
 
-const ALL_TYPES: [StoredType; 12] = [
-    StoredType::F32,
-    StoredType::F16,
-    StoredType::BF16,
-    StoredType::Q4_0,
-    StoredType::Q4_1,
-    StoredType::Q5_0,
-    StoredType::Q5_1,
-    StoredType::Q8_0,
-    StoredType::Q4K,
-    StoredType::Q5K,
-    StoredType::Q6K,
-    StoredType::IQ4NL,
-];
-
 fn write(folder: &TempDir, name: &str, bytes: &[u8]) -> PathBuf {
     let path = folder.path().join(name);
     std::fs::write(&path, bytes).unwrap();
@@ -60,7 +45,7 @@ fn check_rows(model: &ModelFiles) {
 /// Rows of Q and K come out in Hugging Face order, quantised or not; nothing else is moved.
 #[test]
 fn every_type_is_read_in_hugging_face_order() {
-    for dtype in ALL_TYPES {
+    for dtype in StoredType::ALL {
         for &architecture in Architecture::ALL.iter().filter(|architecture| architecture.is_in_gguf()) {
             let wide = dtype.block_len() == 256;
             let mut geometry = Geometry { num_layers: 1, ..small_geometry(architecture) };

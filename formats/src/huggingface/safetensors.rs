@@ -3,31 +3,18 @@
 //! Owns the check that every tensor lies inside the file, alone. Does not know what the tensors are for.
 
 use std::fmt;
-use std::ops::Range;
 use std::path::Path;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
+use crate::dtype::Described;
 use crate::{ModelError, StoredType};
 
 /// Longest header that is read.
 const HEADER_BYTES_MAX: u64 = 100 << 20;
 /// Most dimensions of a tensor.
 const DIMS_MAX: usize = 8;
-
-/// A tensor as the header describes it: its bytes are inside the file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Described {
-    /// Its name.
-    pub name: String,
-    /// Its type, or the word for a type that is not known.
-    pub dtype: Result<StoredType, String>,
-    /// Dimensions, outermost first.
-    pub shape: Vec<usize>,
-    /// Bytes of the file.
-    pub range: Range<usize>,
-}
 
 #[derive(Deserialize)]
 struct RawTensor {

@@ -34,8 +34,8 @@ mod stream;
 mod transfer;
 
 pub use backend::{
-    CudaBuffer, CudaInputs, CudaKvLayer, CudaMatrix, CudaOps, CudaRope, CudaSettings, CudaVector, Dtype, ReduceBench,
-    ReduceTiming, ReduceWay,
+    CudaBuffer, CudaInputs, CudaKvLayer, CudaMatrix, CudaOps, CudaRope, CudaSettings, CudaVector, Dtype, PEER_WAIT,
+    ReduceBench, ReduceTiming, ReduceWay,
 };
 pub use blaslt::{BlasLt, MatmulOperands, MatmulPlan, MatmulShape, Scalar, WORKSPACE_BYTES};
 pub use check::{CheckLine, self_check};

@@ -116,24 +116,6 @@ impl ModuleSet {
         }
     }
 
-    /// Loads every module; those that must be compiled are compiled beside each other.
-    ///
-    /// # Errors
-    /// As `load`, for the first one that fails.
-    pub fn load_all(&self) -> Result<(), CudaError> {
-        let mut missing = Vec::new();
-        for source in SOURCES.iter().filter(|source| !self.loaded.borrow().contains_key(source.name)) {
-            match self.find(source)? {
-                Found::Loaded(module) => drop(self.insert(module)),
-                Found::Missing(request) => missing.push(request),
-            }
-        }
-        for (index, image) in nvrtc::compile_all(&missing) {
-            self.keep(&missing[index], &image?)?;
-        }
-        Ok(())
-    }
-
     /// A kernel by the name of its module and its own.
     ///
     /// # Errors

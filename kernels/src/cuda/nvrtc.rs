@@ -7,7 +7,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sha2::{Digest, Sha256};
 
@@ -194,26 +193,6 @@ impl<'a> Request<'a> {
         check("nvrtcCreateProgram", code)?;
         Ok(OpenProgram { nvrtc: self.nvrtc, handle })
     }
-}
-
-/// Compiles, as many at a time as there are CPUs; each result comes with the index of its request.
-pub(super) fn compile_all(requests: &[Request<'_>]) -> Vec<(usize, Result<Vec<u8>, CudaError>)> {
-    let num_threads = std::thread::available_parallelism().map_or(1, usize::from).min(requests.len());
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut done = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(request) = requests.get(index) else { return done };
-            done.push((index, request.compile()));
-        }
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (1..num_threads).map(|_| scope.spawn(work)).collect();
-        let mut done = work();
-        done.extend(threads.into_iter().filter_map(|thread| thread.join().ok()).flatten());
-        done
-    })
 }
 
 struct OpenProgram<'a> {

@@ -201,7 +201,6 @@ impl PeerFailure {
             3 => "peer_all_reduce_two_shot",
             4 => "peer_all_gather",
             5 => "peer_all_gather_staged",
-            6 => "peer_barrier",
             _ => "a newer kernel",
         };
         (status != 0).then(|| Self {

@@ -177,11 +177,6 @@ impl PeerPlan {
         let grid = bulk_grid(device, rule, bytes);
         Launch { kernel: "peer_all_gather_staged", typed: false, grid, block: THREADS, cluster: 1 }
     }
-
-    /// The barrier: one small block.
-    pub fn barrier() -> Launch {
-        Launch { kernel: "peer_barrier", typed: false, grid: 1, block: 32, cluster: 1 }
-    }
 }
 
 /// A row of the residual stream as its terms travel.

@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::{bf16, f16};
 use phalanx_formats::StoredType;
-use phalanx_kernels::cuda::{CudaOps, CudaSettings, Dtype, ModuleSettings};
+use phalanx_kernels::cuda::{CudaOps, CudaSettings, Dtype, ModuleSettings, PEER_WAIT};
 use phalanx_kernels::reference::ReferenceOps;
 use phalanx_kernels::{
     AttentionLimits, Collective, CollectiveError, HostMatrix, InputLimits, Ops, Partial, SeqInputs, StepInputs,
@@ -147,6 +147,7 @@ pub fn settings(dtype: Dtype, attention: AttentionLimits) -> CudaSettings {
         group: attention.group,
         enforce_eager: false,
         only_nccl: false,
+        peer_wait_max: PEER_WAIT,
         modules: ModuleSettings::default(),
     }
 }

@@ -24,7 +24,7 @@ def map_body(context, body):
         return body
     if isinstance(body.get("model"), str):
         body["model"] = MODEL
-    for field in ("prompt", "tokens", "allowed_token_ids", "stop_token_ids"):
+    for field in ("prompt", "tokens", "allowed_token_ids", "stop_token_ids", "logprob_token_ids", "prompt_logprob_token_ids"):
         if isinstance(body.get(field), list):
             body[field] = known(body[field])
     return body

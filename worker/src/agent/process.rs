@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use phalanx_proto::{DesiredRank, DeviceKind, NodeId, RankKey};
 use phalanx_trust::variables;
@@ -81,8 +81,8 @@ pub struct RankChild {
     /// Ends the rank when it is dropped.
     pipe: Option<ChildStdin>,
     log: Arc<RankLog>,
-    /// The last signal that was sent to it.
-    sent: Option<Signal>,
+    /// It was alive when it was told to end.
+    was_told: bool,
 }
 
 impl Launcher {
@@ -126,7 +126,7 @@ impl Launcher {
             // A process that ended already is reported by its watcher. The line fits the pipe, so this does not wait.
             let _ = pipe.write_all(&launch);
         }
-        let child = RankChild { child, pid, pipe, log, sent: None };
+        let child = RankChild { child, pid, pipe, log, was_told: false };
         child.log.clone().follow(reader)?;
         watch(key.clone(), pid, orders.clone())?;
         Ok(child)
@@ -184,10 +184,10 @@ impl RankChild {
         self.pid
     }
 
-    /// Asks the rank to end.
+    /// Asks the rank to end: by a signal, and by the end of its pipe.
     pub fn terminate(&mut self) {
-        self.pipe = None;
         self.signal(Signal::SIGTERM);
+        self.pipe = None;
     }
 
     /// Ends it.
@@ -195,15 +195,21 @@ impl RankChild {
         self.signal(Signal::SIGKILL);
     }
 
-    /// The number of the last signal that was sent to it.
-    pub fn sent(&self) -> Option<i32> {
-        self.sent.map(|signal| signal as i32)
+    /// Whether it was alive when it was told to end.
+    pub fn was_told(&self) -> bool {
+        self.was_told
     }
 
     fn signal(&mut self, signal: Signal) {
-        self.sent = Some(signal);
         // Not reaped yet, so the id is still this process's, be it alive or ended.
-        let _ = kill(Pid::from_raw(self.pid.cast_signed()), signal);
+        let pid = Pid::from_raw(self.pid.cast_signed());
+        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT | WaitPidFlag::WNOHANG;
+        if !self.was_told && !matches!(waitid(Id::Pid(pid), look), Ok(WaitStatus::StillAlive)) {
+            // Whatever ended it was no doing of ours.
+            return;
+        }
+        self.was_told = true;
+        let _ = kill(pid, signal);
     }
 
     /// Takes the status of a rank that has ended, and the end of its log.

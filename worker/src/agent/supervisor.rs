@@ -158,10 +158,11 @@ impl Supervisor {
     fn exited(&mut self, key: &RankKey) {
         let Some(running) = self.running.remove(key) else { return };
         let (pid, was_asked) = (running.child.pid(), running.kill_at.is_some());
-        let sent = running.child.sent();
+        let was_told = running.child.was_told();
         let (status, last_lines) = running.child.reap();
         let (code, signal) = status.map_or((None, None), |status| (status.code(), status.signal()));
-        let by_agent = signal.is_some() && signal == sent;
+        // The signal need not be the one that was sent: a rank also kills itself when its pipe ends.
+        let by_agent = signal.is_some() && was_told;
         if was_asked {
             info!(rank = %key, pid, ?code, ?signal, "rank ended");
         } else {

@@ -2,10 +2,13 @@
 
 use std::path::Path;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use phalanx_formats::{Geometry, ShardPlan, StoredType};
 use phalanx_kernels::Collective;
-use phalanx_kernels::cuda::{CudaOps, CudaSettings, Dtype, ModuleSettings, devices, search_also, toolkit_folders};
+use phalanx_kernels::cuda::{
+    CudaOps, CudaSettings, Dtype, ModuleSettings, PEER_WAIT, devices, search_also, toolkit_folders,
+};
 use phalanx_proto::LoadModel;
 use tracing::warn;
 
@@ -13,6 +16,9 @@ use crate::error::WorkerError;
 
 /// The device of a rank: its agent lets it see only this one.
 const ORDINAL: u32 = 0;
+
+/// Longest wait of a kernel for another rank: below the longest wait for a step, which names nobody.
+const PEER_WAIT_MAX: Duration = Duration::from_secs(100);
 
 /// How this process compiles device code, where it must.
 static MODULES: OnceLock<ModuleSettings> = OnceLock::new();
@@ -27,7 +33,8 @@ pub fn prepare(modules: ModuleSettings, cuda_home: Option<&Path>) {
     let _ = MODULES.set(modules);
 }
 
-/// Opens the device for a model. Collective: the devices of a group meet.
+/// Opens the device for a model. Collective: the devices of a group meet. `head_wait`: how long another rank may lack a plan that the
+/// next head has to pass on.
 ///
 /// # Errors
 /// No usable device or library, or a data type that the device lacks.
@@ -37,6 +44,7 @@ pub fn open(
     checkpoint: StoredType,
     geometry: &Geometry,
     plan: &ShardPlan,
+    head_wait: Duration,
 ) -> Result<CudaOps, WorkerError> {
     let has_bfloat16 = || {
         let devices = devices().map_err(phalanx_kernels::KernelError::from)?;
@@ -49,6 +57,7 @@ pub fn open(
         head_dim: geometry.head_dim,
         group: plan.group,
         enforce_eager: load.enforce_eager,
+        peer_wait_max: head_wait.clamp(PEER_WAIT, PEER_WAIT_MAX),
         only_nccl: load.disable_custom_all_reduce,
         modules: MODULES.get().cloned().unwrap_or_default(),
     };

@@ -138,6 +138,7 @@ pub(super) fn out_of_order(expected: &'static str, found: &HeadMessage) -> Worke
         HeadMessage::Stage { .. } => "a staged part",
         HeadMessage::Plan(_) => "a plan",
         HeadMessage::BeginEpoch { .. } => "the beginning of an epoch",
+        HeadMessage::RecallPlans => "a recall of plans",
         HeadMessage::Shutdown(_) => "shutdown",
     };
     WorkerError::OutOfOrder { expected, found }

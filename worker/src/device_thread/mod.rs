@@ -11,6 +11,7 @@ mod start;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
 
 use phalanx_proto::{HeadMessage, Incarnation, NodeId, Rank, RankEvent, RankFailure};
 use tokio::sync::mpsc;
@@ -38,6 +39,8 @@ pub struct RankSetup {
     pub device: DeviceKind,
     /// Threads that compute, 0 for this rank's share of the node's CPUs.
     pub num_threads: usize,
+    /// How long this rank waits for a head that is gone: a step that waits for a rank which that head did not reach waits longer.
+    pub head_grace: Duration,
 }
 
 /// The two ends of a device thread. Dropping `commands` ends it after the step that runs.

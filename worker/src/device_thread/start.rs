@@ -18,6 +18,8 @@ use crate::shard::{self, Shard};
 
 /// Longest wait for the other ranks to meet.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a head that is back may take to pass a plan on.
+const RESUME_DEADLINE: Duration = Duration::from_secs(15);
 /// How long the thread looks for a message or a finished step without giving its processor up.
 const SPIN: Duration = Duration::from_micros(50);
 /// How long it sleeps between two looks after that.
@@ -30,7 +32,9 @@ pub(super) fn serve(setup: &RankSetup, head: &mut Head) -> Result<(), WorkerErro
     let num_threads = backend::num_threads(setup.num_threads, &setup.node_id, &load);
     let ranks_here = backend::ranks_here(&setup.node_id, &load);
     setup.device.check()?;
-    let pending = collective::prepare(&load, setup.rank)?.with_threads(num_threads);
+    let head_wait = if setup.head_grace.is_zero() { Duration::ZERO } else { setup.head_grace + RESUME_DEADLINE };
+    let call_deadline = collective::CALL_DEADLINE.max(head_wait);
+    let pending = collective::prepare(&load, setup.rank)?.with_threads(num_threads).with_call_deadline(call_deadline);
     head.send(RankEvent::Listening(pending.address()))?;
     let addresses = head.addresses()?;
     head.enter(Phase::Communicator, format!("{} ranks", load.world_size))?;
@@ -41,7 +45,7 @@ pub(super) fn serve(setup: &RankSetup, head: &mut Head) -> Result<(), WorkerErro
         DeviceKind::Cuda => {
             let files = shard::open(&load)?;
             let plan = files.shard_plan(load.world_size as usize, setup.rank.0 as usize);
-            let ops = backend::cuda::open(group, &load, files.main_dtype(), files.geometry(), &plan)?;
+            let ops = backend::cuda::open(group, &load, files.main_dtype(), files.geometry(), &plan, head_wait)?;
             serve_on(ops, setup, &load, head)
         }
         unknown @ DeviceKind::Rocm => Err(unknown.refused()),

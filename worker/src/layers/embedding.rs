@@ -5,7 +5,7 @@
 use phalanx_formats::{EMBEDDING, HEAD};
 use phalanx_kernels::{KernelError, Ops};
 
-use super::{Activations, Build, BuildError, placed};
+use super::{Activations, Build, BuildError};
 
 /// This rank's rows of the embedding and of the output head; one matrix where they are tied.
 pub struct Vocabulary<B: Ops> {
@@ -21,7 +21,7 @@ impl<B: Ops> Vocabulary<B> {
     /// A tensor is absent or has another shape; no memory.
     pub fn load(build: &mut Build<'_, B>) -> Result<Self, BuildError> {
         let vocab = &build.plan.vocab;
-        let rows = placed(vocab.owned.clone(), vocab.lead, vocab.padded);
+        let rows = build.weights.vocab_rows();
         let table = build.weights.rows(EMBEDDING, &rows)?;
         let embedding = build.matrix(vec![table])?;
         let head = if build.geometry.tied_embeddings {

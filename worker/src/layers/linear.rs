@@ -2,12 +2,10 @@
 //!
 //! Source: Megatron-LM, arXiv:1909.08053, section 3.
 
-use std::ops::Range;
-
 use phalanx_formats::Split;
 use phalanx_kernels::{AttentionShape, KernelError, Ops, Partial};
 
-use super::{Build, BuildError, placed};
+use super::{Build, BuildError};
 
 /// Q, K and V projections fused, split by heads.
 ///
@@ -23,12 +21,7 @@ impl<B: Ops> QkvLinear<B> {
     /// # Errors
     /// A tensor is absent or has another shape; no memory.
     pub fn load(build: &mut Build<'_, B>, names: &[String; 3], with_bias: bool) -> Result<Self, BuildError> {
-        let (plan, head_dim) = (build.plan, build.geometry.head_dim);
-        let rows = |heads: &Range<usize>, padded: usize| {
-            placed(heads.start * head_dim..heads.end * head_dim, 0, padded * head_dim)
-        };
-        let kv_rows = rows(&plan.kv_heads, plan.local_kv_heads);
-        let parts = [rows(&plan.heads, plan.local_kv_heads * plan.group), kv_rows.clone(), kv_rows];
+        let parts = [build.weights.query_rows(), build.weights.kv_rows(), build.weights.kv_rows()];
         let (mut matrices, mut biases) = (Vec::with_capacity(parts.len()), Vec::new());
         for (name, rows) in names.iter().zip(&parts) {
             matrices.push(build.weights.rows(&format!("{name}.weight"), rows)?);
@@ -70,8 +63,7 @@ impl<B: Ops> GateUpLinear<B> {
     /// # Errors
     /// A tensor is absent or has another shape; no memory.
     pub fn load(build: &mut Build<'_, B>, gate: &str, up: &str) -> Result<Self, BuildError> {
-        let inner = &build.plan.inner;
-        let rows = placed(inner.owned.clone(), inner.lead, inner.padded);
+        let rows = build.weights.inner_rows();
         let weight = build.ops.gate_up_matrix(build.weights.rows(gate, &rows)?, build.weights.rows(up, &rows)?)?;
         build.weight_bytes += build.ops.matrix_bytes(&weight);
         Ok(Self { weight })

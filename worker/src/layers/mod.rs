@@ -115,19 +115,3 @@ impl<B: Ops> Activations<B> {
         })
     }
 }
-
-/// Rows of a dimension of which a rank owns `owned`, placed at `lead` in a local dimension of `padded` rows.
-fn placed(owned: std::ops::Range<usize>, lead: usize, padded: usize) -> Vec<Rows> {
-    let behind = padded - lead - owned.len();
-    let mut rows = Vec::with_capacity(3);
-    if lead > 0 {
-        rows.push(Rows::Zero(lead));
-    }
-    if !owned.is_empty() {
-        rows.push(Rows::Take(owned));
-    }
-    if behind > 0 {
-        rows.push(Rows::Zero(behind));
-    }
-    rows
-}

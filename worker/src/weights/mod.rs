@@ -75,24 +75,24 @@ impl<'a> ShardLoader<'a> {
     pub fn query_rows(&self) -> Vec<Rows> {
         let (plan, head_dim) = (self.plan, self.geometry.head_dim);
         let owned = plan.heads.start * head_dim..plan.heads.end * head_dim;
-        padded_rows(owned, plan.local_kv_heads * plan.group * head_dim)
+        placed(owned, 0, plan.local_kv_heads * plan.group * head_dim)
     }
 
     /// Local rows of K, and of V: `[local_kv_heads * head_dim]`.
     pub fn kv_rows(&self) -> Vec<Rows> {
         let (plan, head_dim) = (self.plan, self.geometry.head_dim);
         let owned = plan.kv_heads.start * head_dim..plan.kv_heads.end * head_dim;
-        padded_rows(owned, plan.local_kv_heads * head_dim)
+        placed(owned, 0, plan.local_kv_heads * head_dim)
     }
 
     /// Local rows of gate, and of up: `[inner.padded]`.
     pub fn inner_rows(&self) -> Vec<Rows> {
-        padded_rows(self.plan.inner.owned.clone(), self.plan.inner.padded)
+        placed_as(&self.plan.inner)
     }
 
     /// Local rows of the embedding, and of the output head: `[vocab.padded]`.
     pub fn vocab_rows(&self) -> Vec<Rows> {
-        padded_rows(self.plan.vocab.owned.clone(), self.plan.vocab.padded)
+        placed_as(&self.plan.vocab)
     }
 
     /// Takes rows of a matrix, whole. They are read when the device wants them.
@@ -159,10 +159,24 @@ impl<'a> ShardLoader<'a> {
     }
 }
 
-/// The owned rows, then zeros.
-fn padded_rows(owned: Range<usize>, padded: usize) -> Vec<Rows> {
-    let zeros = padded - owned.len();
-    vec![Rows::Take(owned), Rows::Zero(zeros)]
+fn placed_as(split: &Split) -> Vec<Rows> {
+    placed(split.owned.clone(), split.lead, split.padded)
+}
+
+/// Rows of a dimension of which a rank owns `owned`, placed at `lead` in a local dimension of `padded` rows.
+fn placed(owned: Range<usize>, lead: usize, padded: usize) -> Vec<Rows> {
+    let behind = padded - lead - owned.len();
+    let mut rows = Vec::with_capacity(3);
+    if lead > 0 {
+        rows.push(Rows::Zero(lead));
+    }
+    if !owned.is_empty() {
+        rows.push(Rows::Take(owned));
+    }
+    if behind > 0 {
+        rows.push(Rows::Zero(behind));
+    }
+    rows
 }
 
 fn num_rows(tensor: &SourceTensor<'_>, name: &str, rows: &[Rows]) -> Result<usize, ModelError> {

@@ -10,7 +10,8 @@ use phalanx_worker::device_thread::{DeviceHandle, RankSetup, spawn};
 
 fn rank(device: DeviceKind) -> DeviceHandle {
     let (rank, incarnation, node_id) = (Rank(0), Incarnation(1), NodeId("here".into()));
-    spawn(RankSetup { rank, incarnation, node_id, device, num_threads: 1 }).expect("a thread")
+    spawn(RankSetup { rank, incarnation, node_id, device, num_threads: 1, head_grace: std::time::Duration::ZERO })
+        .expect("a thread")
 }
 
 fn tiny() -> LoadModel {

@@ -69,6 +69,7 @@ impl Group {
             node_id: NodeId("here".into()),
             device,
             num_threads,
+            head_grace: std::time::Duration::ZERO,
         };
         let mut ranks: Vec<DeviceHandle> =
             (0..load.world_size).map(|rank| spawn(setup(rank)).expect("a thread")).collect();

@@ -30,6 +30,7 @@ fn edited() -> Vec<Request> {
         bias: vec![(TokenId(7), 2.0), (TokenId(400), -4.0)],
         allowed: (0..450).map(TokenId).collect(),
         bad_words: vec![tokens(&[11]), tokens(&[7, 12])],
+        ..neutral.clone()
     };
     let kinds = [
         LogitEdits { repetition_penalty: 1.5, ..neutral.clone() },
@@ -70,6 +71,56 @@ fn edited_logits_give_the_same_tokens_at_any_world_size_and_after_a_new_start() 
     for (index, (rest, whole)) in run(2, &again).iter().zip(&whole).enumerate() {
         assert_eq!(rest.tokens, whole.tokens[9..], "request {index}");
     }
+}
+
+/// The scores of named tokens are those of the best ones under other names, at any world size, whatever edits do to the draw.
+#[test]
+fn named_tokens_are_scored_beside_drawn_ones_and_in_the_prompt() {
+    let named: Vec<TokenId> = (0..100).map(|at| TokenId(at * 5)).collect();
+    let own = request(3, greedy());
+    let scored = LogitEdits {
+        scored: named.clone(),
+        scored_prompt: vec![named[..7].to_vec(); own.prompt.len() - 5],
+        scored_prompt_start: 5,
+        ..LogitEdits::default()
+    };
+    let sampling = |edits| SamplingParams {
+        edits: Some(Arc::new(edits)),
+        logprobs: Some(20),
+        prompt_logprobs: Some(20),
+        ..greedy()
+    };
+    let plain = request(3, sampling(scored.clone()));
+    let edited = LogitEdits { allowed: vec![TokenId(2), TokenId(3)], ..scored };
+    let plain = Request { sampling: sampling(plain.sampling.edits.as_deref().cloned().expect("edits")), ..plain };
+    let requests = [plain, Request { sampling: sampling(edited), ..request(3, greedy()) }];
+    let mut whole = Vec::new();
+    for world_size in [1, 2] {
+        let mut group = Group::start(load(&goldens().join("tiny-llama"), world_size), DeviceKind::Cpu, 1);
+        let generated = group.generate(&requests, 1);
+        for generated in &generated {
+            let prompt =
+                generated.prompt_logprobs.iter().enumerate().filter_map(|(at, entry)| Some((at, entry.as_ref()?)));
+            let output = generated.logprobs.iter().map(|entry| (usize::MAX, entry));
+            let mut num_seen = 0;
+            for (position, entry) in prompt.chain(output) {
+                let num_named = if position == usize::MAX { 100 } else { 7 * usize::from(position >= 5) };
+                assert_eq!(entry.top.len(), 20 + num_named, "at {position}");
+                let (best, scores) = entry.top.split_at(20);
+                assert!(scores.iter().map(|(token, _)| token).eq(&named[..num_named]));
+                for (token, logprob) in scores {
+                    let same = best.iter().find(|(best, _)| best == token);
+                    assert!(same.is_none_or(|(_, other)| (other - logprob).abs() < 1e-6));
+                    assert!(same.is_some() || *logprob <= best[19].1);
+                    num_seen += usize::from(same.is_some());
+                }
+            }
+            assert!(num_seen > 20, "{num_seen}");
+        }
+        assert!(generated[1].tokens.iter().all(|token| [2, 3].contains(&token.0)));
+        whole.push(generated.into_iter().map(|generated| generated.tokens).collect::<Vec<_>>());
+    }
+    assert_eq!(whole[0], whole[1]);
 }
 
 /// One request of each kind, so that every step mixes variants.

@@ -129,7 +129,7 @@ impl EventWriter {
         match &self.end {
             Some(EndReason::Stop(StopCause::Text(text))) => (Some("stop_sequence"), Some(text)),
             Some(EndReason::Stop(_)) if self.parser.calls() => (Some("tool_use"), None),
-            Some(EndReason::Stop(_) | EndReason::Abort) => (Some("end_turn"), None),
+            Some(EndReason::Stop(_) | EndReason::Repetition | EndReason::Abort) => (Some("end_turn"), None),
             Some(EndReason::Length) => (Some("max_tokens"), None),
             None => (None, None),
         }

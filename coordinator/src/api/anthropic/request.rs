@@ -33,7 +33,7 @@ pub fn to_chat(mut fields: Fields) -> Result<Fields, ApiError> {
 /// # Errors
 /// A field that is wrong or cannot be obeyed.
 pub fn rewritten(mut fields: Fields) -> Result<Fields, ApiError> {
-    for field in NOT_SUPPORTED {
+    for field in NOT_SUPPORTED.iter().chain(&options::OF_CHOICES) {
         fields.neutral(field)?;
     }
     let mut chat = Map::new();

@@ -102,7 +102,7 @@ impl ChunkWriter {
             choices,
             usage: usage.or(self.stream.continuous_usage.then_some(self.usage)),
             system_fingerprint: ends.then_some(SYSTEM_FINGERPRINT),
-            prompt_token_ids: (first && self.answer.options.return_token_ids).then_some(&self.answer.prompt),
+            prompt_token_ids: (first && self.answer.options.tells_token_ids()).then_some(&self.answer.prompt),
         });
     }
 
@@ -131,7 +131,7 @@ impl WriteFrames for ChunkWriter {
         let finish_reason = reason.as_ref().map(|reason| parser.finish_word(reason));
         self.usage.set_reasoning(self.parsers.iter().map(MessageParser::num_reasoning_tokens).sum());
         let options = &self.answer.options;
-        let tokens_wanted = options.return_token_ids && !delta.tokens.is_empty();
+        let tokens_wanted = options.tells_token_ids() && !delta.tokens.is_empty();
         let logprobs_wanted = options.logprobs.is_some() && !delta.logprobs.is_empty();
         if piece.is_empty() && reason.is_none() && !tokens_wanted && !logprobs_wanted {
             return;
@@ -142,7 +142,7 @@ impl WriteFrames for ChunkWriter {
             logprobs: logprobs_wanted.then(|| ChatLogprobs::new(&delta.logprobs, self.answer.names())),
             finish_reason,
             stop_reason: reason.and_then(StopReason::new),
-            token_ids: options.return_token_ids.then_some(&delta.tokens),
+            token_ids: options.tells_token_ids().then_some(&delta.tokens),
         };
         self.push(&[choice], None, false, frames);
     }

@@ -63,7 +63,7 @@ pub fn renamed(error: ApiError) -> ApiError {
 /// # Errors
 /// A field that is wrong or cannot be obeyed.
 pub fn to_chat(mut fields: Fields) -> Result<(Fields, Echo), ApiError> {
-    for field in NOT_SUPPORTED {
+    for field in NOT_SUPPORTED.iter().chain(&options::OF_CHOICES) {
         fields.neutral(field)?;
     }
     let mut chat = Map::new();

@@ -113,7 +113,7 @@ async fn a_client_that_goes_away_aborts_the_sequence() {
 #[tokio::test]
 async fn an_error_in_a_stream_is_a_frame_before_done() {
     let failed = crate::engine::EngineError::GroupFailed { reason: "rank 1 went away".into() };
-    let server = Server::new(move |_| Says { text: "Hi", ending: Ending::Failed(failed.clone()) });
+    let server = Server::new(move |_| Says { text: "Hi", ending: Ending::Failed(failed.clone()), logprob: 0.0 });
     let answer = server.post(PATH, &body(r#","stream":true"#)).await;
     assert_eq!(answer.status, 200);
     let frames = answer.frames();

@@ -61,6 +61,18 @@ async fn the_best_of_several_is_kept() {
     assert_eq!(server.sampling().logprobs, Some(0));
 }
 
+/// The sum counts, not the mean: a short output with unlikely tokens may be likelier than a long one with likely ones.
+#[tokio::test]
+async fn the_best_is_the_likeliest_as_a_whole() {
+    let server = Server::new(|number| {
+        let (text, logprob) = [("a", -1.0), ("abababababababab cd cd", -0.25), ("b", -2.0)][number];
+        Says { logprob, ..Says::length(text) }
+    });
+    let answer = server.post(PATH, r#"{"prompt":"x","n":2,"best_of":3}"#).await.json();
+    let texts: Vec<_> = answer["choices"].as_array().unwrap().iter().map(|choice| choice["text"].clone()).collect();
+    assert_eq!(texts, ["a", "b"]);
+}
+
 #[tokio::test]
 async fn a_model_without_a_tokenizer_takes_ids() {
     let server = Server::with(Setup { has_text: false, ..Setup::default() }, |_| Says::stop("Hi"));

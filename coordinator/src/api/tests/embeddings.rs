@@ -12,6 +12,7 @@ fn server(settings: EmbeddingSettings) -> Server {
     Server::with(Setup { embedding: settings, ..Setup::default() }, |_| Says {
         text: "",
         ending: Ending::Finished(FinishReason::Complete),
+        logprob: 0.0,
     })
 }
 

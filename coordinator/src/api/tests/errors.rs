@@ -66,6 +66,29 @@ async fn bad_parameters_are_named() {
     check(r#""max_tokens":0"#, "max_tokens", "max_tokens must be an integer of at least 1; it is 0").await;
     check(r#""max_tokens":1.5"#, "max_tokens", "max_tokens must be an integer; it is 1.5").await;
     check(r#""logprobs":21"#, "logprobs", "logprobs must be an integer between 0 and 20; it is 21").await;
+    let whole = "logprobs must be an integer between 0 and 20, which the whole vocabulary is above; it is -1";
+    check(r#""logprobs":-1"#, "logprobs", whole).await;
+    check(
+        r#""detokenize":false,"stop":"x""#,
+        "stop",
+        "stop strings are found in text: stop needs detokenize to be true",
+    )
+    .await;
+    check(
+        r#""thinking_token_budget":3"#,
+        "thinking_token_budget",
+        "thinking_token_budget: a budget for the thoughts of a model that marks none is not supported by this server; \
+         leave the field out",
+    )
+    .await;
+    check(
+        r#""thinking_token_budget":3,"guided_choice":["a"]"#,
+        "thinking_token_budget",
+        "thinking_token_budget goes with a grammar in chat only",
+    )
+    .await;
+    let room = "truncate_prompt_tokens must be at most 240, which the model's context leaves for it; it is 241";
+    check(r#""truncate_prompt_tokens":241"#, "truncate_prompt_tokens", room).await;
     check(r#""logprobs":true"#, "logprobs", "logprobs must be an integer; it is a boolean").await;
     check(r#""seed":1e30"#, "seed", "seed must be an integer; it is 1e+30").await;
     check(r#""stop":["a","b","c","d","e"]"#, "stop", "stop must be at most 4 strings; it is 5").await;

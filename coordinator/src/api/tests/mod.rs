@@ -11,6 +11,7 @@ mod responses;
 mod structured;
 mod surroundings;
 mod tools;
+mod traces;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -74,19 +75,21 @@ enum Ending {
 struct Says {
     text: &'static str,
     ending: Ending,
+    /// The log-probability of each of its tokens.
+    logprob: f32,
 }
 
 impl Says {
     fn stop(text: &'static str) -> Self {
-        Self { text, ending: Ending::Finished(FinishReason::Stop(END)) }
+        Self { text, ending: Ending::Finished(FinishReason::Stop(END)), logprob: -0.5 }
     }
 
     fn length(text: &'static str) -> Self {
-        Self { text, ending: Ending::Finished(FinishReason::Length) }
+        Self { text, ending: Ending::Finished(FinishReason::Length), logprob: -0.5 }
     }
 
     fn open(text: &'static str) -> Self {
-        Self { text, ending: Ending::Open }
+        Self { text, ending: Ending::Open, logprob: -0.5 }
     }
 
     async fn send(self, text: Arc<TextModel>, to: Submitted) {
@@ -95,8 +98,9 @@ impl Says {
             tokens.push(token);
         }
         let described = |token: TokenId, count: u32| {
-            let others = [(token, -0.5), (TokenId(40), -1.25), (TokenId(41), -2.5)];
-            TokenLogprobs { token, logprob: -0.5, rank: 1, top: others[..count.min(3) as usize].to_vec() }
+            let logprob = self.logprob;
+            let others = [(token, logprob), (TokenId(40), -1.25), (TokenId(41), -2.5)];
+            TokenLogprobs { token, logprob, rank: 1, top: others[..count.min(3) as usize].to_vec() }
         };
         if let Some(count) = to.sampling.prompt_logprobs {
             let entries = to.prompt[1..].iter().map(|token| described(*token, count)).collect();
@@ -148,6 +152,7 @@ struct Setup {
     keys: Option<KeyRing>,
     origins: AllowedOrigins,
     status: StatusSnapshot,
+    traces: Option<crate::traces::TraceSink>,
 }
 
 impl Default for Setup {
@@ -164,6 +169,7 @@ impl Default for Setup {
             keys: None,
             origins: AllowedOrigins::default(),
             status: StatusSnapshot::default(),
+            traces: None,
         }
     }
 }
@@ -204,6 +210,7 @@ impl Server {
         let mut state = ApiState::new(models.clone(), Arc::new(move || status.clone()));
         state.keys = Arc::new(setup.keys.unwrap_or_else(|| KeyRing::new(&setup.api_keys, None).unwrap()));
         state.origins = setup.origins;
+        state.traces = setup.traces;
         Self { router: router(state), models, cancelled, submitted }
     }
 

@@ -66,7 +66,7 @@ async fn a_response_that_is_cut_says_so() {
 #[tokio::test]
 async fn a_response_that_fails_ends_with_its_error() {
     let gone = || EngineError::GroupFailed { reason: "rank 1 died".into() };
-    let server = Server::new(move |_| Says { text: "Hello", ending: Ending::Failed(gone()) });
+    let server = Server::new(move |_| Says { text: "Hello", ending: Ending::Failed(gone()), logprob: 0.0 });
     let stream = server.post(RESPONSES, r#"{"input":"Hi","stream":true}"#).await;
     let names: Vec<String> = events(&stream).into_iter().map(|(name, _)| name).collect();
     assert_eq!(names[names.len() - 2..], ["error", "response.failed"]);
@@ -78,7 +78,7 @@ async fn a_response_that_fails_ends_with_its_error() {
 #[tokio::test]
 async fn what_fails_before_the_first_event_has_a_status_of_its_own() {
     let gone = || EngineError::GroupFailed { reason: "rank 1 died".into() };
-    let server = Server::new(move |_| Says { text: "", ending: Ending::Failed(gone()) });
+    let server = Server::new(move |_| Says { text: "", ending: Ending::Failed(gone()), logprob: 0.0 });
     for (path, body) in [(RESPONSES, r#""input":"Hi""#), (MESSAGES, HI), ("/v1/chat/completions", HI)] {
         let answer = server.post(path, &format!(r#"{{{body},"stream":true}}"#)).await;
         assert_eq!((answer.status, answer.headers["retry-after"].to_str().unwrap()), (503, "2"), "{path}");
@@ -204,4 +204,21 @@ async fn errors_of_messages_have_their_own_form() {
     let bad = Answer::read(server.send(request).await).await;
     assert_eq!((bad.status, &bad.json()["type"]), (400, &"error".into()));
     assert_eq!(bad.json()["error"]["message"], "max_tokens is required");
+}
+
+#[tokio::test]
+async fn what_only_choices_can_tell_is_refused_by_name() {
+    let server = Server::new(|_| Says::stop("x"));
+    for (path, body) in [
+        ("/v1/responses", r#""input":"x""#),
+        ("/v1/messages", r#""max_tokens":4,"messages":[{"role":"user","content":"x"}]"#),
+    ] {
+        for (field, value) in
+            [("detokenize", "false"), ("logprob_token_ids", "[1]"), ("prompt_logprob_token_ids", "[1]")]
+        {
+            let answer = server.post(path, &format!(r#"{{{body},"{field}":{value}}}"#)).await;
+            assert!(answer.status == 400 && answer.body.contains(field), "{path} {field}: {}", answer.body);
+        }
+        assert_eq!(server.post(path, &format!(r#"{{{body},"detokenize":true}}"#)).await.status, 200);
+    }
 }

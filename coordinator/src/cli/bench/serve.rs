@@ -1,16 +1,15 @@
 //! `coordinator bench serve`: requests that come one by one, as users do.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
-use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
 use super::load::{Lengths, Random};
-use super::trace::{Bar, Summary, Trace};
+use super::trace::{Summary, Trace};
 use super::{BenchRequest, CommonFlags, LengthFlags};
 use crate::cli::target::Target;
 use crate::cli::{CliError, Outcome};
@@ -60,22 +59,12 @@ pub(super) async fn run(target: &Target, flags: &ServeFlags, lengths: &[Lengths]
     let arrivals = random.arrivals(requests.len(), flags.request_rate.0);
     let places = flags.max_concurrency.map_or(Semaphore::MAX_PERMITS, |num| num as usize);
     let places = Arc::new(Semaphore::new(places));
-    let mut bar = Bar::new(requests.len());
-    let mut traces = Vec::with_capacity(requests.len());
-    let started = Instant::now();
-    let mut users: FuturesUnordered<_> = requests
+    let users: FuturesUnordered<_> = requests
         .iter()
         .zip(arrivals)
         .map(|(request, arrival)| user(target, request, arrival, Arc::clone(&places)))
         .collect();
-    while let Some(trace) = users.next().await {
-        let trace = trace?;
-        bar.add(&trace);
-        traces.push(trace);
-    }
-    let duration = started.elapsed();
-    drop(bar);
-    let summary = Summary::new(&traces, duration);
+    let summary = Summary::collect(requests.len(), users).await?;
     let mut table = summary.table();
     summary.latencies(&mut table);
     let (request_rate, max_concurrency) = (flags.request_rate, flags.max_concurrency);

@@ -1,13 +1,11 @@
 //! `coordinator bench throughput`: everything at once, as fast as it goes.
 
-use std::time::Instant;
-
 use clap::Args;
 use futures::StreamExt;
 use serde::Serialize;
 
 use super::load::{Lengths, Random};
-use super::trace::{Bar, Summary, Trace};
+use super::trace::{Summary, Trace};
 use super::{CommonFlags, LengthFlags};
 use crate::cli::Outcome;
 use crate::cli::target::Target;
@@ -37,19 +35,9 @@ struct ThroughputResult<'a> {
 pub(super) async fn run(target: &Target, flags: &ThroughputFlags, lengths: &[Lengths]) -> Outcome {
     let mut random = Random::new(flags.common.prompt_seed);
     let requests = flags.common.requests(target, lengths, &mut random)?;
-    let mut bar = Bar::new(requests.len());
-    let mut traces = Vec::with_capacity(requests.len());
-    let started = Instant::now();
     let calls = requests.iter().map(|request| Trace::record(&target.client, request));
-    let mut ended = futures::stream::iter(calls).buffer_unordered(flags.max_concurrency as usize);
-    while let Some(trace) = ended.next().await {
-        let trace = trace?;
-        bar.add(&trace);
-        traces.push(trace);
-    }
-    let duration = started.elapsed();
-    drop(bar);
-    let summary = Summary::new(&traces, duration);
+    let ended = futures::stream::iter(calls).buffer_unordered(flags.max_concurrency as usize);
+    let summary = Summary::collect(requests.len(), ended).await?;
     let result = ThroughputResult { max_concurrency: flags.max_concurrency, summary: &summary };
     flags.common.report("throughput", &summary.table(), &result)
 }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use futures::{Stream, StreamExt};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::Value;
@@ -97,6 +98,24 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// Of `count` requests that begin as soon as `calls` is asked, with a bar on the way.
+    ///
+    /// # Errors
+    /// That of the first request that fails; the others are dropped.
+    pub async fn collect(
+        count: usize,
+        mut calls: impl Stream<Item = Result<Trace, CliError>> + Unpin,
+    ) -> Result<Self, CliError> {
+        let (mut bar, mut traces) = (Bar::new(count), Vec::with_capacity(count));
+        let started = Instant::now();
+        while let Some(trace) = calls.next().await {
+            let trace = trace?;
+            bar.add(&trace);
+            traces.push(trace);
+        }
+        Ok(Self::new(&traces, started.elapsed()))
+    }
+
     /// Of requests that took `duration` together.
     pub fn new(traces: &[Trace], duration: Duration) -> Self {
         let seconds = duration.as_secs_f64().max(1e-9);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use phalanx_proto::{EventRecord, PlacementGroupStatus, StatusSnapshot, pb};
-use phalanx_trust::{DialError, Token, Trust, channel, dial};
+use phalanx_trust::{DialError, Token, Trust, channel, dial, speaks_tls};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -328,10 +328,21 @@ impl HeadClient {
             reason: format!("no answer within {} s", deadline.as_secs()),
         };
         let reply = tokio::time::timeout(deadline, call).await.map_err(|_| late())?;
-        reply.map(tonic::Response::into_inner).map_err(|status| self.explain(&status))
+        match reply {
+            Ok(reply) => Ok(reply.into_inner()),
+            Err(status) => Err(self.explain(&status).await),
+        }
     }
 
-    fn explain(&self, status: &Status) -> CallError {
+    async fn explain(&self, status: &Status) -> CallError {
+        // A head that speaks TLS closes on plain text: whether its farewell was read first is a matter of luck.
+        if let HeadAddress::Tcp(host) = &self.address
+            && is_of_the_connection(status.code())
+            && speaks_tls(host, defaults::CALL_CONNECT_DEADLINE).await
+        {
+            let reason = "it speaks TLS: leave --insecure away, and give --token".to_owned();
+            return CallError::Distrusted { address: self.address.clone(), reason };
+        }
         explain(&self.address, status)
     }
 }
@@ -401,12 +412,13 @@ pub struct LogText {
     pub name: String,
 }
 
+/// Whether a call failed below the head's own words. `PermissionDenied`: HTTP/2 asks for more security.
+fn is_of_the_connection(code: Code) -> bool {
+    matches!(code, Code::PermissionDenied | Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal)
+}
+
 fn explain(address: &HeadAddress, status: &Status) -> CallError {
     match status.code() {
-        Code::PermissionDenied if matches!(address, HeadAddress::Tcp(_)) => {
-            let reason = "it speaks TLS: leave --insecure away, and give --token".to_owned();
-            CallError::Distrusted { address: address.clone(), reason }
-        }
         Code::Unavailable | Code::Unknown | Code::Cancelled => {
             CallError::Lost { address: address.clone(), reason: status.message().to_owned() }
         }

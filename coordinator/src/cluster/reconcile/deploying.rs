@@ -275,6 +275,12 @@ impl Reconciler {
 
     fn advance_replica(&mut self, index: usize, number: usize, now: Instant) {
         let (name, deployment) = &mut self.deployments[index];
+        if let (Stage::Unplaced, Some(engine)) =
+            (&deployment.replicas[number].stage, &deployment.replicas[number].engine)
+        {
+            // Its requests need not wait for a machine.
+            engine.move_to(deployment.serving().cloned().collect());
+        }
         let replica = &mut deployment.replicas[number];
         let key = GroupKey { deployment: name.clone(), replica: number as u32, incarnation: replica.incarnation };
         match replica.stage {

@@ -80,6 +80,20 @@ impl Scheduler {
         others.any(|other| other.is_in_flight(self.committed_step))
     }
 
+    /// Sequences that wait and could go on with another group at once, in the order of their turns.
+    pub(in crate::engine) fn movable(&self) -> Vec<SeqId> {
+        // One whose constraint is away is not whole.
+        let is_whole = |id: &SeqId| self.sequences.get(id).is_some_and(Sequence::may_sample);
+        self.waiting.iter().map(|turn| turn.id).filter(is_whole).collect()
+    }
+
+    /// Lets a sequence go that waits.
+    pub(in crate::engine) fn take_waiting(&mut self, id: SeqId) -> Option<Sequence> {
+        let place = self.waiting.iter().position(|turn| turn.id == id)?;
+        self.waiting.remove(place);
+        self.sequences.remove(&id)
+    }
+
     fn fail_waiting(&mut self, id: SeqId, error: EngineError) {
         let Some(sequence) = self.sequences.remove(&id) else { return };
         debug_assert!(matches!(sequence.phase, Phase::Waiting), "only waiting sequences fail here");

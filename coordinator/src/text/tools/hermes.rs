@@ -4,10 +4,14 @@ use super::{Body, ToolFormat};
 
 pub(super) const FORMAT: ToolFormat = ToolFormat {
     name: "hermes",
+    also: &["qwen", "qwen25", "qwen3", "generic"],
+    marks: &["<tool_call>"],
+    token: None,
     starts: &["<tool_call>"],
     ends: &["</tool_call>"],
     leading: None,
     body: Body::Json,
+    bare_names: false,
     arguments_key: "arguments",
     open: "<tool_call>\n",
     close: "\n</tool_call>",

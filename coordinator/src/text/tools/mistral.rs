@@ -4,10 +4,14 @@ use super::{Body, ToolFormat};
 
 pub(super) const FORMAT: ToolFormat = ToolFormat {
     name: "mistral",
+    also: &[],
+    marks: &["[TOOL_CALLS]"],
+    token: None,
     starts: &["[TOOL_CALLS]"],
     ends: &["</s>"],
     leading: None,
     body: Body::Json,
+    bare_names: true,
     arguments_key: "arguments",
     open: "[TOOL_CALLS][",
     close: "]",

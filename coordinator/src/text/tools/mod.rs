@@ -79,6 +79,12 @@ pub(crate) enum Body {
 pub struct ToolFormat {
     /// The name that `--tool-call-parser` knows.
     pub name: &'static str,
+    /// Names that habits from elsewhere give it.
+    pub(crate) also: &'static [&'static str],
+    /// Texts that only a chat template has that writes calls so.
+    pub(crate) marks: &'static [&'static str],
+    /// A token that shows it where no template does.
+    pub(crate) token: Option<&'static str>,
     /// Texts that open calls, the form that is written first.
     pub(crate) starts: &'static [&'static str],
     /// Texts that close them.
@@ -86,6 +92,8 @@ pub struct ToolFormat {
     /// An answer that begins with this character may be a call without any opening text.
     pub(crate) leading: Option<char>,
     pub(crate) body: Body,
+    /// Whether a name may stand before its arguments, outside of them.
+    pub(crate) bare_names: bool,
     /// The member that holds the arguments, where calls are JSON.
     pub(crate) arguments_key: &'static str,
     /// What is written around each call, or around all of them.
@@ -104,23 +112,15 @@ const FORMATS: [&ToolFormat; 6] = [
     &qwen3_coder::FORMAT,
     &hermes::FORMAT,
     &mistral::FORMAT,
-    &internlm::FORMAT,
-    &llama3_json::FORMAT,
     &pythonic::FORMAT,
+    &llama3_json::FORMAT,
+    &internlm::FORMAT,
 ];
 
 impl ToolFormat {
     /// The format of a name, as `--tool-call-parser` and its habits from elsewhere give it.
     pub fn named(name: &str) -> Option<&'static Self> {
-        let own = match name {
-            "qwen" | "qwen25" | "qwen3" | "generic" => "hermes",
-            "qwen3_xml" => "qwen3_coder",
-            "llama3" | "llama" | "llama4_json" => "llama3_json",
-            "internlm2" => "internlm",
-            "llama4_pythonic" => "pythonic",
-            other => other,
-        };
-        FORMATS.into_iter().find(|format| format.name == own)
+        FORMATS.into_iter().find(|format| format.name == name || format.also.contains(&name))
     }
 
     /// The names of all formats.
@@ -131,22 +131,10 @@ impl ToolFormat {
     /// The format that a chat template writes, or that the tokens of a vocabulary show; hermes where neither tells.
     pub fn of_model(template: Option<&str>, has_token: impl Fn(&str) -> bool) -> &'static Self {
         let template = template.unwrap_or_default();
-        let writes = |marks: &[&str]| marks.iter().any(|mark| template.contains(mark));
-        if writes(&["<function="]) {
-            &qwen3_coder::FORMAT
-        } else if writes(&["<tool_call>"]) {
-            &hermes::FORMAT
-        } else if writes(&["[TOOL_CALLS]"]) {
-            &mistral::FORMAT
-        } else if writes(&["<|python_start|>", "[func_name1("]) {
-            &pythonic::FORMAT
-        } else if writes(&["<|python_tag|>", "Environment: ipython", "\"parameters\": dictionary of"]) {
-            &llama3_json::FORMAT
-        } else if writes(&["<|action_start|>"]) || has_token("<|action_start|>") {
-            &internlm::FORMAT
-        } else {
-            &hermes::FORMAT
-        }
+        let writes = |format: &&ToolFormat| {
+            format.marks.iter().any(|mark| template.contains(mark)) || format.token.is_some_and(&has_token)
+        };
+        FORMATS.into_iter().find(writes).unwrap_or(&hermes::FORMAT)
     }
 }
 

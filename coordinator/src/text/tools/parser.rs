@@ -2,9 +2,14 @@
 //!
 //! **Invariant:** text that may still become a call is held back, and comes out as text where it does not.
 
-use super::json_call::{CallPiece, Fed, JsonCall};
-use super::literal;
-use super::qwen3_coder::{self, FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END};
+mod objects;
+mod output;
+mod python;
+mod tags;
+
+use self::output::Output;
+use super::json_call::JsonCall;
+use super::qwen3_coder::FUNCTION;
 use super::{Body, Tool, ToolEvent, ToolFormat, Tools};
 
 /// Where the machine stands.
@@ -46,7 +51,6 @@ enum State {
 pub struct ToolParser {
     format: &'static ToolFormat,
     tools: Tools,
-    calls_max: usize,
     state: State,
     /// What may become one of the texts that are waited for.
     held: String,
@@ -56,16 +60,12 @@ pub struct ToolParser {
     function: String,
     /// The region since its last call, to be given back as text where nothing comes of it.
     raw: String,
-    /// White space that counts only if text follows.
-    space: String,
     /// True once a call of this region is known.
     region_has_call: bool,
     /// True where the region has an opening text, so that names need not be known.
     is_marked: bool,
     num_open_lists: usize,
-    num_calls: usize,
-    num_members: usize,
-    events: Vec<ToolEvent>,
+    output: Output,
 }
 
 fn is_name(c: char) -> bool {
@@ -78,25 +78,21 @@ impl ToolParser {
         Self {
             format,
             tools,
-            calls_max,
             state: if format.leading.is_some() { State::Start } else { State::Text },
             held: String::new(),
             word: String::new(),
             function: String::new(),
             raw: String::new(),
-            space: String::new(),
             region_has_call: false,
             is_marked: false,
             num_open_lists: 0,
-            num_calls: 0,
-            num_members: 0,
-            events: Vec::new(),
+            output: Output::new(calls_max),
         }
     }
 
     /// Calls so far.
     pub fn num_calls(&self) -> usize {
-        self.num_calls.min(self.calls_max)
+        self.output.num_calls_out()
     }
 
     /// Takes the next piece of text; gives what it made certain.
@@ -104,30 +100,29 @@ impl ToolParser {
         for c in piece.chars() {
             self.char(c);
         }
-        std::mem::take(&mut self.events)
+        self.output.take()
     }
 
     /// The end of the text: what was held back.
     pub fn finish(&mut self) -> Vec<ToolEvent> {
         let held = std::mem::take(&mut self.held);
         // Behind a call, the beginning of another one that was cut off is no text that anybody should read.
-        let is_cut_off = self.is_marked && self.num_calls > 0;
+        let is_cut_off = self.is_marked && self.output.num_calls() > 0;
         match std::mem::replace(&mut self.state, State::Text) {
             State::Between | State::Name | State::XmlName | State::PythonName if is_cut_off => {}
             State::Json(call) if is_cut_off && !call.is_named() => {}
-            State::Start | State::Text => held.chars().for_each(|c| self.emit_text(c)),
-            State::Broken => self.emit_arguments(&held),
+            State::Start | State::Text => held.chars().for_each(|c| self.output.text(c)),
+            State::Broken => self.output.arguments(&held),
             State::Between | State::Name | State::XmlName | State::PythonName if !self.region_has_call => {
                 self.give_back(&held);
             }
             State::Json(call) if !call.is_named() => self.give_back(&held),
             _ => {}
         }
-        if self.num_calls == 0 {
-            let space = std::mem::take(&mut self.space);
-            self.push_text(&space);
+        if self.output.num_calls() == 0 {
+            self.output.text_ends();
         }
-        std::mem::take(&mut self.events)
+        self.output.take()
     }
 
     fn char(&mut self, c: char) {
@@ -150,11 +145,9 @@ impl ToolParser {
         }
     }
 
-    // ---- outside of calls ----
-
     fn start(&mut self, c: char) {
         if c.is_whitespace() {
-            self.space.push(c);
+            self.output.space(c);
             self.state = State::Start;
         } else if Some(c) == self.format.leading {
             self.open(false);
@@ -180,7 +173,7 @@ impl ToolParser {
                 return;
             } else {
                 let first = self.held.remove(0);
-                self.emit_text(first);
+                self.output.text(first);
             }
         }
     }
@@ -198,7 +191,7 @@ impl ToolParser {
     fn give_back(&mut self, rest: &str) {
         let raw = std::mem::take(&mut self.raw);
         self.state = State::Text;
-        raw.chars().chain(rest.chars()).for_each(|c| self.emit_text(c));
+        raw.chars().chain(rest.chars()).for_each(|c| self.output.text(c));
     }
 
     /// The region ended without its closing text: what was skipped since its last call is text, and `c` may be anything.
@@ -206,8 +199,6 @@ impl ToolParser {
         self.give_back("");
         self.text(c);
     }
-
-    // ---- inside a region ----
 
     /// Waits for an opening or closing text, or takes what separates calls.
     fn between(&mut self, c: char) {
@@ -273,9 +264,9 @@ impl ToolParser {
         }
     }
 
-    /// The later form of Mistral.
+    /// True where a name may begin a call here.
     fn names_stand_alone(&self) -> bool {
-        self.format == &super::mistral::FORMAT && !self.region_has_call && self.num_open_lists == 0
+        self.format.bare_names && !self.region_has_call && self.num_open_lists == 0
     }
 
     /// True where a name makes a call: with an opening text any name does, without one only that of a tool.
@@ -292,282 +283,11 @@ impl ToolParser {
         self.state = State::Between;
     }
 
-    // ---- calls as JSON ----
-
-    fn json(&mut self, mut call: Box<JsonCall>, c: char) {
-        let mut pieces = Vec::new();
-        let fed = call.feed(c, &mut pieces);
-        for piece in pieces {
-            match piece {
-                CallPiece::Name(name) if self.accepts(&name) => self.emit_call(name),
-                CallPiece::Name(_) => {
-                    self.raw.push(c);
-                    self.give_back("");
-                    return;
-                }
-                CallPiece::Arguments(text) => self.emit_arguments(&text),
-            }
-        }
-        match fed {
-            Fed::More => {
-                self.raw.push(c);
-                self.state = State::Json(call);
-            }
-            Fed::Done => self.call_ended(),
-            Fed::Failed if call.is_named() => {
-                self.state = State::Broken;
-                self.broken(c);
-            }
-            Fed::Failed => self.leave(c),
-        }
-    }
-
-    fn name(&mut self, c: char) {
-        self.raw.push(c);
-        if c != '{' {
-            let fits = is_name(c) || c.is_whitespace() || matches!(c, '[' | ']');
-            if !fits {
-                self.raw.pop();
-                return self.leave(c);
-            }
-            self.word.push(c);
-            self.state = State::Name;
-            return;
-        }
-        let word = std::mem::take(&mut self.word);
-        // `[CALL_ID]...` and `[ARGS]` stand between the name and its arguments.
-        let name = word.split('[').next().unwrap_or_default().trim();
-        if name.is_empty() {
-            self.raw.pop();
-            return self.leave(c);
-        }
-        self.emit_call(name.to_owned());
-        self.object(c, 0, false, false);
-    }
-
-    fn object(&mut self, c: char, depth: u32, in_string: bool, escaped: bool) {
-        self.emit_arguments(c.encode_utf8(&mut [0; 4]));
-        let (depth, now_in_string) = match c {
-            _ if escaped => (depth, in_string),
-            '"' => (depth, !in_string),
-            '{' | '[' if !in_string => (depth + 1, false),
-            '}' | ']' if !in_string => (depth.saturating_sub(1), false),
-            _ => (depth, in_string),
-        };
-        let escaped = in_string && c == '\\' && !escaped;
-        if depth == 0 {
-            return self.call_ended();
-        }
-        self.state = State::Object { depth, in_string: now_in_string, escaped };
-    }
-
-    fn broken(&mut self, c: char) {
-        self.state = State::Broken;
-        self.held.push(c);
-        while !self.held.is_empty() {
-            if self.format.ends.contains(&self.held.as_str()) {
-                self.held.clear();
-                self.raw.clear();
-                self.state = State::Text;
-                return;
-            } else if self.format.ends.iter().any(|end| end.starts_with(self.held.as_str())) {
-                return;
-            }
-            let first = self.held.remove(0);
-            self.emit_arguments(first.encode_utf8(&mut [0; 4]));
-        }
-    }
-
-    // ---- calls as tags ----
-
-    fn xml_name(&mut self, c: char) {
-        if c != '>' {
-            self.raw.push(c);
-            if !is_name(c) && !c.is_whitespace() {
-                self.raw.pop();
-                return self.leave(c);
-            }
-            self.word.push(c);
-            self.state = State::XmlName;
-            return;
-        }
-        let name = std::mem::take(&mut self.word).trim().to_owned();
-        if name.is_empty() {
-            return self.leave(c);
-        }
-        self.emit_call(name);
-        self.emit_arguments("{");
-        self.num_members = 0;
-        self.state = State::XmlInside;
-    }
-
-    /// Between parameters: only a tag matters.
-    fn xml_inside(&mut self, c: char) {
-        self.state = State::XmlInside;
-        self.held.push(c);
-        loop {
-            match self.held.as_str() {
-                "" => return,
-                PARAMETER => {
-                    self.held.clear();
-                    self.word.clear();
-                    self.state = State::XmlKey;
-                    return;
-                }
-                FUNCTION_END => {
-                    self.held.clear();
-                    self.emit_arguments("}");
-                    return self.call_ended();
-                }
-                held if PARAMETER.starts_with(held) || FUNCTION_END.starts_with(held) => return,
-                _ => drop(self.held.remove(0)),
-            }
-        }
-    }
-
-    fn xml_key(&mut self, c: char) {
-        if c == '>' {
-            let key = std::mem::take(&mut self.word).trim().to_owned();
-            self.state = State::XmlValue { key };
-        } else {
-            self.word.push(c);
-            self.state = State::XmlKey;
-        }
-    }
-
-    fn xml_value(&mut self, key: String, c: char) {
-        self.word.push(c);
-        // A model that forgets to close a parameter still closes the function.
-        for (end, closes_call) in [(PARAMETER_END, false), (FUNCTION_END, true)] {
-            let Some(value) = self.word.strip_suffix(end) else { continue };
-            let value = qwen3_coder::to_json(self.tool(&self.function), &key, value);
-            self.word.clear();
-            self.emit_member(&key, &value);
-            if closes_call {
-                self.emit_arguments("}");
-                return self.call_ended();
-            }
-            self.state = State::XmlInside;
-            return;
-        }
-        self.state = State::XmlValue { key };
-    }
-
-    // ---- calls as Python ----
-
-    fn python_name(&mut self, c: char) {
-        if is_name(c) {
-            self.raw.push(c);
-            self.word.push(c);
-            self.state = State::PythonName;
-            return;
-        }
-        let name = std::mem::take(&mut self.word);
-        if c != '(' || !self.accepts(&name) {
-            return self.leave(c);
-        }
-        self.emit_call(name);
-        self.emit_arguments("{");
-        self.num_members = 0;
-        self.state = State::PythonArguments { depth: 0, quote: None, escaped: false, num_arguments: 0 };
-    }
-
-    fn python_arguments(&mut self, c: char, depth: u32, quote: Option<char>, escaped: bool, num_arguments: usize) {
-        let ends_value = quote.is_none() && depth == 0 && matches!(c, ',' | ')');
-        if ends_value {
-            let word = std::mem::take(&mut self.word);
-            let num_arguments = num_arguments + usize::from(self.python_value(&word, num_arguments));
-            if c == ')' {
-                self.emit_arguments("}");
-                return self.call_ended();
-            }
-            self.state = State::PythonArguments { depth, quote, escaped: false, num_arguments };
-            return;
-        }
-        self.word.push(c);
-        let (depth, next_quote) = match (quote, c) {
-            _ if escaped => (depth, quote),
-            (Some(open), c) if c == open => (depth, None),
-            (None, '\'' | '"') => (depth, Some(c)),
-            (None, '[' | '(' | '{') => (depth + 1, None),
-            (None, ']' | ')' | '}') => (depth.saturating_sub(1), None),
-            _ => (depth, quote),
-        };
-        let escaped = quote.is_some() && c == '\\' && !escaped;
-        self.state = State::PythonArguments { depth, quote: next_quote, escaped, num_arguments };
-    }
-
-    /// One argument of a call; false where there is none.
-    fn python_value(&mut self, word: &str, number: usize) -> bool {
-        let word = word.trim();
-        if word.is_empty() {
-            return false;
-        }
-        let keyed = word.split_once('=').filter(|(key, _)| key.trim().chars().all(is_name));
-        let (key, value) = match keyed {
-            Some((key, value)) => (key.trim().to_owned(), value),
-            None => (self.parameter_at(number), word),
-        };
-        let json = literal::to_json(value).unwrap_or_else(|| value.trim().into());
-        self.emit_member(&key, &json.to_string());
-        true
-    }
-
-    /// The name of an argument that is told by its place.
-    fn parameter_at(&self, number: usize) -> String {
-        let properties = self.tool(&self.function).and_then(|tool| {
-            let properties = tool.parameters.get("properties")?.as_object()?;
-            properties.keys().nth(number).cloned()
-        });
-        properties.unwrap_or_else(|| format!("arg{number}"))
-    }
-
-    // ---- what comes out ----
-
-    fn emit_call(&mut self, name: String) {
-        self.space.clear();
+    fn begin_call(&mut self, name: String) {
         self.region_has_call = true;
-        let index = self.num_calls;
-        self.num_calls += 1;
         // From here on nothing is given back.
         self.raw.clear();
         self.function.clone_from(&name);
-        if index < self.calls_max {
-            self.events.push(ToolEvent::Call { index, name });
-        }
-    }
-
-    fn emit_member(&mut self, key: &str, value: &str) {
-        let comma = if self.num_members > 0 { ", " } else { "" };
-        self.num_members += 1;
-        let key = serde_json::Value::from(key);
-        self.emit_arguments(&format!("{comma}{key}: {value}"));
-    }
-
-    fn emit_arguments(&mut self, piece: &str) {
-        let last = self.num_calls.saturating_sub(1);
-        if last >= self.calls_max || piece.is_empty() {
-            return;
-        }
-        match self.events.last_mut() {
-            Some(ToolEvent::Arguments { index, text }) if *index == last => text.push_str(piece),
-            _ => self.events.push(ToolEvent::Arguments { index: last, text: piece.to_owned() }),
-        }
-    }
-
-    fn emit_text(&mut self, c: char) {
-        self.space.push(c);
-        if !c.is_whitespace() {
-            let text = std::mem::take(&mut self.space);
-            self.push_text(&text);
-        }
-    }
-
-    fn push_text(&mut self, piece: &str) {
-        match self.events.last_mut() {
-            _ if piece.is_empty() => {}
-            Some(ToolEvent::Text(text)) => text.push_str(piece),
-            _ => self.events.push(ToolEvent::Text(piece.to_owned())),
-        }
+        self.output.call(name);
     }
 }

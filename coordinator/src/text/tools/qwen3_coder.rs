@@ -8,10 +8,14 @@ use super::{Body, Tool, ToolFormat};
 
 pub(super) const FORMAT: ToolFormat = ToolFormat {
     name: "qwen3_coder",
+    also: &["qwen3_xml"],
+    marks: &["<function="],
+    token: None,
     starts: &["<tool_call>", "<function="],
     ends: &["</tool_call>"],
     leading: None,
     body: Body::Xml,
+    bare_names: false,
     arguments_key: "",
     open: "<tool_call>\n",
     close: "\n</tool_call>",

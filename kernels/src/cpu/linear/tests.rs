@@ -13,21 +13,6 @@ use crate::{
     cpu::{Pool, Waiting},
 };
 
-const FORMATS: [StoredType; 12] = [
-    StoredType::F32,
-    StoredType::F16,
-    StoredType::BF16,
-    StoredType::Q4_0,
-    StoredType::Q4_1,
-    StoredType::Q5_0,
-    StoredType::Q5_1,
-    StoredType::Q8_0,
-    StoredType::Q4K,
-    StoredType::Q5K,
-    StoredType::Q6K,
-    StoredType::IQ4NL,
-];
-
 /// A small generator (xorshift), so that cases repeat.
 struct Random(u64);
 
@@ -104,7 +89,7 @@ fn one_thread() -> Pool {
 #[test]
 fn rows_are_those_of_the_reference_library() {
     let mut random = Random(7);
-    for dtype in FORMATS {
+    for dtype in StoredType::ALL {
         let reference = match dtype {
             StoredType::F32 => GgmlDType::F32,
             StoredType::F16 => GgmlDType::F16,
@@ -182,7 +167,7 @@ fn check_accuracy(isa: Isa, dtype: StoredType, activations: Activations, cols: u
 fn products_agree_with_f64() {
     for isa in Isa::available() {
         for activations in [Activations::Float32, Activations::Int8] {
-            for dtype in FORMATS {
+            for dtype in StoredType::ALL {
                 check_accuracy(isa, dtype, activations, 256);
                 check_accuracy(isa, dtype, activations, 1536);
             }
@@ -219,7 +204,7 @@ fn rows_do_not_depend_on_their_batch() {
     let some: Vec<usize> = (1..=20).chain([31, 63, 64, 65, 79, 129]).collect();
     let mut random = Random(17);
     for isa in Isa::available() {
-        for dtype in FORMATS {
+        for dtype in StoredType::ALL {
             for activations in [Activations::Float32, Activations::Int8] {
                 let parts = vec![random.matrix(dtype, 39, 512)];
                 let batches = if isa == Isa::detect() { &every } else { &some };
@@ -255,7 +240,7 @@ fn rows_do_not_depend_on_their_batch_at_odd_sizes() {
 fn tiers_compute_the_same_bits() {
     let mut random = Random(23);
     let pool = one_thread();
-    for dtype in FORMATS {
+    for dtype in StoredType::ALL {
         for activations in [Activations::Float32, Activations::Int8] {
             let w = CpuMatrix::pack(vec![random.matrix(dtype, 50, 768)], activations).unwrap();
             let gate = random.matrix(dtype, 50, 768);

@@ -44,6 +44,10 @@ use upload::Uploader;
 /// Longest wait for a step, or for what is before an upload.
 const STEP_DEADLINE: Duration = Duration::from_secs(120);
 
+/// Longest wait of a kernel for another rank, where nobody asks for more: twice the head's shortest deadline of a step, so that the
+/// head, which knows who died, speaks first where it can.
+pub const PEER_WAIT: Duration = Duration::from_secs(10);
+
 /// How a backend is opened.
 #[derive(Debug, Clone)]
 pub struct CudaSettings {
@@ -57,6 +61,8 @@ pub struct CudaSettings {
     pub head_dim: usize,
     /// Query heads of one KV head.
     pub group: usize,
+    /// Longest wait of a kernel for another rank.
+    pub peer_wait_max: Duration,
     /// Never records steps.
     pub enforce_eager: bool,
     /// Exchanges through NCCL even with devices whose memory it reaches.
@@ -103,8 +109,8 @@ impl CudaOps {
         let shared_bytes_max = context.device().shared_bytes_max;
         let kernels = Kernels::find(&modules, settings.dtype, settings.head_dim, settings.group, shared_bytes_max)?;
         let mut collective = collective;
-        let CudaSettings { dtype, hidden_size: hidden, only_nccl, .. } = *settings;
-        let exchange = Exchange { dtype, hidden, only_nccl };
+        let CudaSettings { dtype, hidden_size: hidden, only_nccl, peer_wait_max: wait_max, .. } = *settings;
+        let exchange = Exchange { dtype, hidden, only_nccl, wait_max };
         let group = Group::form(&context, &stream, &modules, &exchange, &mut *collective)?;
         let blas = if settings.dtype == Dtype::F32 { None } else { Some(BlasLt::new(&context)?) };
         Ok(Self {

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::statvfs::statvfs;
 use phalanx_kernels::cpu::Isa;
+use time::OffsetDateTime;
 
 use super::{Check, Doctor, gib};
 use crate::agent::node;
@@ -133,18 +134,11 @@ fn clock(now: SystemTime, source: &str) -> Check {
     Check::ok("clock", found)
 }
 
-/// `2026-02-03 04:05:06` of seconds since 1970 (Howard Hinnant, "chrono-compatible low-level date algorithms").
+/// `2026-02-03 04:05:06` of seconds since 1970, in UTC; a clock beyond the calendar is at its beginning.
 fn date(seconds: u64) -> String {
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let day_of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!("{year}-{month:02}-{day:02} {:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60)
+    let at = OffsetDateTime::from_unix_timestamp(seconds.cast_signed()).unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let (month, day) = (u8::from(at.month()), at.day());
+    format!("{}-{month:02}-{day:02} {:02}:{:02}:{:02}", at.year(), at.hour(), at.minute(), at.second())
 }
 
 /// `head`: the record of this home's head, empty where none runs.

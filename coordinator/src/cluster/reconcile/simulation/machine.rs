@@ -137,7 +137,7 @@ impl RankSim {
             launch_token: self.token.clone(),
             version: VERSION.into(),
             device: "made-up".into(),
-            resumes: self.was_ready.then_some(RankResumes { capacity, num_blocks: NUM_BLOCKS }),
+            resumes: self.was_ready.then_some(RankResumes { capacity, num_blocks: NUM_BLOCKS, last_plan: None }),
         };
         let link = RankLink { rank: key.rank, commands, events: incoming };
         around.tell_head(ClusterEvent::RankDialed { hello, link, reply: answer });

@@ -14,6 +14,7 @@ use nccl_rs::{Library, Search};
 use super::nccl::NcclGroup;
 use super::peers::Peers;
 use super::{Exchange, Rows};
+use crate::cuda::backend::PEER_WAIT;
 use crate::cuda::backend::buffers::Dtype;
 use crate::cuda::peer_plan::{Algorithm, PeerOp, PeerPlan, Rule};
 use crate::cuda::{Context, DeviceMemory, Event, GraphExec, ModuleSet, ModuleSettings, Priority, Stream};
@@ -155,7 +156,7 @@ impl ReduceBench {
         let dtype = if context.device().has_bfloat16() { Dtype::Bf16 } else { Dtype::F16 };
         let stream = Stream::new(&context, Priority::High)?;
         let modules = ModuleSet::new(&context, modules.clone());
-        let exchange = Exchange { dtype, hidden: HIDDEN, only_nccl: false };
+        let exchange = Exchange { dtype, hidden: HIDDEN, only_nccl: false, wait_max: PEER_WAIT };
         let peers = Peers::form(&context, &stream, &modules, &exchange, &mut *collective)?;
         let (nccl, nccl_missing) = match join(&exchange, &mut *collective)? {
             Ok(nccl) => (Some(nccl), None),

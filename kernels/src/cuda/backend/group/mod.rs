@@ -10,6 +10,8 @@ mod bench;
 mod nccl;
 mod peers;
 
+use std::time::Duration;
+
 use super::CudaOps;
 use super::buffers::Dtype;
 use crate::cuda::{Context, ModuleSet, Span, Stream};
@@ -36,6 +38,8 @@ pub(super) struct Exchange {
     pub hidden: usize,
     /// Through NCCL, whether or not devices reach each other's memory.
     pub only_nccl: bool,
+    /// Longest wait of a kernel for another rank.
+    pub wait_max: Duration,
 }
 
 /// Rows that are summed and normalised.

@@ -20,9 +20,6 @@ use crate::cuda::{
 };
 use crate::{Collective, CollectiveError, KernelError, kernel_args};
 
-/// Longest wait of a kernel for another rank: twice the head's shortest deadline of a step, so that the head, which knows who
-/// died, speaks first where it can.
-const WAIT_MAX: Duration = Duration::from_secs(10);
 /// Most bytes of a rank in a gather of small records.
 const GATHER_BYTES_MAX: u32 = 64 << 10;
 /// Bytes of a piece of a one-shot reduction, and of a two-shot one.
@@ -47,6 +44,7 @@ pub(in super::super) struct Peers {
     /// The device, for those who read that it waited.
     device: String,
     is_dependent: bool,
+    wait_max: Duration,
     words: PinnedMemory,
     _mapped: Vec<PeerMemory>,
     _own: DeviceMemory,
@@ -129,7 +127,7 @@ impl Peers {
         let host = HostWords {
             abort: address + ABORT_WORD as u64 * 4,
             status: address + STATUS_AT as u64,
-            limit_ns: WAIT_MAX.as_nanos() as u64,
+            limit_ns: exchange.wait_max.as_nanos() as u64,
         };
         let unfit = |reason: String| KernelError::from(CollectiveError::Setup { reason });
         let group = layout.group(rank as u32, &bases, host).map_err(|error| unfit(error.to_string()))?;
@@ -145,6 +143,7 @@ impl Peers {
             rank,
             device: format!("{} ({})", device.name, device.uuid),
             is_dependent: has_clusters,
+            wait_max: exchange.wait_max,
             words,
             _mapped: mapped,
             _own: own,
@@ -165,7 +164,7 @@ impl Peers {
         let word = |index: usize| u64::from(self.words.words()[index].load(Ordering::Relaxed));
         let status = word(STATUS_AT / 4) | word(STATUS_AT / 4 + 1) << 32;
         let Some(failure) = PeerFailure::from_status(status) else { return Ok(()) };
-        let limit_ms = (!failure.aborted).then_some(WAIT_MAX.as_millis() as u64);
+        let limit_ms = (!failure.aborted).then_some(self.wait_max.as_millis() as u64);
         let (rank, device) = (self.rank, self.device.clone());
         Err(CollectiveError::DeviceWait { op: failure.kernel, rank, device, peer: failure.peer as usize, limit_ms }
             .into())
