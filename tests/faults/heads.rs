@@ -87,7 +87,7 @@ impl HeadsScene {
             Expected::TakenOver => self.take_over(cell, leader, standby, company),
             Expected::Unnoticed => self.go_unnoticed(cell, &before, company),
             Expected::Refused => self.fill_etcd(cell, &before, company),
-            other => panic!("{other:?} is not of two heads"),
+            other => unreachable!("{other:?} is not of two heads"),
         }
     }
 

@@ -150,7 +150,7 @@ impl Scene {
             Expected::NoBreak => self.jump(cell, &before, company),
             Expected::Named => self.slow_down(company),
             Expected::Refused => self.fill_disk(cell, &before, company),
-            Expected::TakenOver | Expected::Unnoticed => panic!("a cell of two heads"),
+            Expected::TakenOver | Expected::Unnoticed => unreachable!("a cell of two heads"),
         }
     }
 
