@@ -25,8 +25,12 @@ class Cluster:
     def __init__(self, num_devices, device="cuda"):
         self.programs = os.environ["PHALANX_TEST_PROGRAMS"]
         self.home = tempfile.mkdtemp(prefix="phalanx-script-")
-        ports = ["--port", 0, "--http-port", 0, "--dashboard-port", 0]
-        started = self.run("coordinator", "start", "--head", "--device", device, "--num-gpus", num_devices, *ports, "--json")
+        self.flags = ["--device", device, "--num-gpus", num_devices, "--port", 0, "--http-port", 0, "--dashboard-port", 0]
+        self.start_head()
+
+    def start_head(self):
+        """Starts the head; one that follows a dead one has its ports."""
+        started = self.run("coordinator", "start", "--head", *self.flags, "--json")
         self.address = json.loads(started)["http"].removeprefix("http://")
 
     def __enter__(self):

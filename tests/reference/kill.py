@@ -1,11 +1,12 @@
-"""Kills ranks of a served model while streams run: what its users and its devices notice.
+"""Kills ranks and the head of a served model while streams run: what its users and its devices notice.
 
-    python3 kill.py CONFIG [--size N] [--streams N] [--tokens N] [--kills N] [--dtype TYPE] [--serve-flags FLAGS]
+    python3 kill.py CONFIG [--size N] [--streams N] [--tokens N] [--kills N] [--head-kills N] [--dtype TYPE] [--serve-flags FLAGS]
 
 Serves made-up weights (the same in every run), takes the texts of greedy streams that run undisturbed, and then, for each kill,
 runs the same streams again and ends one rank by `kill -9` while all of them decode. Prints for each kill the longest pause of any
 stream, how long the old processes stayed, when the group was ready again, how many texts are equal to the undisturbed ones, and the
-memory in use on each device. Fails where a stream is lost, a pause reaches ten seconds, a text differs at a token that was not
+memory in use on each device. Then it kills the head as often as it is told to, starts it again, and prints how soon connections
+were closed, when the deployment was ready again, by the same ranks, and the same of texts that are asked for anew. Fails where a stream is lost, a pause reaches ten seconds, a head takes three seconds or its ranks start again, a text differs at a token that was not
 nearly a tie, or memory is not as before. Nothing but the standard library.
 """
 
@@ -24,6 +25,8 @@ from cluster import Cluster, Failed
 
 PAUSE_MAX = 10.0
 PROCESS_END_MAX = 30.0
+# Connections of a dead head are closed, and its deployment is ready after it has been started again.
+CLOSED_MAX, HEAD_BACK_MAX = 1.0, 3.0
 PROMPT_LENGTH = 128
 # Tokens that every stream has when a rank is killed.
 NUM_BEFORE = 100
@@ -165,6 +168,27 @@ def kill_once(cluster, start, expected, number, ready_mib, device):
     return is_exact and is_steady and pause < PAUSE_MAX
 
 
+def kill_head_once(cluster, start, expected, number):
+    """Kills the head in the middle of all streams, and starts it again; whether its ranks went on with their weights."""
+    pids, streams = cluster.ranks(), start()
+    wait_for("all streams to decode", 120, lambda: all(len(stream.token_ids) >= NUM_BEFORE or stream.error for stream in streams))
+    os.kill(cluster.status()["head"]["pid"], signal.SIGKILL)
+    started = time.monotonic()
+    for stream in streams:
+        stream.join(PAUSE_MAX)
+    closed = time.monotonic() - started
+    lost = sum(stream.error is not None for stream in streams)
+    started = time.monotonic()
+    cluster.start_head()
+    wait_for("the deployment to be ready", 300, lambda: cluster.status()["deployments"][0]["state"] == "ready")
+    ready, kept = time.monotonic() - started, cluster.ranks() == pids
+    label = f"head {number + 1}"
+    words = "the same ranks" if kept else "OTHER RANKS"
+    print(f"{label}: {lost} connections closed after {closed:.2f} s, ready {ready:.2f} s after the start, {words}", flush=True)
+    is_exact = compare(cluster, expected, finish(start()), label)
+    return is_exact and kept and lost == len(streams) and closed < CLOSED_MAX and ready < HEAD_BACK_MAX
+
+
 def is_ready(cluster, old):
     status = cluster.status()
     pids = {rank["pid"] for rank in status["ranks"] if rank["state"] == "ready"}
@@ -178,6 +202,7 @@ def main():
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=800, help="tokens of each stream")
     parser.add_argument("--kills", type=int, default=3, help="at most five: a group that falls more often is given up")
+    parser.add_argument("--head-kills", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda", help="cpu: to try this script where there is no GPU")
     parser.add_argument("--serve-flags", default="", help="more flags of `coordinator serve`")
@@ -198,6 +223,8 @@ def main():
         ready_mib = used_mib(arguments.device)
         for number in range(arguments.kills):
             is_well &= kill_once(cluster, start, expected, number, ready_mib, arguments.device)
+        for number in range(arguments.head_kills):
+            is_well &= kill_head_once(cluster, start, expected, number)
     after = used_mib(arguments.device)
     print(f"memory when all has ended: {after} MiB", flush=True)
     is_well &= all(now <= then + MEMORY_SLACK_MIB for now, then in zip(after, before))
