@@ -15,7 +15,8 @@ use phalanx_kernels::{
     InputLimits, KernelError, Ops, SamplerKind, Scored, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep,
 };
 use phalanx_proto::{
-    Epoch, PooledRow, PromptLogprobs, Rank, SampledRow, SamplerVariant, SeqSlot, StepId, StepOutput, StepPlan, TokenId,
+    Epoch, Phase, PooledRow, PromptLogprobs, Rank, SampledRow, SamplerVariant, SeqSlot, StepId, StepOutput, StepPlan,
+    TokenId,
 };
 
 use crate::decoder::Decoder;
@@ -121,6 +122,11 @@ impl<B: Ops> Runner<B> {
         self.pools = Pools::default();
         self.record = record;
         Ok(())
+    }
+
+    /// The phase of [`Self::warm_up`]: where steps are recorded, most of its time goes into that.
+    pub fn warm_up_phase(&self) -> Phase {
+        if self.ops.records_steps() { Phase::Graphs } else { Phase::WarmUp }
     }
 
     /// Runs what the backend wants to have run before the first plan. Collective. `progress` hears fractions from 0 to 1.

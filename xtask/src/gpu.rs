@@ -86,6 +86,8 @@ fn write(folder: &Path, programs: &[(String, PathBuf)]) -> anyhow::Result<()> {
             place_folder(&entry.path(), &folder.join("goldens").join(entry.file_name()))?;
         }
     }
+    // Beside the place of the model: whoever does not put it there means to go without.
+    fs::write(folder.join("models/unavailable"), "not packed\n").context("cannot write models/unavailable")?;
     place_folder(&root().join("tests/configs"), &folder.join("configs"))?;
     let scripts = folder.join("reference");
     fs::create_dir_all(&scripts).with_context(|| format!("cannot make {}", scripts.display()))?;

@@ -122,7 +122,7 @@ pub async fn with_text<T: Send + 'static>(
 /// # Errors
 /// That.
 pub fn check_priority(priority: i32, policy: Policy) -> Result<(), ApiError> {
-    if priority != 0 && policy == Policy::Fcfs {
+    if priority != 0 && !policy.reads_priority() {
         let rule = "this model is served with --scheduling-policy fcfs: priority must be 0";
         return Err(ApiError::Conflict { param: "priority", rule });
     }

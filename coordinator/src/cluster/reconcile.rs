@@ -194,6 +194,17 @@ impl Reconciler {
         self.deployments.iter_mut().find(|(known, _)| known == name).map(|(_, deployment)| deployment)
     }
 
+    /// The same for somebody who named it.
+    fn known_deployment(&mut self, name: &DeploymentName) -> Result<&mut Deployment, ClusterError> {
+        match self.deployments.iter().position(|(known, _)| known == name) {
+            Some(at) => Ok(&mut self.deployments[at].1),
+            None => {
+                let known = self.deployments.iter().map(|(name, _)| name.to_string()).collect();
+                Err(ClusterError::UnknownDeployment { name: name.clone(), known })
+            }
+        }
+    }
+
     /// The replica, if the key's incarnation is its present one.
     fn replica_mut(&mut self, key: &GroupKey) -> Option<&mut Replica> {
         let deployment = self.deployment_mut(&key.deployment)?;

@@ -103,6 +103,11 @@ pub trait Ops {
         vec![WarmUpStep { num_prompt_tokens: 4, ..WarmUpStep::default() }]
     }
 
+    /// Whether those steps are recorded, to be replayed later.
+    fn records_steps(&self) -> bool {
+        false
+    }
+
     // ---- around a forward ----
 
     /// Begins a step: puts its inputs on the device.

@@ -60,7 +60,7 @@ fn serve_on<B: Ops + 'static>(ops: B, setup: &RankSetup, load: &LoadModel, head:
     let num_blocks = head.num_blocks()?;
     head.enter(Phase::KvCache, format!("{num_blocks} blocks"))?;
     let mut runner = shard.into_runner(load, setup.incarnation, num_blocks)?;
-    head.enter(Phase::WarmUp, "")?;
+    head.enter(runner.warm_up_phase(), "")?;
     runner.warm_up(|fraction| head.fraction(fraction))?;
     head.enter(Phase::Ready, "")?;
     head.send(RankEvent::Ready { num_blocks })?;

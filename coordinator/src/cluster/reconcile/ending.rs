@@ -21,10 +21,9 @@ impl Reconciler {
         reply: oneshot::Sender<Result<(), ClusterError>>,
         now: Instant,
     ) {
-        let known = self.deployments.iter().map(|(name, _)| name.to_string()).collect();
-        let Some(deployment) = self.deployment_mut(name) else {
-            let _ = reply.send(Err(ClusterError::UnknownDeployment { name: name.clone(), known }));
-            return;
+        let deployment = match self.known_deployment(name) {
+            Ok(deployment) => deployment,
+            Err(error) => return drop(reply.send(Err(error))),
         };
         deployment.undeploy_replies.push(reply);
         self.begin_stop(name, now);

@@ -57,6 +57,14 @@ pub struct Turn {
 }
 
 impl Policy {
+    /// Whether a request's own number changes its turn.
+    pub fn reads_priority(self) -> bool {
+        match self {
+            Self::Fcfs => false,
+            Self::Priority => true,
+        }
+    }
+
     /// Puts a sequence in the queue: a new one, or one that was preempted.
     pub fn enqueue(self, waiting: &mut VecDeque<Turn>, turn: Turn) {
         let place = match self {

@@ -107,6 +107,10 @@ impl Ops for CudaOps {
         warm_up_steps(limits, planner(&self.context, limits).split_context() as usize)
     }
 
+    fn records_steps(&self) -> bool {
+        !self.enforce_eager
+    }
+
     fn load_inputs(&mut self, step: &StepInputs, inputs: &mut CudaInputs) -> Result<(), KernelError> {
         crate::cpu::inputs::check(step, &inputs.limits)?;
         let stream = std::rc::Rc::clone(&self.stream);
