@@ -77,6 +77,7 @@ fn attention(num_threads: usize, dtype: StoredType) -> Result<(), KernelError> {
         out_column: 0,
         scale: 0.125,
         window: None,
+        soft_cap: None,
     };
     let num_blocks = POSITIONS / BLOCK;
     let mut kv = ops.kv_layer(KvShape { num_blocks, block_size: BLOCK, num_kv_heads: 3, head_dim: 64, dtype })?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use phalanx_formats::StoredType;
 use phalanx_kernels::{
-    HostMatrix, KernelError,
+    GateActivation, HostMatrix, KernelError,
     cpu::{Activations, CpuMatrix, Isa, Pool, Scratch, Waiting, gate_up, linear},
 };
 
@@ -105,7 +105,7 @@ impl Model {
             let hidden = &x[..rows * self.hidden];
             linear(pool, scratch, hidden, &layer.qkv, None, &mut buffers.out[..rows * QKV])?;
             linear(pool, scratch, hidden, &layer.o, None, &mut buffers.out[..rows * self.hidden])?;
-            gate_up(pool, scratch, hidden, &layer.gate_up, inner)?;
+            gate_up(pool, scratch, hidden, &layer.gate_up, GateActivation::Silu, inner)?;
             linear(pool, scratch, inner, &layer.down, None, &mut buffers.out[..rows * self.hidden])?;
         }
         let hidden = &x[..head_rows * self.hidden];

@@ -14,8 +14,9 @@ pub mod ops;
 pub mod reference;
 
 pub use contract::{
-    AttentionLimits, AttentionShape, Collective, DeviceMemoryInfo, HostMatrix, InputLimits, KvShape, LAST_TOKEN,
-    MatrixSource, Ops, Partial, RopeTable, SCORED_TOP_MAX, SampleEdits, SampleMask, SampleRow, SamplerFeatures,
-    SamplerKind, ScoreRow, Scored, SeqInputs, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep,
+    AttentionLimits, AttentionShape, Collective, DeviceMemoryInfo, GateActivation, HostMatrix, InputLimits, KvShape,
+    LAST_TOKEN, MatrixSource, Ops, Partial, RopeTable, SCORED_TOP_MAX, SampleEdits, SampleMask, SampleRow,
+    SamplerFeatures, SamplerKind, ScoreRow, Scored, SeqInputs, StepInputs, StepPart, StepResult, VocabSlice,
+    WarmUpStep,
 };
 pub use error::{CollectiveError, KernelError};

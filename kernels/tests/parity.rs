@@ -6,8 +6,8 @@
 use half::{bf16, f16};
 use phalanx_formats::StoredType;
 use phalanx_kernels::{
-    AttentionShape, Collective, CollectiveError, HostMatrix, InputLimits, KvShape, Ops, Partial, RopeTable, SeqInputs,
-    StepInputs,
+    AttentionShape, Collective, CollectiveError, GateActivation, HostMatrix, InputLimits, KvShape, Ops, Partial,
+    RopeTable, SeqInputs, StepInputs,
     cpu::{Activations, CpuOps, Pool, Waiting},
     reference::ReferenceOps,
 };
@@ -273,8 +273,13 @@ fn gate_and_up_of_every_format() {
         let x = bench.filled(x, gate.cols);
         let weight = bench.ops.gate_up_matrix(gate.clone(), up.clone()).unwrap();
         let mut out = bench.poisoned(rows, gate.rows);
-        bench.ops.gate_up_act(&bench.inputs, &x, &weight, &mut out).unwrap();
-        bench.read(&out, rows)
+        [GateActivation::Silu, GateActivation::GeluTanh]
+            .into_iter()
+            .flat_map(|activation| {
+                bench.ops.gate_up_act(&bench.inputs, &x, &weight, activation, &mut out).unwrap();
+                bench.read(&out, rows)
+            })
+            .collect()
     }
     for (seed, dtype) in (1..).zip(StoredType::ALL) {
         for (rows, inner, k, up_dtype) in [(1, 37, 96, dtype), (9, 64, 256, dtype), (20, 16, 512, StoredType::Q8_0)] {
@@ -450,6 +455,7 @@ fn rotary_embedding_cache_and_attention_over_several_steps() {
         out_column: 3,
         scale: 1.0 / (head_dim as f32).sqrt(),
         window,
+        soft_cap: None,
     };
     let shapes = [
         shape(3, 3, 64, 9, None),
@@ -457,6 +463,7 @@ fn rotary_embedding_cache_and_attention_over_several_steps() {
         shape(2, 1, 40, 2, Some(33)),
         shape(2, 2, 8, 3, Some(100)),
         shape(1, 8, 128, 8, None),
+        AttentionShape { soft_cap: Some(1.5), ..shape(2, 2, 40, 4, Some(33)) },
     ];
     for (seed, shape) in (1..).zip(shapes) {
         for (dtype, tolerance) in [(StoredType::F32, 5e-6), (StoredType::F16, 2e-3)] {

@@ -9,7 +9,7 @@ mod step;
 
 pub use group::{Collective, Partial};
 pub use matrix::{HostMatrix, MatrixSource};
-pub use shapes::{AttentionLimits, AttentionShape, DeviceMemoryInfo, InputLimits, KvShape, RopeTable};
+pub use shapes::{AttentionLimits, AttentionShape, DeviceMemoryInfo, GateActivation, InputLimits, KvShape, RopeTable};
 pub use step::{
     LAST_TOKEN, SCORED_TOP_MAX, SampleEdits, SampleMask, SampleRow, SamplerFeatures, SamplerKind, ScoreRow, Scored,
     SeqInputs, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep,
@@ -231,12 +231,13 @@ pub trait Ops {
         kv: &Self::KvLayer,
         out: &mut Self::Buffer,
     ) -> Result<(), KernelError>;
-    /// `out = silu(gate(x)) * up(x)`. `x` `[T, K]`, `out` `[T, inner]`.
+    /// `out = act(gate(x)) * up(x)`. `x` `[T, K]`, `out` `[T, inner]`.
     fn gate_up_act(
         &mut self,
         inputs: &Self::Inputs,
         x: &Self::Buffer,
         gate_up: &Self::Matrix,
+        activation: GateActivation,
         out: &mut Self::Buffer,
     ) -> Result<(), KernelError>;
     /// `out = x W^T`, this rank's term of a row-parallel linear layer. Source: arXiv:1909.08053, section 3.

@@ -34,6 +34,17 @@ pub struct AttentionShape {
     pub scale: f32,
     /// A query sees this many positions back, itself included.
     pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)` before the softmax. Source: arXiv:2408.00118, section 2.
+    pub soft_cap: Option<f32>,
+}
+
+/// What a gated layer does to its gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GateActivation {
+    /// `x / (1 + exp(-x))`. Source: arXiv:2002.05202.
+    Silu,
+    /// `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`. Source: arXiv:1606.08415, section 2.
+    GeluTanh,
 }
 
 /// Rotary cosines and sines, host side: `[max_position, head_dim / 2]` each. Halves are rotated (not interleaved pairs).

@@ -176,6 +176,8 @@ pub(crate) struct Attend<'a, 'w, E> {
     pub(crate) context: PagedHead<'a, E>,
     pub(crate) tile: QueryTile,
     pub(crate) segments: Range<usize>,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub(crate) soft_cap: Option<f32>,
     pub(crate) work: &'a mut Workspace<'w>,
 }
 
@@ -303,6 +305,11 @@ impl<E: KvElement> Attend<'_, '_, E> {
     fn soften<S: Lanes>(&mut self, simd: S, row: usize, span: usize) {
         let seen = self.seen_in_span(row, span);
         let scores = &mut self.work.scores[row * SPAN..(row + 1) * SPAN];
+        if let Some(cap) = self.soft_cap {
+            for score in &mut scores[seen.clone()] {
+                *score = cap * (*score / cap).tanh();
+            }
+        }
         scores[..seen.start].fill(f32::NEG_INFINITY);
         scores[seen.end..].fill(f32::NEG_INFINITY);
         let tiles = scores.as_chunks_mut::<LANES>().0;

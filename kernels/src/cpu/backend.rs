@@ -8,8 +8,8 @@ use phalanx_formats::StoredType;
 
 use super::{Activations, CpuBuffer, CpuInputs, CpuKvLayer, CpuMatrix, Pool, Scratch, lanes::Simd, memory::AlignedVec};
 use crate::{
-    AttentionShape, Collective, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial, RopeTable,
-    SamplerFeatures, SamplerKind, StepInputs, StepResult, VocabSlice,
+    AttentionShape, Collective, GateActivation, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial,
+    RopeTable, SamplerFeatures, SamplerKind, StepInputs, StepResult, VocabSlice,
     ops::{
         add, attend, embed, gate_up_act, host_sampler::HostSampler, linear as linear_op, logits, reduce, rms_norm,
         rope_store,
@@ -241,10 +241,11 @@ impl Ops for CpuOps {
         inputs: &CpuInputs,
         x: &CpuBuffer,
         gate_up: &CpuMatrix,
+        activation: GateActivation,
         out: &mut CpuBuffer,
     ) -> Result<(), KernelError> {
         let (x, out) = (x.rows("gate_up_act", inputs.num_rows())?, out.rows_mut("gate_up_act", inputs.num_rows())?);
-        gate_up_act::gate_up_act(&self.pool, self.products.scratch()?, x, gate_up, out)
+        gate_up_act::gate_up_act(&self.pool, self.products.scratch()?, x, gate_up, activation, out)
     }
 
     fn linear_partial(

@@ -6,6 +6,8 @@
 //! **Invariant:** every plan satisfies the limits stated at the kernel in `cuda/linear.cu`.
 //! **Invariant:** the same arguments give the same plan, so a captured graph and an eager step sum in the same order.
 
+use crate::GateActivation;
+
 /// What becomes of a linear layer's sums. The numbers are the kernels' own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -17,8 +19,16 @@ pub enum Epilogue {
     /// `silu(gate) * up` of rows interleaved by 16.
     SiluMul = 2,
     /// The same with the tanh form of GELU.
-    #[expect(dead_code, reason = "the kernels have it; no model here takes it yet")]
     GeluTanhMul = 3,
+}
+
+impl From<GateActivation> for Epilogue {
+    fn from(activation: GateActivation) -> Self {
+        match activation {
+            GateActivation::Silu => Self::SiluMul,
+            GateActivation::GeluTanh => Self::GeluTanhMul,
+        }
+    }
 }
 
 /// What a plan depends on of a device.

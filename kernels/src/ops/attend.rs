@@ -257,7 +257,8 @@ impl Job<'_> {
             head_dim: dim,
         };
         let segments = part.first_segment..part.end_segment;
-        self.simd.run(Attend { context, tile: tile.queries, segments, work: &mut work });
+        let soft_cap = self.shape.soft_cap;
+        self.simd.run(Attend { context, tile: tile.queries, segments, soft_cap, work: &mut work });
         match part.sums {
             None => self.finish(tile, &work.total),
             Some(at) => {

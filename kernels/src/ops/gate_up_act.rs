@@ -1,7 +1,7 @@
-//! `out = silu(x G^T) * (x U^T)`: `x` `[rows, K]`, `out` `[rows, inner]`. Source: arXiv:2002.05202.
+//! `out = act(x G^T) * (x U^T)`: `x` `[rows, K]`, `out` `[rows, inner]`. Source: arXiv:2002.05202.
 
 use crate::{
-    KernelError,
+    GateActivation, KernelError,
     cpu::{self, CpuMatrix, Pool, Scratch},
 };
 
@@ -11,7 +11,8 @@ pub(crate) fn gate_up_act(
     scratch: &mut Scratch,
     x: &[f32],
     gate_up: &CpuMatrix,
+    activation: GateActivation,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
-    cpu::gate_up(pool, scratch, x, gate_up, out)
+    cpu::gate_up(pool, scratch, x, gate_up, activation, out)
 }

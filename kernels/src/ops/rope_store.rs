@@ -185,6 +185,7 @@ mod tests {
                 out_column: 0,
                 scale: 1.0,
                 window: None,
+                soft_cap: None,
             };
             let table = random.floats(2 * POSITIONS * head_dim / 2);
             let (cos, sin) = table.split_at(POSITIONS * head_dim / 2);
@@ -234,6 +235,7 @@ mod tests {
             out_column: 0,
             scale: 1.0,
             window: None,
+            soft_cap: None,
         };
         let rope = RopeTable { cos: vec![1.0; 40], sin: vec![0.0; 40], head_dim: 8 };
         for (position, slot, fits) in [(9, 127, true), (10, 127, false), (9, 128, false)] {

@@ -83,7 +83,11 @@ pub(super) fn attend(
         for head in 0..shape.num_heads_owned {
             let (k, v) = context(step, seq, &kv.shape, (&kv.k, &kv.v), head / shape.group)?;
             let q = queries.narrow(1, head * shape.head_dim, shape.head_dim)?;
-            let scores = ((q.matmul(&k.t()?)? * f64::from(shape.scale))? + &mask)?;
+            let mut scores = (q.matmul(&k.t()?)? * f64::from(shape.scale))?;
+            if let Some(cap) = shape.soft_cap.map(f64::from) {
+                scores = ((scores / cap)?.tanh()? * cap)?;
+            }
+            let scores = (scores + &mask)?;
             heads.push(softmax(&scores)?.matmul(&v)?);
         }
         sequences.push(Tensor::cat(&heads, 1)?);

@@ -12,8 +12,8 @@ use candle_core::{D, Device, Tensor};
 use dequantize::dequantize;
 
 use crate::{
-    AttentionShape, Collective, HostMatrix, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial, RopeTable,
-    SamplerFeatures, SamplerKind, StepInputs, StepResult, VocabSlice,
+    AttentionShape, Collective, GateActivation, HostMatrix, InputLimits, KernelError, KvShape, MatrixSource, Ops,
+    Partial, RopeTable, SamplerFeatures, SamplerKind, StepInputs, StepResult, VocabSlice,
     cpu::inputs::check,
     ops::{fit, host_sampler::HostSampler},
 };
@@ -276,12 +276,18 @@ impl Ops for ReferenceOps {
         inputs: &ReferenceInputs,
         x: &ReferenceBuffer,
         gate_up: &ReferenceMatrix,
+        activation: GateActivation,
         out: &mut ReferenceBuffer,
     ) -> Result<(), KernelError> {
         let both = product(&x.tensor(inputs.rows())?, gate_up)?;
         let inner = both.dim(1)? / 2;
         let (gate, up) = (both.narrow(1, 0, inner)?, both.narrow(1, inner, inner)?);
-        out.write(&(gate.silu()? * up)?)
+        // candle's `gelu` is the form with tanh.
+        let gate = match activation {
+            GateActivation::Silu => gate.silu()?,
+            GateActivation::GeluTanh => gate.gelu()?,
+        };
+        out.write(&(gate * up)?)
     }
 
     fn linear_partial(

@@ -107,8 +107,16 @@ fn program<O: Ops>(bench: &mut Bench<O>, seed: u64, heads: &Heads, dtype: Dtype,
 fn heads(num_kv_heads: usize, group: usize, head_dim: usize, num_heads_owned: usize, window: Option<usize>) -> Heads {
     let scale = 1.0 / (head_dim as f32).sqrt();
     let out_column = if num_kv_heads.is_multiple_of(2) { head_dim } else { 0 };
-    let shape = AttentionShape { num_kv_heads, group, num_heads_owned, head_dim, out_column, scale, window };
+    let shape =
+        AttentionShape { num_kv_heads, group, num_heads_owned, head_dim, out_column, scale, window, soft_cap: None };
     Heads { shape, block_size: if group.is_multiple_of(2) { 16 } else { 32 } }
+}
+
+/// Scores here are of about this size, so the cap bends them well.
+fn capped(num_kv_heads: usize, group: usize, head_dim: usize, num_heads_owned: usize, window: Option<usize>) -> Heads {
+    let mut heads = heads(num_kv_heads, group, head_dim, num_heads_owned, window);
+    heads.shape.soft_cap = Some(1.5);
+    heads
 }
 
 fn check_heads(dtype: Dtype, cases: &[Heads], steps: &[Step], what: &str) {
@@ -138,6 +146,12 @@ pub fn check_attention(dtype: Dtype) {
         heads(1, 2, 256, 2, None),
         heads(1, 16, 64, 16, None),
         heads(1, 20, 64, 20, None),
+        capped(2, 1, 40, 2, Some(33)),
+        capped(3, 3, 64, 9, None),
+        capped(2, 2, 96, 3, Some(300)),
+        capped(2, 4, 128, 8, Some(129)),
+        capped(1, 2, 256, 2, None),
+        capped(1, 16, 64, 16, None),
     ];
     check_heads(dtype, &cases, &STEPS, "heads");
 }

@@ -1,7 +1,7 @@
 //! Matrix products: every way that a row count takes (streamed up to 16 rows, library above, plain in f32), fused ends.
 
 use phalanx_kernels::cuda::Dtype;
-use phalanx_kernels::{HostMatrix, Ops, StepInputs};
+use phalanx_kernels::{GateActivation, HostMatrix, Ops, StepInputs};
 
 use crate::bench::{Bench, Findings, Random, SOME_HEADS, device, reference, stored, tolerance};
 
@@ -58,8 +58,13 @@ fn gate_up_program<O: Ops>(bench: &mut Bench<O>, x: &[f32], gate: &HostMatrix, u
     let weight = bench.ops.gate_up_matrix(gate.clone(), up.clone()).unwrap();
     let mut out = bench.poisoned(rows, gate.rows);
     bench.load_rows(rows);
-    bench.ops.gate_up_act(&bench.inputs, &x, &weight, &mut out).unwrap();
-    bench.read(&out, rows)
+    [GateActivation::Silu, GateActivation::GeluTanh]
+        .into_iter()
+        .flat_map(|activation| {
+            bench.ops.gate_up_act(&bench.inputs, &x, &weight, activation, &mut out).unwrap();
+            bench.read(&out, rows)
+        })
+        .collect()
 }
 
 /// Inner widths are multiples of 16: shards are padded to it.

@@ -2,7 +2,8 @@
 
 use phalanx_kernels::cuda::{CudaOps, CudaSettings, Dtype};
 use phalanx_kernels::{
-    KernelError, LAST_TOKEN, Ops, Partial, SampleRow, SamplerKind, StepInputs, StepPart, StepResult, VocabSlice,
+    GateActivation, KernelError, LAST_TOKEN, Ops, Partial, SampleRow, SamplerKind, StepInputs, StepPart, StepResult,
+    VocabSlice,
 };
 
 use crate::bench::{Bench, Findings, Random, SOME_HEADS, device, device_with, reference, settings, tolerance};
@@ -47,7 +48,7 @@ impl<O: Ops> Model<O> {
         ops.embed(inputs, &self.table, 0, &mut self.partial)?;
         ops.reduce(inputs, &mut self.partial, &mut self.residual)?;
         ops.rms_norm(inputs, &self.residual, &self.norm, 1e-5, &mut self.normed)?;
-        ops.gate_up_act(inputs, &self.normed, &self.gate_up, &mut self.inner)?;
+        ops.gate_up_act(inputs, &self.normed, &self.gate_up, GateActivation::Silu, &mut self.inner)?;
         ops.linear_partial(inputs, &self.inner, &self.down, &mut self.partial)?;
         let (partial, residual) = (&mut self.partial, &mut self.residual);
         ops.reduce_add_norm(inputs, partial, residual, &self.norm, 1e-5, &mut self.normed)

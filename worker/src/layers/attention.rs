@@ -29,6 +29,7 @@ impl<B: Ops> Attention<B> {
             out_column: plan.attention.lead,
             scale: 1.0 / (geometry.head_dim as f32).sqrt(),
             window: geometry.sliding_window,
+            soft_cap: None,
         };
         let qkv = QkvLinear::load(build, &names.qkv, geometry.qkv_bias)?;
         let output = RowParallelLinear::load(build, &names.attention_output, &plan.attention)?;

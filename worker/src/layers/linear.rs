@@ -3,7 +3,7 @@
 //! Source: Megatron-LM, arXiv:1909.08053, section 3.
 
 use phalanx_formats::Split;
-use phalanx_kernels::{AttentionShape, KernelError, Ops, Partial};
+use phalanx_kernels::{AttentionShape, GateActivation, KernelError, Ops, Partial};
 
 use super::{Build, BuildError};
 
@@ -80,7 +80,7 @@ impl<B: Ops> GateUpLinear<B> {
         x: &B::Buffer,
         out: &mut B::Buffer,
     ) -> Result<(), KernelError> {
-        ops.gate_up_act(inputs, x, &self.weight, out)
+        ops.gate_up_act(inputs, x, &self.weight, GateActivation::Silu, out)
     }
 }
 

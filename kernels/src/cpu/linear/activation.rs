@@ -3,37 +3,50 @@
 //! **Invariant:** every tier runs this one piece of code, so that all give the same bits.
 
 use super::{isa::Tier, packed::LANES};
+use crate::GateActivation;
 
-/// `out = silu(gate) * up`, with `silu(x) = x / (1 + exp(-x))`.
-pub(super) fn silu_mul(tier: Tier, gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
+/// `out = act(gate) * up`.
+pub(super) fn act_mul(tier: Tier, activation: GateActivation, gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
     match tier {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: this tier exists only where the CPU has these instructions.
-        Tier::Avx512 => unsafe { silu_mul_avx512(gate, up, out) },
+        Tier::Avx512 => unsafe { act_mul_avx512(activation, gate, up, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Tier::Avx2 => unsafe { silu_mul_avx2(gate, up, out) },
-        _ => silu_mul_plain(gate, up, out),
+        Tier::Avx2 => unsafe { act_mul_avx2(activation, gate, up, out) },
+        _ => act_mul_plain(activation, gate, up, out),
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-fn silu_mul_avx512(gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
-    silu_mul_plain(gate, up, out);
+fn act_mul_avx512(activation: GateActivation, gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
+    act_mul_plain(activation, gate, up, out);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn silu_mul_avx2(gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
-    silu_mul_plain(gate, up, out);
+fn act_mul_avx2(activation: GateActivation, gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
+    act_mul_plain(activation, gate, up, out);
 }
 
 #[inline(always)]
-fn silu_mul_plain(gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
+fn act_mul_plain(activation: GateActivation, gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
+    // `(1 + tanh(x)) / 2` is `1 / (1 + exp(-2 x))`: both forms divide the gate by one more than an exponential.
+    const GELU: f32 = -2.0 * 0.797_884_56;
     let mut values = [0.0; LANES];
-    for ((value, gate), up) in values.iter_mut().zip(gate).zip(up) {
-        *value = gate / (1.0 + exp(-gate)) * up;
+    match activation {
+        GateActivation::Silu => {
+            for ((value, gate), up) in values.iter_mut().zip(gate).zip(up) {
+                *value = gate / (1.0 + exp(-gate)) * up;
+            }
+        }
+        GateActivation::GeluTanh => {
+            for ((value, gate), up) in values.iter_mut().zip(gate).zip(up) {
+                let inner = GELU * (gate * gate * gate).mul_add(0.044_715, *gate);
+                *value = gate / (1.0 + exp(inner)) * up;
+            }
+        }
     }
     out.copy_from_slice(&values[..out.len()]);
 }
@@ -81,7 +94,7 @@ mod tests {
     fn ends_of_silu() {
         let gate = [f32::MAX, 1e4, -1e4, 0.0, -0.0, f32::NAN, 1.0, -1.0, 88.0, -88.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
         let mut out = [0.0; LANES];
-        silu_mul(Tier::Scalar, &gate, &[1.0; LANES], &mut out);
+        act_mul(Tier::Scalar, GateActivation::Silu, &gate, &[1.0; LANES], &mut out);
         assert_eq!(out[..2], gate[..2]);
         assert!(out[2].abs() < 1e-30 && out[3] == 0.0 && out[4] == 0.0 && out[5].is_nan());
         assert!((out[6] - 0.731_058_6).abs() < 1e-6 && (out[7] + 0.268_941_43).abs() < 1e-6);

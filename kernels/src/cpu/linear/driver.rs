@@ -7,7 +7,7 @@ use std::mem::MaybeUninit;
 
 use super::{
     Activations, CpuMatrix, Scratch,
-    activation::silu_mul,
+    activation::act_mul,
     isa::Tier,
     packed::{LANES, Part},
     scalar,
@@ -15,6 +15,7 @@ use super::{
 };
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
+use crate::GateActivation;
 use crate::cpu::disjoint::Disjoint;
 use crate::{KernelError, cpu::Pool};
 
@@ -108,7 +109,7 @@ pub fn linear(
     Ok(())
 }
 
-/// `out = silu(x G^T) * (x U^T)`; `x` `[M, K]`, `w` from `CpuMatrix::pack_gate_up`, `out` `[M, inner]`. Not collective.
+/// `out = act(x G^T) * (x U^T)`; `x` `[M, K]`, `w` from `CpuMatrix::pack_gate_up`, `out` `[M, inner]`. Not collective.
 ///
 /// # Errors
 /// As `linear`, or a matrix that is not gate and up.
@@ -117,6 +118,7 @@ pub fn gate_up(
     scratch: &mut Scratch,
     x: &[f32],
     w: &CpuMatrix,
+    activation: GateActivation,
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     let inner = w.rows / 2;
@@ -144,7 +146,7 @@ pub fn gate_up(
             for (group, out) in out.chunks_mut(LANES).enumerate() {
                 // SAFETY: `compute` has written the groups of gate from 0 on, those of up from `half` on.
                 let (gate, up) = unsafe { (sums.row(group, row), sums.row(half + group, row)) };
-                silu_mul(tier, gate, up, out);
+                act_mul(tier, activation, gate, up, out);
             }
         }
     });

@@ -125,7 +125,7 @@ impl CudaOps {
             shape.out_column as u32,
             shape.window.unwrap_or(0) as u32,
             shape.scale,
-            0.0_f32,
+            shape.soft_cap.unwrap_or(0.0),
             shape.head_dim as u32,
         ];
         let num_sms = self.context.device().num_multiprocessors;

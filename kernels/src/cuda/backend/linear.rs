@@ -150,8 +150,11 @@ impl CudaOps {
         let inner = rows / 2;
         let grid = [product.m as u32, inner.div_ceil(1024) as u32, 1];
         let args = kernel_args![y, product.y, inner as u32];
+        let kernels = &self.kernels;
+        let is_gelu = product.epilogue == Epilogue::GeluTanhMul;
+        let act_mul = if is_gelu { &kernels.gelu_tanh_mul } else { &kernels.silu_mul };
         // SAFETY: scratch was planned for the largest step, `product.y` was checked.
-        unsafe { self.launch(&self.kernels.act_mul, LaunchConfig::new(grid, [128, 1, 1]), args) }
+        unsafe { self.launch(act_mul, LaunchConfig::new(grid, [128, 1, 1]), args) }
     }
 
     /// Gathers the picked rows of `x` for the library, which takes rows as they lie.

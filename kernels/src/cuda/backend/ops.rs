@@ -15,8 +15,8 @@ use crate::cuda::linear_plan::Epilogue;
 use crate::cuda::{DeviceMemory, LaunchConfig};
 use crate::ops::fit;
 use crate::{
-    AttentionShape, DeviceMemoryInfo, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial, RopeTable,
-    SamplerFeatures, SamplerKind, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep, kernel_args,
+    AttentionShape, DeviceMemoryInfo, GateActivation, InputLimits, KernelError, KvShape, MatrixSource, Ops, Partial,
+    RopeTable, SamplerFeatures, SamplerKind, StepInputs, StepPart, StepResult, VocabSlice, WarmUpStep, kernel_args,
 };
 use phalanx_formats::StoredType;
 
@@ -269,6 +269,7 @@ impl Ops for CudaOps {
         inputs: &CudaInputs,
         x: &CudaBuffer,
         gate_up: &CudaMatrix,
+        activation: GateActivation,
         out: &mut CudaBuffer,
     ) -> Result<(), KernelError> {
         let (op, m) = ("gate_up_act", inputs.shape.tokens);
@@ -284,7 +285,7 @@ impl Ops for CudaOps {
             rows: None,
             y: out.typed(op, m, self.dtype)?,
             m,
-            epilogue: Epilogue::SiluMul,
+            epilogue: activation.into(),
         })
     }
 

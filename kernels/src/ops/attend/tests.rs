@@ -148,7 +148,8 @@ impl Model {
     }
 
     fn reference_row(&self, seq: usize, position: usize) -> Vec<f32> {
-        let AttentionShape { num_kv_heads, group, head_dim, num_heads_owned, out_column, scale, window } = self.shape;
+        let AttentionShape { num_kv_heads, group, head_dim, num_heads_owned, out_column, scale, window, soft_cap } =
+            self.shape;
         let width = qkv_width(&self.shape);
         let stored = |x: f32| if self.dtype == StoredType::F16 { f16::from_f32(x).to_f32() } else { x };
         let mut out = vec![f32::NAN; self.out_width()];
@@ -161,7 +162,8 @@ impl Model {
             };
             let score = |p: usize| {
                 let dot: f64 = q.iter().zip(kv_row(p, 0)).map(|(&q, &k)| f64::from(q) * f64::from(stored(k))).sum();
-                dot * f64::from(scale)
+                let score = dot * f64::from(scale);
+                soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
             };
             let scores: Vec<f64> = (first..=position).map(score).collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -190,6 +192,7 @@ fn shape(num_kv_heads: usize, group: usize, head_dim: usize) -> AttentionShape {
         out_column: 0,
         scale: 1.0 / (head_dim as f32).sqrt(),
         window: None,
+        soft_cap: None,
     }
 }
 
@@ -240,6 +243,14 @@ fn windows_are_counted_from_the_query() {
     for (seed, window) in [(9, 1), (10, 16), (11, 33), (12, 64), (13, 300)] {
         let shape = AttentionShape { window: Some(window), ..shape(2, 2, 16) };
         check(seed, shape, StoredType::F32, &[700, 20]);
+    }
+}
+
+#[test]
+fn scores_are_capped() {
+    for (seed, cap, window) in [(21, 0.5, None), (22, 2.0, Some(40)), (23, 50.0, None)] {
+        let shape = AttentionShape { soft_cap: Some(cap), window, ..shape(2, 3, 16) };
+        check(seed, shape, StoredType::F32, &[300, 20]);
     }
 }
 
