@@ -388,12 +388,13 @@ impl Scene {
     fn slow_down(&self, company: Option<Company>) -> Figures {
         self.far().connect(SLOW_ONE_WAY);
         hits(company.as_ref());
+        // The figure is the least of the last few, one of which may have been on its way when the link became slow.
         let named = wait_for("status to name the slow machine", || {
             let far = self.far_node();
-            far.reason.contains("slow").then_some(far)
+            (far.reason.contains("slow") && far.round_trip_ms.is_some_and(|time| time >= 200.0)).then_some(far)
         });
         let time = named.round_trip_ms.expect("measured");
-        assert!((200.0..400.0).contains(&time), "{time} ms");
+        assert!(time < 400.0, "{time} ms");
         assert_eq!(named.state, "alive");
         wait_for("the deployment to be ready", || (self.state() == "ready").then_some(()));
         let mut body = self.works.decode.bodies[0].clone();
