@@ -33,7 +33,7 @@ fn act_mul_avx2(activation: GateActivation, gate: &[f32; LANES], up: &[f32; LANE
 #[inline(always)]
 fn act_mul_plain(activation: GateActivation, gate: &[f32; LANES], up: &[f32; LANES], out: &mut [f32]) {
     // `(1 + tanh(x)) / 2` is `1 / (1 + exp(-2 x))`: both forms divide the gate by one more than an exponential.
-    const GELU: f32 = -2.0 * 0.797_884_56;
+    const GELU: f32 = -2.0 * 0.797_884_6;
     let mut values = [0.0; LANES];
     match activation {
         GateActivation::Silu => {
