@@ -73,7 +73,9 @@ pub(super) enum Stage {
 pub(super) enum Process {
     /// Its agent was told, and has not answered.
     Asked,
-    /// It runs.
+    /// It has dialed, and its agent has not spoken of it: where agents are gone since, nobody ever will.
+    Dialed(u32),
+    /// It runs, as its agent says.
     Running(u32),
     /// Its machine is gone.
     Lost(u32),
@@ -144,7 +146,7 @@ impl RankRecord {
     pub fn pid(&self) -> u32 {
         match self.process {
             Process::Asked => 0,
-            Process::Running(pid) | Process::Lost(pid) | Process::Exited { pid, .. } => pid,
+            Process::Dialed(pid) | Process::Running(pid) | Process::Lost(pid) | Process::Exited { pid, .. } => pid,
         }
     }
 
@@ -320,14 +322,14 @@ impl Replica {
     /// Whether all its processes are gone. One that an agent never spoke of counts as gone after a second.
     pub fn is_gone(&self, since: Instant, now: Instant) -> bool {
         let patient = now.saturating_duration_since(since) < UNSPOKEN;
-        !self.lingering().any(|rank| patient || rank.process != Process::Asked)
+        !self.lingering().any(|rank| patient || matches!(rank.process, Process::Running(_)))
     }
 
     /// Notes that the machine of some ranks is gone; true where it had any.
     pub fn lose_node(&mut self, node: &NodeId) -> bool {
         let mut any = false;
         for rank in self.ranks.iter_mut().filter(|rank| rank.place.node == *node) {
-            if matches!(rank.process, Process::Asked | Process::Running(_)) {
+            if matches!(rank.process, Process::Asked | Process::Dialed(_) | Process::Running(_)) {
                 rank.process = Process::Lost(rank.pid());
                 any = true;
             }
@@ -337,7 +339,9 @@ impl Replica {
 
     /// Ranks whose process may still run, with their places.
     pub fn lingering(&self) -> impl Iterator<Item = &RankRecord> {
-        self.ranks.iter().filter(|rank| matches!(rank.process, Process::Asked | Process::Running(_)))
+        self.ranks
+            .iter()
+            .filter(|rank| matches!(rank.process, Process::Asked | Process::Dialed(_) | Process::Running(_)))
     }
 
     /// The words for why it broke: a process that something killed says more than a closed stream. What the agents end

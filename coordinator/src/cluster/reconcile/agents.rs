@@ -181,7 +181,7 @@ impl Reconciler {
         record.device = hello.device;
         record.resumes = hello.resumes;
         if record.process == Process::Asked {
-            record.process = Process::Running(hello.pid);
+            record.process = Process::Dialed(hello.pid);
         }
         record.link = Some(link);
         record.enter(Phase::Device, None, String::new(), now);

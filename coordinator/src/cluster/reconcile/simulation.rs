@@ -30,6 +30,9 @@ const SEEDS_KEPT: &[u64] = &[
     54,
     // What had moved away and could not be written down claimed its old slots again, which others had been given since.
     245,
+    // A rank had dialed the next head before its agent did, and the agent died: nobody spoke of that process again, and its
+    // node waited for it for ever.
+    10_420, 12_543, 14_643, 23_856, 49_133,
 ];
 /// Stories that every run of the tests plays.
 const NUM_SEEDS: u64 = 500;
