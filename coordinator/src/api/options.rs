@@ -17,7 +17,7 @@ use super::error::ApiError;
 use super::fields::{Bounds, Fields, Neutral, type_name};
 use super::logprobs::TokenNames;
 use super::repetition::RepetitionRule;
-use super::reply::REQUEST_ID_BYTES_MAX;
+use super::reply::REQUEST_ID_CHARS_MAX;
 use super::scoring::ScoringFields;
 use super::structured::{self, Structure};
 use super::truncation::Truncation;
@@ -321,9 +321,10 @@ pub fn take_priority(fields: &mut Fields) -> Result<i32, ApiError> {
 /// It is no text, or too long.
 pub fn take_request_id(fields: &mut Fields) -> Result<Option<String>, ApiError> {
     let Some(id) = fields.text("request_id")?.filter(|id| !id.is_empty()) else { return Ok(None) };
-    if id.len() > REQUEST_ID_BYTES_MAX {
-        let expected = format!("at most {REQUEST_ID_BYTES_MAX} bytes long");
-        let value = format!("{} bytes long", id.len());
+    let num_chars = id.chars().count();
+    if num_chars > REQUEST_ID_CHARS_MAX {
+        let expected = format!("at most {REQUEST_ID_CHARS_MAX} characters long");
+        let value = format!("{num_chars} characters long");
         return Err(ApiError::OutOfRange { param: "request_id".into(), value, expected });
     }
     Ok(Some(id))

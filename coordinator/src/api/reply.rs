@@ -11,12 +11,12 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest list of ignored fields that is told.
 const IGNORED_BYTES_MAX: usize = 1024;
 /// Longest name of a request that is taken over.
-pub const REQUEST_ID_BYTES_MAX: usize = 128;
+pub const REQUEST_ID_CHARS_MAX: usize = 128;
 
 /// The client's own name for a request, where it is fit to be written into logs.
 pub fn request_id(headers: &HeaderMap) -> Option<String> {
     let id = headers.get(REQUEST_ID)?.to_str().ok()?;
-    (!id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX).then(|| id.to_owned())
+    (!id.is_empty() && id.len() <= REQUEST_ID_CHARS_MAX).then(|| id.to_owned())
 }
 
 /// A name for a request that has none.

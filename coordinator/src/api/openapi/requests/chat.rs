@@ -61,8 +61,16 @@ pub struct MadeCall {
 #[derive(JsonSchema)]
 pub struct MadeFunction {
     name: String,
+    arguments: MadeArguments,
+}
+
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+pub enum MadeArguments {
     /// JSON as text.
-    arguments: String,
+    Text(String),
+    /// What the text would say.
+    Object(Map<String, Value>),
 }
 
 /// One message of a conversation: what somebody said, or calls.

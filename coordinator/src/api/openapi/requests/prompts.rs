@@ -47,7 +47,7 @@ pub struct EmbeddingRequest {
     #[schemars(range(min = -2_147_483_648_i64, max = 2_147_483_647))]
     priority: Option<i32>,
     /// The client's own name for the request.
-    #[schemars(length(max = 32))]
+    #[schemars(length(max = 128))]
     request_id: Option<String>,
 }
 

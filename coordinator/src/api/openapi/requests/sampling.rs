@@ -237,7 +237,7 @@ pub(super) struct Shared {
     /// With `stream` alone.
     stream_options: Option<StreamOptions>,
     /// The client's own name for the request.
-    #[schemars(length(max = 32))]
+    #[schemars(length(max = 128))]
     request_id: Option<String>,
     #[schemars(flatten)]
     structured: Structured,
