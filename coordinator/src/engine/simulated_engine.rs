@@ -74,9 +74,9 @@ impl SimulatedEngine {
         self.has_ended
     }
 
-    /// Nothing runs, nothing waits.
+    /// Nothing runs, nothing waits, and no step is on its way: one may be, whose sequence ended in the step before it.
     pub(crate) fn is_idle(&self) -> bool {
-        self.scheduler.is_empty()
+        self.scheduler.is_empty() && self.group.as_ref().is_none_or(|group| group.num_in_flight() == 0)
     }
 
     /// Takes a request in.

@@ -76,7 +76,7 @@ impl Reconciler {
                 }
             }
             AgentEvent::Hello(_) | AgentEvent::Heartbeat { round_trip: None, .. } => {}
-            AgentEvent::Rank(observed) => self.rank_observed(observed, now),
+            AgentEvent::Rank(observed) => self.rank_observed(node, observed, now),
             AgentEvent::Log(part) => self.log_was_read(node, part),
             AgentEvent::Draining(reason) => {
                 info!(node_id = %node, reason, "node drains");
@@ -138,11 +138,15 @@ impl Reconciler {
         }
     }
 
-    fn rank_observed(&mut self, observed: RankObserved, now: Instant) {
+    /// Of an incarnation that a full disk forgot, and that was counted again elsewhere, another node may still speak.
+    fn rank_observed(&mut self, node: &NodeId, observed: RankObserved, now: Instant) {
         let RankObserved { key: RankKey { deployment, replica, rank, incarnation }, pid, state } = observed;
         let key = GroupKey { deployment, replica, incarnation };
         let ended = matches!(state, RankProcess::Exited { .. });
         let Some(replica) = self.replica_mut(&key) else { return };
+        if replica.rank_mut(rank).is_none_or(|record| record.place.node != *node) {
+            return;
+        }
         replica.observe(rank, pid, state);
         match replica.stage {
             Stage::Connecting { .. } if ended => {

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use super::super::chronicle::{Level, event};
-use super::super::deployment::{DeployFailure, DeployFailureCode};
+use super::super::deployment::{DeployFailure, DeployFailureCode, Deployment};
 use super::super::named_group::{GroupReply, GroupSpec, NamedGroup};
 use super::super::nodes::NodeState;
 use super::super::placement::{Hold, Holder, NodeCapacity, Placement, Shortage, place_group};
@@ -242,21 +242,20 @@ impl Reconciler {
                 let _ = reply.send(Ok(report::named_group_status(named, &[], nodes)));
             }
         }
-        let in_use: BTreeSet<String> = self
-            .deployments
-            .iter()
-            .filter_map(|(_, known)| known.checked.spec.placement_group().map(str::to_owned))
-            .collect();
         for named in self.groups.iter_mut().filter(|named| named.is_forgotten()) {
-            if in_use.contains(&named.spec.name) {
-                continue;
-            }
             named.group.remove();
             for reply in std::mem::take(&mut named.remove_replies) {
                 let _ = reply.send(Ok(()));
             }
         }
-        self.groups.retain(|named| !named.is_forgotten() || in_use.contains(&named.spec.name));
+        self.groups.retain(|named| !named.is_forgotten());
+    }
+
+    /// Whether deployments have slots of a group, or are ending in it. One that waits for a group of its name keeps none.
+    pub(super) fn is_in_use(&self, group: &str) -> bool {
+        let is_inside = |known: &Deployment| known.checked.spec.placement_group() == Some(group);
+        let has_part = |known: &Deployment| known.stopping_since.is_some() || known.group.is_seated();
+        self.deployments.iter().any(|(_, known)| is_inside(known) && has_part(known))
     }
 
     // ---- what is taken ----

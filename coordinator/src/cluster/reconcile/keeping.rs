@@ -104,9 +104,13 @@ impl Reconciler {
         }
     }
 
+    /// A group that is removed leaves the disk after what ran in it: without it, that could never run again.
     fn keep_groups(&mut self, now: Instant) {
         for index in 0..self.groups.len() {
             let named = &self.groups[index];
+            if named.removing && self.is_in_use(&named.spec.name) {
+                continue;
+            }
             let wanted = named.version();
             if named.kept == wanted && named.keep_again_at.is_none_or(|at| now < at) {
                 continue;
@@ -188,12 +192,23 @@ impl Reconciler {
             let _ = reply.send(Err(DeployFailure { code: DeployFailureCode::StartFailed, message, hint }));
             named.removing = true;
         }
-        if !named.was_kept {
-            return;
+        if named.was_kept {
+            named.keep_again_at = Some(now + KEEP_AGAIN);
+            for reply in std::mem::take(&mut named.remove_replies) {
+                let _ = reply.send(Err(ClusterError::NotKept { name: name.to_owned(), reason: reason.clone() }));
+            }
+        } else {
+            self.refuse_inside(name, &reason);
         }
-        named.keep_again_at = Some(now + KEEP_AGAIN);
-        for reply in std::mem::take(&mut named.remove_replies) {
-            let _ = reply.send(Err(ClusterError::NotKept { name: name.to_owned(), reason: reason.clone() }));
+    }
+
+    /// What was to run in a group that is refused is refused with it.
+    fn refuse_inside(&mut self, group: &str, reason: &str) {
+        let is_inside = |known: &Deployment| known.checked.spec.placement_group() == Some(group);
+        for (_, deployment) in self.deployments.iter_mut().filter(|(_, known)| is_inside(known)) {
+            let (message, hint) = unwritable(reason);
+            let message = format!("placement group {group} was refused: {message}");
+            deployment.give_up(DeployFailureCode::StartFailed, message, hint);
         }
     }
 }

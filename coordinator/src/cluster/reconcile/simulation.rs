@@ -33,6 +33,14 @@ const SEEDS_KEPT: &[u64] = &[
     // A rank had dialed the next head before its agent did, and the agent died: nobody spoke of that process again, and its
     // node waited for it for ever.
     10_420, 12_543, 14_643, 23_856, 49_133,
+    // A replica whose slots others had been given while the disk was full was waited for on its old node.
+    56_456,
+    // A placement group that was removed by force left the disk before what ran in it, which could never run again.
+    60_233, 61_018, 64_876,
+    // A placement group was refused by a full disk, and what had been asked for in it meanwhile was not.
+    30_700,
+    // An engine was called idle with a step on its way, and its blocks were counted.
+    25_501,
 ];
 /// Stories that every run of the tests plays.
 const NUM_SEEDS: u64 = 500;
