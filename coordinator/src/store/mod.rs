@@ -7,6 +7,7 @@
 //! **Invariant:** a change is answered only when it is on disk, and changes are written in the order in which they came.
 
 pub mod etcd;
+mod file;
 #[cfg(test)]
 mod simulation;
 mod writer;
@@ -250,13 +251,13 @@ impl Store {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
                 _ => {}
             }
-            drop(Database::create(&unfinished)?);
+            drop(file::open(&unfinished)?);
             fs::rename(&unfinished, &self.path)?;
             if let Some(folder) = self.path.parent() {
                 fs::File::open(folder)?.sync_all()?;
             }
         }
-        Ok(Database::create(&self.path)?)
+        file::open(&self.path)
     }
 }
 

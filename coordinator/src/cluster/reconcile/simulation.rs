@@ -38,8 +38,7 @@ const SEEDS_KEPT: &[u64] = &[
     // A placement group that was removed by force left the disk before what ran in it, which could never run again.
     60_233, 61_018, 64_876,
     // A placement group was refused by a full disk, and what had been asked for in it meanwhile was not.
-    30_700,
-    // An engine was called idle with a step on its way, and its blocks were counted.
+    30_700, // An engine was called idle with a step on its way, and its blocks were counted.
     25_501,
 ];
 /// Stories that every run of the tests plays.
