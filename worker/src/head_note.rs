@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use phalanx_trust::files::write_private;
 use serde::{Deserialize, Serialize};
 
 use crate::session::HeadTarget;
@@ -35,9 +36,7 @@ impl HeadNote {
     /// # Errors
     /// The folder cannot be written.
     pub fn write(&self, path: &Path) -> io::Result<()> {
-        let draft = path.with_extension("json.new");
-        std::fs::write(&draft, serde_json::to_vec(self)?)?;
-        std::fs::rename(&draft, path)
+        write_private(path, &serde_json::to_vec(self)?)
     }
 }
 

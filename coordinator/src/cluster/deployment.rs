@@ -301,7 +301,7 @@ impl Deployment {
             let is_lost = |place: &Place| taken.contains(&(place.node.clone(), place.slot)) || !may_have(place);
             if places.iter().any(is_lost) {
                 self.group.reschedule(number as u32, "others have its slots".to_owned());
-                self.replicas[number].forget_ranks();
+                self.replicas[number].stage = Stage::Unplaced;
             } else {
                 taken.extend(places.into_iter().map(|place| (place.node, place.slot)));
             }

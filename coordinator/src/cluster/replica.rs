@@ -220,12 +220,6 @@ impl Replica {
         self.stage = Stage::Connecting { since: now };
     }
 
-    /// Has no slots, and no ranks that would be waited for.
-    pub fn forget_ranks(&mut self) {
-        self.ranks.clear();
-        self.stage = Stage::Unplaced;
-    }
-
     /// What all ranks have kept; `Some` and `None` where they differ is an error that names those that are new.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
-use phalanx_trust::files::private_dir;
+use phalanx_trust::files::{private_dir, write_private};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Home;
@@ -134,9 +134,8 @@ impl HomeLock {
     /// # Errors
     /// The folder cannot be written.
     pub fn write(&self, record: &HeadRecord) -> Result<(), HomeError> {
-        let fresh = self.record.with_extension("new");
-        let text = serde_json::to_string(record).map_err(io::Error::other);
-        let written = text.and_then(|text| fs::write(&fresh, text)).and_then(|()| fs::rename(&fresh, &self.record));
+        let text = serde_json::to_vec(record).map_err(io::Error::other);
+        let written = text.and_then(|text| write_private(&self.record, &text));
         written.map_err(|source| HomeError::Io { path: self.record.clone(), source })
     }
 }

@@ -9,6 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use nix::fcntl::{Flock, FlockArg};
 use phalanx_proto::NodeId;
+use phalanx_trust::files::write_private;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Home;
@@ -54,10 +55,7 @@ pub fn claim(home: &Home, record: &AgentRecord) -> io::Result<Claim> {
     lock.rewind()?;
     writeln!(lock, "{}", record.pid)?;
     let path = home.agent_record();
-    let draft = path.with_extension("json.new");
-    let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&draft)?;
-    file.write_all(&serde_json::to_vec(record)?)?;
-    std::fs::rename(&draft, &path)?;
+    write_private(&path, &serde_json::to_vec(record)?)?;
     Ok(Claim::Ours(AgentLock { _lock: lock, record: path }))
 }
 

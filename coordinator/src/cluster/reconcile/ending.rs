@@ -152,6 +152,7 @@ impl Reconciler {
             for replica in &mut deployment.replicas {
                 // Of processes that ended before any agent spoke of them nobody will hear.
                 let is_gone = match replica.stage {
+                    Stage::Unplaced => true,
                     Stage::Ended { since } | Stage::Broken { since, .. } => replica.is_gone(since, now),
                     _ => false,
                 };
