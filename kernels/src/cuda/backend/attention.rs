@@ -2,16 +2,17 @@
 
 use super::buffers::{CudaBuffer, CudaKvLayer, CudaRope};
 use super::inputs::CudaInputs;
-use super::kernels::tuned_shared_bytes;
 use super::{CudaOps, CudaVector};
 use crate::cuda::attention_plan::AttentionPlanner;
-use crate::cuda::{Context, CudaError, DeviceMemory, LaunchConfig};
+use crate::cuda::{Context, CudaError, DeviceMemory, KernelArg, LaunchConfig, Stream};
 use crate::{AttentionShape, InputLimits, KernelError, kernel_args};
 
 /// Partial results of split contexts.
 pub(super) struct AttentionScratch {
     out: DeviceMemory,
     log_sums: DeviceMemory,
+    /// Units of work that blocks have asked for; kernels leave it at 0.
+    num_taken: DeviceMemory,
 }
 
 /// The planner of a model's attention on a device.
@@ -31,11 +32,14 @@ pub(super) fn planner(context: &Context, limits: &InputLimits) -> AttentionPlann
 }
 
 impl AttentionScratch {
-    pub(super) fn new(context: &Context, planner: &AttentionPlanner) -> Result<Self, CudaError> {
+    pub(super) fn new(context: &Context, stream: &Stream, planner: &AttentionPlanner) -> Result<Self, CudaError> {
         let vectors = planner.partials_max as usize;
+        let num_taken = DeviceMemory::alloc(context, size_of::<u32>())?;
+        stream.fill(num_taken.span(), 0)?;
         Ok(Self {
             out: DeviceMemory::alloc(context, vectors * planner.head_dim as usize * 4)?,
             log_sums: DeviceMemory::alloc(context, vectors * 4)?,
+            num_taken,
         })
     }
 }
@@ -130,14 +134,17 @@ impl CudaOps {
         ];
         let num_sms = self.context.device().num_multiprocessors;
         let kernels = &self.kernels.attention;
-        if let (Some(tuned), Some(shared)) = (&kernels.tuned, tuned_shared_bytes(shape.head_dim)) {
-            let blocks = if shape.head_dim > 128 { num_sms } else { 2 * num_sms };
-            let threads = [128, if shape.head_dim > 128 { 256 } else { 128 }];
+        if let Some(tuned) = &kernels.tuned {
+            let mut args = *common;
+            let num_common = args.len() - 1;
+            args[num_common] = KernelArg::from(&scratch.num_taken);
             let wanted = [true, inputs.shape.has_prefill];
-            for index in (0..2).filter(|index| wanted[*index]) {
-                let config = LaunchConfig::linear(blocks, threads[index]).shared(shared[index]);
+            for (tuned, _) in tuned.iter().zip(wanted).filter(|(_, wanted)| *wanted) {
+                let config =
+                    LaunchConfig::linear(tuned.blocks_per_sm * num_sms, tuned.threads).shared(tuned.shared_bytes);
+                let args = if tuned.counts_units { &args[..] } else { &args[..num_common] };
                 // SAFETY: items, tables and slots come from a checked step; scratch is as large as the planner's bounds.
-                unsafe { self.launch(&tuned[index], config, &common[..common.len() - 1])? };
+                unsafe { self.launch(&tuned.kernel, config, args)? };
             }
         } else {
             // SAFETY: as above.

@@ -106,8 +106,7 @@ impl CudaOps {
         }
         let stream = Rc::new(Stream::new(&context, Priority::High)?);
         let modules = ModuleSet::new(&context, settings.modules.clone());
-        let shared_bytes_max = context.device().shared_bytes_max;
-        let kernels = Kernels::find(&modules, settings.dtype, settings.head_dim, settings.group, shared_bytes_max)?;
+        let kernels = Kernels::find(&modules, context.device(), settings.dtype, settings.head_dim, settings.group)?;
         let mut collective = collective;
         let CudaSettings { dtype, hidden_size: hidden, only_nccl, peer_wait_max: wait_max, .. } = *settings;
         let exchange = Exchange { dtype, hidden, only_nccl, wait_max };

@@ -88,7 +88,7 @@ impl Ops for CudaOps {
 
     fn inputs(&mut self, limits: InputLimits) -> Result<CudaInputs, KernelError> {
         let planner = planner(&self.context, &limits);
-        self.attention = Some(AttentionScratch::new(&self.context, &planner)?);
+        self.attention = Some(AttentionScratch::new(&self.context, &self.stream, &planner)?);
         self.sampling = Some(Sampling::new(&self.context, &limits, self.group.world_size())?);
         self.editing = Some(Editing::new(&self.context, &limits)?);
         Ok(CudaInputs::new(&self.context, limits, planner)?)
