@@ -8,7 +8,8 @@
 // Launch: attend_prefill_wgmma_<head_dim>_<f16|bf16>, head_dim 64, 128; block 384;
 //   dynamic shared memory, bytes: 99456 (64), 197760 (128);
 //   grid: 1 x SMs, or fewer: any grid is right, units are dealt round;
-//   arguments as in attention.cuh; prefill items only, num_queries * group <= 128.
+//   arguments as in attention.cuh, and u32 *next_unit, which is 0 before and after; prefill items only,
+//   num_queries * group <= 128.
 // Images for other architectures hold no kernel of this file.
 #include "attention_tensor.cuh"
 
@@ -208,9 +209,9 @@ template <typename T, int D> struct Copier {
         }
     }
 
-    // Takes the next unit and tells the multiplying warps, beside the queries of that stage. A block begins with the unit of its
-    // own number and then takes those that no block has; `ahead` is what the first thread asked for a unit before. There are as
-    // many questions as units: the last one puts the counter back.
+    // Takes the next unit and tells the multiplying warps, beside the queries of that stage. A block begins with the unit of
+    // its own number and then takes those that no block has; `ahead` is what the first thread asked for a unit before. There
+    // are as many questions as units: the last one puts the counter back.
     __device__ __forceinline__ u32 take_unit(u32* next_unit, u32& ahead, u32 num_units, const Ring& q) const {
         u32 unit = ahead;
         if (thread == 0) {
@@ -222,7 +223,7 @@ template <typename T, int D> struct Copier {
             asm volatile("st.shared.u32 [%0], %1;" ::"r"(unit_at(q)), "r"(unit) : "memory");
             barrier_arrive(q.full());
         }
-        // Seen by the other copying warps behind a barrier of their own.
+        // Behind a barrier of their own the other copying warps see it.
         asm volatile("bar.sync 3, 128;" ::: "memory");
         asm volatile("ld.shared.u32 %0, [%1];" : "=r"(unit) : "r"(unit_at(q)) : "memory");
         return unit;
@@ -509,9 +510,10 @@ template <typename T, int D> __device__ __forceinline__ void attend_prefill_wgmm
 }
 
 #define PREFILL_WGMMA(D, NAME, T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(384, 1) attend_prefill_wgmma_##D##_##NAME(ATTEND_PARAMETERS(T), u32* next_unit) {           \
+    extern "C" __global__ void __launch_bounds__(384, 1)                                                                     \
+        attend_prefill_wgmma_##D##_##NAME(ATTEND_PARAMETERS(T), u32* next_unit) {                                            \
         const Attend<T> a = ATTEND_VALUES;                                                                                   \
-        attend_prefill_wgmma<T, D>(a, next_unit);                                                                                       \
+        attend_prefill_wgmma<T, D>(a, next_unit);                                                                            \
     }
 
 PREFILL_WGMMA(64, f16, f16)
