@@ -11,7 +11,7 @@
 //   arguments as in attention.cuh, and u32 *next_unit, which is 0 before and after; prefill items only,
 //   num_queries * group <= 128.
 // Images for other architectures hold no kernel of this file.
-#include "attention_tensor.cuh"
+#include "warpgroup.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -24,10 +24,9 @@ constexpr int kMultiplierWarps = 8;
 constexpr int kCopierRegisters = 56;
 constexpr int kMultiplierRegisters = 224;
 
-// A tile is halves of 64 columns: rows of 128 bytes, 16-byte pieces permuted by their row, as the tensor cores read them.
+// Tiles of queries, K and V, in bytes.
 template <int D> struct WideShape {
     static constexpr int kHalves = D / 64;
-    static constexpr int kHalfBytes = 128 * 128;
     static constexpr int kTileBytes = kHalves * kHalfBytes;
     static constexpr int kKeysAt = kStages * kTileBytes;
     static constexpr int kValuesAt = 2 * kStages * kTileBytes;
@@ -39,34 +38,7 @@ template <int D> struct WideShape {
 static_assert(WideShape<64>::kBytes == 99456 && WideShape<128>::kBytes == 197760, "as the launch comment says");
 static_assert(kRows == 128 && kKeys == 128, "a tile has 128 rows");
 
-// ---- barriers ----
-
-__device__ __forceinline__ void barrier_init(u32 at, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 at) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-}
-
-// Arrives once all copies that this thread has started are done.
-__device__ __forceinline__ void barrier_arrive_copied(u32 at) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
-}
-
-// Waits for the end of the phase of this parity.
-__device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@done bra over;\n"
-                 "bra again;\n"
-                 "over:\n"
-                 "}" ::"r"(at),
-                 "r"(parity)
-                 : "memory");
-}
+// ---- turns and rings ----
 
 // Barriers of both multiplying warpgroups, by number: from 1 on, 0 is __syncthreads'.
 __device__ __forceinline__ void turn_wait(u32 warpgroup) {
@@ -89,69 +61,6 @@ struct Ring {
     __device__ __forceinline__ void wait_empty() const { barrier_wait(empty(), turn / kStages % 2 ^ 1); }
 };
 
-// ---- products ----
-
-// What threads have written to shared memory, and these have seen, is seen by their products from here on.
-__device__ __forceinline__ void fence_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Registers that were written are seen by the products behind it.
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int Left> __device__ __forceinline__ void products_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
-}
-
-// Nothing that uses these registers moves across.
-template <int N> __device__ __forceinline__ void pin(float (&x)[N][4]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])::"memory");
-}
-
-// Descriptor of a tile in shared memory: groups of 8 rows are 1024 bytes apart, halves of 64 columns `kHalfBytes`.
-__device__ __forceinline__ u64 describe(u32 address) {
-    constexpr u64 kSwizzle128 = u64(1) << 62, kGroups = u64(1024 >> 4) << 32, kHalves = u64((128 * 128) >> 4) << 16;
-    return kSwizzle128 | kGroups | kHalves | u64((address & 0x3FFFF) >> 4);
-}
-
-#define FOUR(x, i) "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])
-#define EIGHT_FOURS(x, i)                                                                                                    \
-    FOUR(x, i), FOUR(x, i + 1), FOUR(x, i + 2), FOUR(x, i + 3), FOUR(x, i + 4), FOUR(x, i + 5), FOUR(x, i + 6), FOUR(x, i + 7)
-#define FIRST_32                                                                                                             \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                                 \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FIRST_64                                                                                                             \
-    FIRST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                            \
-             "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
-// s (64 x 128) = q (64 x 16) k^T, or += it: both as descriptors, rows of 64 columns.
-// o (64 x 128, or 64 x 64) = p (64 x 16) v, or += it: p in registers, v by a descriptor, its rows are keys.
-template <typename T> struct Products;
-#define PRODUCTS(T, NAME)                                                                                                    \
-    template <> struct Products<T> {                                                                                         \
-        static __device__ __forceinline__ void scores(float (&s)[16][4], u64 q, u64 k, u32 add) {                            \
-            asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                                    \
-                         "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {" FIRST_64                          \
-                         "}, %64, %65, add, 1, 1, 0, 0;\n}"                                                                  \
-                         : EIGHT_FOURS(s, 0), EIGHT_FOURS(s, 8)                                                              \
-                         : "l"(q), "l"(k), "r"(add));                                                                        \
-        }                                                                                                                    \
-        static __device__ __forceinline__ void values(float (&o)[16][4], const u32 (&p)[4], u64 v, u32 add) {                \
-            asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                                                    \
-                         "wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {" FIRST_64                          \
-                         "}, {%64, %65, %66, %67}, %68, add, 1, 1, 1;\n}"                                                    \
-                         : EIGHT_FOURS(o, 0), EIGHT_FOURS(o, 8)                                                              \
-                         : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v), "r"(add));                                    \
-        }                                                                                                                    \
-        static __device__ __forceinline__ void values(float (&o)[8][4], const u32 (&p)[4], u64 v, u32 add) {                 \
-            asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                                                    \
-                         "wgmma.mma_async.sync.aligned.m64n64k16.f32." NAME "." NAME " {" FIRST_32                           \
-                         "}, {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"                                                    \
-                         : EIGHT_FOURS(o, 0)                                                                                 \
-                         : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v), "r"(add));                                    \
-        }                                                                                                                    \
-    };
-PRODUCTS(f16, "f16")
-PRODUCTS(bf16, "bf16")
-
 // Where the unit of a stage of queries is told: behind the barriers.
 __device__ __forceinline__ u32 unit_at(const Ring& q) { return q.barriers + 6 * kStages * 8 + q.stage() * 4; }
 
@@ -164,11 +73,6 @@ struct Group {
 };
 
 // ---- copying ----
-
-// Byte of 16-byte piece `piece` of row `row` of a tile.
-__device__ __forceinline__ u32 piece_at(u32 row, u32 piece) {
-    return piece / 8 * (128 * 128) + row * 128 + ((piece ^ row) % 8) * 16;
-}
 
 // One thread's part in copying. `start`: shared address of the tiles.
 template <typename T, int D> struct Copier {
@@ -293,7 +197,7 @@ template <typename T, int D> struct Multiplier {
         products_begin();
 #pragma unroll
         for (int i = 0; i < D / 16; i++) {
-            const u64 step = i / 4 * (Shape::kHalfBytes >> 4) + i % 4 * 2;
+            const u64 step = i / 4 * (kHalfBytes >> 4) + i % 4 * 2;
             Products<T>::scores(s, q + step, k + step, i > 0);
         }
         products_commit();

@@ -34,7 +34,7 @@ const SEEDS_KEPT: &[u64] = &[
     // node waited for it for ever.
     10_420, 12_543, 14_643, 23_856, 49_133,
     // A replica without slots was waited for on the node where it had been, of whose ranks nobody spoke any more.
-    56_456, 184_339, 190_939, 338_786,
+    56_456, 184_339, 190_939, 338_786, 403_043, 458_567, 609_386, 648_376, 653_739, 661_018,
     // A placement group that was removed by force left the disk before what ran in it, which could never run again.
     60_233, 61_018, 64_876,
     // A placement group was refused by a full disk, and what had been asked for in it meanwhile was not.
