@@ -2,6 +2,9 @@
 //!
 //! **Invariant:** every flag is obeyed, refused with a reason, or named in one warning line; none is dropped in silence.
 
+mod ignored;
+mod own_head;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,14 +14,14 @@ use clap::builder::PossibleValuesParser;
 
 use super::CliError;
 use super::connection::AddressFlag;
-use super::launch::{DeviceChoice, DeviceFlags, HeadFlags, parse_pair};
-use crate::api::AllowedOrigins;
+use super::launch::parse_pair;
 use crate::cluster::strategy::Strategy;
 use crate::cluster::{DeploymentSpec, ReplicaCount, TensorParallelSize};
 use crate::config::{defaults, parse_duration};
 use crate::engine::policy::Policy;
 use crate::text::tools::ToolFormat;
-use crate::traces::TraceEndpoint;
+use ignored::IgnoredFlags;
+pub use own_head::OwnHeadFlags;
 
 const DTYPES: [&str; 6] = ["auto", "float16", "half", "bfloat16", "float32", "float"];
 const LOAD_FORMATS: [&str; 4] = ["auto", "safetensors", "gguf", "dummy"];
@@ -156,174 +159,11 @@ pub struct EngineFlags {
     pub collective_ports: Option<(u16, u16)>,
 }
 
-/// Where a head listens that `serve` starts itself.
-#[derive(Debug, Clone, Args)]
-pub struct OwnHeadFlags {
-    /// Port of the OpenAI-compatible API; 0 picks a free one
-    #[arg(long, visible_alias = "http-port", value_name = "PORT")]
-    pub port: Option<u16>,
-    /// Host of the OpenAI-compatible API
-    #[arg(long)]
-    pub host: Option<String>,
-    /// Port of the cluster (gRPC); 0 picks a free one
-    #[arg(long, value_name = "PORT")]
-    pub cluster_port: Option<u16>,
-    /// Host of the cluster's port; 0.0.0.0 lets machines join
-    #[arg(long, value_name = "HOST")]
-    pub cluster_host: Option<String>,
-    /// Port of the dashboard; 0 picks a free one
-    #[arg(long, value_name = "PORT")]
-    pub dashboard_port: Option<u16>,
-    /// Host of the dashboard
-    #[arg(long, value_name = "HOST")]
-    pub dashboard_host: Option<String>,
-    /// Key that clients must send
-    #[arg(long, value_name = "KEY")]
-    pub api_key: Vec<String>,
-    /// Web pages that may use the API: origins with commas between them, a JSON list of them, or * for all [default: none]
-    #[arg(long, value_name = "ORIGINS")]
-    pub allowed_origins: Option<AllowedOrigins>,
-    /// Collector that spans of requests are sent to, by OTLP over gRPC: http://host:4317 [default: none]
-    #[arg(long, value_name = "URL")]
-    pub otlp_traces_endpoint: Option<TraceEndpoint>,
-    /// Device slots to offer [default: as many as the ranks need]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub num_gpus: Option<u32>,
-    /// Which devices to offer
-    #[arg(long, value_enum)]
-    pub device: Option<DeviceChoice>,
-}
-
-impl OwnHeadFlags {
-    /// All ports picked freely: for a head that serves one command.
-    pub fn private() -> Self {
-        Self {
-            port: Some(0),
-            host: None,
-            cluster_port: Some(0),
-            cluster_host: None,
-            dashboard_port: Some(0),
-            dashboard_host: None,
-            api_key: Vec::new(),
-            allowed_origins: None,
-            otlp_traces_endpoint: None,
-            num_gpus: None,
-            device: None,
-        }
-    }
-
-    /// Flags that a head that runs already cannot follow any more.
-    pub fn given(&self) -> Vec<&'static str> {
-        let flags = [
-            ("--port", self.port.is_some()),
-            ("--host", self.host.is_some()),
-            ("--cluster-port", self.cluster_port.is_some()),
-            ("--cluster-host", self.cluster_host.is_some()),
-            ("--dashboard-port", self.dashboard_port.is_some()),
-            ("--dashboard-host", self.dashboard_host.is_some()),
-            ("--allowed-origins", self.allowed_origins.is_some()),
-            ("--otlp-traces-endpoint", self.otlp_traces_endpoint.is_some()),
-            ("--num-gpus", self.num_gpus.is_some()),
-            ("--device", self.device.is_some()),
-        ];
-        flags.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag).collect()
-    }
-
-    /// The flags of the head that is started.
-    pub fn head(&self) -> HeadFlags {
-        let host = |given: &Option<String>| given.clone().unwrap_or_else(|| defaults::HOST.to_owned());
-        HeadFlags {
-            store: None,
-            certificate_lifetime: phalanx_trust::CERTIFICATE_LIFETIME,
-            port: self.cluster_port.unwrap_or(defaults::CLUSTER_PORT),
-            cluster_host: host(&self.cluster_host),
-            advertise_address: None,
-            http_port: self.port.unwrap_or(defaults::HTTP_PORT),
-            host: host(&self.host),
-            dashboard_port: self.dashboard_port.unwrap_or(defaults::DASHBOARD_PORT),
-            dashboard_host: host(&self.dashboard_host),
-            head_grace: defaults::HEAD_GRACE,
-            allowed_origins: self.allowed_origins.clone(),
-            otlp_traces_endpoint: self.otlp_traces_endpoint.clone(),
-            node_timeout: defaults::NODE_TIMEOUT,
-        }
-    }
-
-    /// The slots of the agent that is started: enough for the deployment.
-    pub fn devices(&self, spec: &DeploymentSpec) -> DeviceFlags {
-        let needed = match spec.tensor_parallel_size {
-            TensorParallelSize::Fixed(_) if spec.replicas_auto => None,
-            TensorParallelSize::Fixed(size) => Some(size.saturating_mul(spec.replicas).max(1)),
-            TensorParallelSize::Auto => None,
-        };
-        DeviceFlags { num_gpus: self.num_gpus.or(needed), device: self.device.unwrap_or_default(), labels: Vec::new() }
-    }
-}
-
-/// Flags of vLLM that mean nothing here.
-#[derive(Debug, Clone, Args)]
-struct IgnoredFlags {
-    #[arg(long, hide = true)]
-    trust_remote_code: bool,
-    #[arg(long, hide = true)]
-    worker_use_ray: bool,
-    #[arg(long, hide = true)]
-    distributed_executor_backend: Option<String>,
-    #[arg(long, hide = true)]
-    max_seq_len_to_capture: Option<u32>,
-    #[arg(long, hide = true)]
-    swap_space: Option<f64>,
-    #[arg(long, hide = true)]
-    cpu_offload_gb: Option<f64>,
-    #[arg(long, short = 'q', hide = true)]
-    quantization: Option<String>,
-    #[arg(long, hide = true)]
-    revision: Option<String>,
-    #[arg(long, hide = true)]
-    source: Option<String>,
-    #[arg(long, hide = true)]
-    download_dir: Option<PathBuf>,
-    #[arg(long, hide = true)]
-    tokenizer_mode: Option<String>,
-    #[arg(long, hide = true)]
-    enable_auto_tool_choice: bool,
-    #[arg(long, hide = true)]
-    disable_log_requests: bool,
-    #[arg(long, hide = true)]
-    uvicorn_log_level: Option<String>,
-    /// Prompts are always computed in chunks: obeyed by nature, so not among the ignored.
-    #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "true")]
-    enable_chunked_prefill: Option<bool>,
-}
-
 /// The name of a tool format.
 fn parse_tool_format(name: &str) -> Result<String, String> {
     match ToolFormat::named(name) {
         Some(format) => Ok(format.name.to_owned()),
         None => Err(format!("one of {}", ToolFormat::names().join(", "))),
-    }
-}
-
-impl IgnoredFlags {
-    fn given(&self) -> Vec<&'static str> {
-        let flags = [
-            ("--trust-remote-code", self.trust_remote_code),
-            ("--worker-use-ray", self.worker_use_ray),
-            ("--distributed-executor-backend", self.distributed_executor_backend.is_some()),
-            ("--max-seq-len-to-capture", self.max_seq_len_to_capture.is_some()),
-            ("--swap-space", self.swap_space.is_some()),
-            ("--cpu-offload-gb", self.cpu_offload_gb.is_some()),
-            ("--quantization", self.quantization.is_some()),
-            ("--revision", self.revision.is_some()),
-            ("--source", self.source.is_some()),
-            ("--download-dir", self.download_dir.is_some()),
-            ("--tokenizer-mode", self.tokenizer_mode.is_some()),
-            ("--enable-auto-tool-choice", self.enable_auto_tool_choice),
-            ("--disable-log-requests", self.disable_log_requests),
-            ("--uvicorn-log-level", self.uvicorn_log_level.is_some()),
-            ("--enable-chunked-prefill=false", self.enable_chunked_prefill == Some(false)),
-        ];
-        flags.into_iter().filter(|(_, given)| *given).map(|(flag, _)| flag).collect()
     }
 }
 

@@ -63,8 +63,6 @@ impl EngineLimits {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use phalanx_proto::{SamplingParams, TokenId};
 
     use super::*;
@@ -72,19 +70,13 @@ mod tests {
     fn admit(num_prompt: u32, max_tokens: u32) -> Result<u32, EngineError> {
         let limits = EngineLimits {
             num_blocks: 4,
-            block_size: 16,
             max_model_len: 100,
             max_num_seqs: 4,
             max_num_batched_tokens: 64,
             max_queue: 4,
-            steps_in_flight_max: 2,
             vocab_size: 50,
-            enable_prefix_caching: true,
-            step_time_budget: Duration::from_millis(10),
-            step_deadline_min: Duration::from_secs(5),
-            policy: crate::engine::policy::Policy::default(),
-            recovery: crate::engine::RecoveryLimits::default(),
             features: phalanx_proto::SamplerFeatures::default(),
+            ..EngineLimits::for_tests()
         };
         let request = GenerateRequest {
             request_id: String::new(),

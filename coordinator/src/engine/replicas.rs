@@ -174,10 +174,8 @@ impl fmt::Debug for Replicas {
 
 #[cfg(test)]
 mod tests {
-    use std::num::NonZeroU32;
-    use std::time::Duration;
-
     use phalanx_proto::{SamplingParams, TokenId};
+    use std::num::NonZeroU32;
     use tokio::sync::mpsc;
 
     use super::super::scripted;
@@ -185,20 +183,13 @@ mod tests {
 
     fn limits() -> EngineLimits {
         EngineLimits {
-            num_blocks: 64,
-            block_size: 16,
             max_model_len: 64,
             max_num_seqs: 1,
             max_num_batched_tokens: 64,
             max_queue: 1,
-            steps_in_flight_max: 2,
             vocab_size: 100,
-            enable_prefix_caching: true,
-            step_time_budget: Duration::from_millis(10),
-            step_deadline_min: Duration::from_secs(5),
-            policy: crate::engine::policy::Policy::default(),
-            recovery: crate::engine::RecoveryLimits::default(),
             features: phalanx_proto::SamplerFeatures::default(),
+            ..EngineLimits::for_tests()
         }
     }
 

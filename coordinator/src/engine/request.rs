@@ -172,6 +172,29 @@ pub struct EngineLimits {
     pub features: SamplerFeatures,
 }
 
+#[cfg(test)]
+impl EngineLimits {
+    /// Those of a small engine: a test names what it needs otherwise.
+    pub(crate) fn for_tests() -> Self {
+        Self {
+            num_blocks: 64,
+            block_size: 16,
+            max_model_len: 256,
+            max_num_seqs: 8,
+            max_num_batched_tokens: 256,
+            max_queue: 8,
+            steps_in_flight_max: 2,
+            vocab_size: 515,
+            enable_prefix_caching: true,
+            step_time_budget: Duration::from_millis(10),
+            step_deadline_min: Duration::from_secs(5),
+            policy: Policy::default(),
+            recovery: RecoveryLimits::default(),
+            features: SamplerFeatures { masks: true, edits: true },
+        }
+    }
+}
+
 /// How often and how long an engine goes on after its group broke.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RecoveryLimits {

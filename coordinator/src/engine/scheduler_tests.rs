@@ -21,20 +21,13 @@ use super::simulation::{SimulatedGroup, VOCAB_SIZE, describe, masked, next_token
 
 pub(super) fn limits() -> EngineLimits {
     EngineLimits {
-        num_blocks: 64,
         block_size: 4,
         max_model_len: 200,
         max_num_seqs: 4,
         max_num_batched_tokens: 32,
         max_queue: 1000,
-        steps_in_flight_max: 2,
         vocab_size: VOCAB_SIZE,
-        enable_prefix_caching: true,
-        step_time_budget: Duration::from_millis(10),
-        step_deadline_min: Duration::from_secs(5),
-        policy: crate::engine::policy::Policy::default(),
-        recovery: crate::engine::RecoveryLimits::default(),
-        features: phalanx_proto::SamplerFeatures { masks: true, edits: true },
+        ..EngineLimits::for_tests()
     }
 }
 

@@ -45,22 +45,7 @@ fn tiny_text(template: Option<&str>) -> Arc<TextModel> {
 }
 
 fn limits() -> EngineLimits {
-    EngineLimits {
-        num_blocks: 64,
-        block_size: 16,
-        max_model_len: 256,
-        max_num_seqs: 8,
-        max_num_batched_tokens: 256,
-        max_queue: 8,
-        steps_in_flight_max: 2,
-        vocab_size: 515,
-        enable_prefix_caching: true,
-        step_time_budget: Duration::from_millis(10),
-        step_deadline_min: Duration::from_secs(5),
-        policy: crate::engine::policy::Policy::default(),
-        recovery: crate::engine::RecoveryLimits::default(),
-        features: phalanx_proto::SamplerFeatures { masks: true, edits: true },
-    }
+    EngineLimits::for_tests()
 }
 
 /// How an answer ends.
