@@ -158,6 +158,8 @@ pub(super) struct Deployment {
     pub size: u32,
     pub group: PlacementGroup,
     pub replicas: Vec<Replica>,
+    /// The last incarnation of replicas that are not there any more.
+    last_incarnation: Incarnation,
     pub state: DeploymentState,
     pub reason: String,
     pub placed_at: SystemTime,
@@ -190,12 +192,14 @@ pub(super) struct Deployment {
 }
 
 impl Deployment {
-    pub fn new(checked: CheckedSpec, size: u32, now: Instant) -> Self {
+    /// `last` is the last incarnation of an earlier deployment.
+    pub fn new(checked: CheckedSpec, size: u32, last: Incarnation, now: Instant) -> Self {
         let spec = &checked.spec;
         Self {
             size,
             group: PlacementGroup::new(format!("pg-{}", spec.name), spec.strategy, spec.replicas, size),
-            replicas: (0..spec.replicas).map(|_| Replica::new()).collect(),
+            replicas: (0..spec.replicas).map(|_| Replica::new(last)).collect(),
+            last_incarnation: last,
             state: DeploymentState::Pending,
             reason: String::new(),
             placed_at: SystemTime::now(),
@@ -249,8 +253,13 @@ impl Deployment {
 
     /// Has one more replica, without slots.
     pub fn grow(&mut self) {
-        self.replicas.push(Replica::new());
+        self.replicas.push(Replica::new(self.last_incarnation));
         self.group.grow();
+    }
+
+    /// The last incarnation of any replica that there was.
+    pub fn last_incarnation(&self) -> Incarnation {
+        self.replicas.iter().map(|replica| replica.incarnation).fold(self.last_incarnation, Ord::max)
     }
 
     /// Forgets replicas at the end that have no machine and no request. True where there were any.
@@ -258,6 +267,7 @@ impl Deployment {
         let before = self.replicas.len();
         let is_idle = |replica: &Replica| matches!(replica.stage, Stage::Unplaced) && replica.engine.is_none();
         while self.replicas.len() > 1 && self.replicas.last().is_some_and(is_idle) {
+            self.last_incarnation = self.last_incarnation();
             self.replicas.pop();
             self.group.shrink();
         }

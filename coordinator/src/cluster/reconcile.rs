@@ -20,7 +20,9 @@ pub(super) use keeping::KeptVersion;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use phalanx_proto::{AgentCommand, DeploymentName, DesiredRank, DesiredRanks, LogPart, NodeId, Rank, RankKey};
+use phalanx_proto::{
+    AgentCommand, DeploymentName, DesiredRank, DesiredRanks, Incarnation, LogPart, NodeId, Rank, RankKey,
+};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
@@ -76,6 +78,8 @@ pub(super) struct Reconciler {
     num_keeping: usize,
     /// The next deployment's place among the others.
     next_order: u64,
+    /// The last incarnation of replicas of deployments that are not there any more.
+    last_incarnation: Incarnation,
     events: mpsc::Sender<ClusterEvent>,
     serving: mpsc::Sender<ServingChange>,
     board: StatusBoard,
@@ -112,6 +116,7 @@ impl Reconciler {
             stopping: None,
             num_keeping: 0,
             next_order: 0,
+            last_incarnation: Incarnation(0),
             events,
             serving,
             board,

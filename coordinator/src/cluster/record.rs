@@ -103,7 +103,8 @@ impl DeploymentRecord {
     /// The deployment as it was: its slots are taken, and its ranks are waited for.
     pub(super) fn restore(self, now: Instant) -> Deployment {
         let Self { spec, geometry, size, order, placed_s, placed_order, replicas } = self;
-        let mut deployment = Deployment::new(CheckedSpec { spec, geometry }, size, now);
+        let last = replicas.iter().map(|kept| Incarnation(kept.incarnation)).max().unwrap_or(Incarnation(0));
+        let mut deployment = Deployment::new(CheckedSpec { spec, geometry }, size, last, now);
         // Its ranks may be started again: whoever asked for it is not there any more to be told that they failed.
         deployment.has_served = true;
         (deployment.order, deployment.placed_order) = (order, placed_order);
@@ -148,7 +149,7 @@ mod tests {
     #[test]
     fn a_deployment_comes_back_as_it_was_written() {
         let now = Instant::now();
-        let mut deployment = Deployment::new(checked("m", 2), 2, now);
+        let mut deployment = Deployment::new(checked("m", 2), 2, Incarnation(0), now);
         let unplaced = DeploymentRecord::of(&deployment);
         let places: Vec<Place> = (0..2).map(|slot| Place { node: NodeId("a".into()), slot }).collect();
         deployment.group.place(0, places.clone());

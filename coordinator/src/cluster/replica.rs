@@ -188,9 +188,10 @@ pub(super) struct Replica {
 }
 
 impl Replica {
-    pub fn new() -> Self {
+    /// `last` counts up: no key of a rank may name two processes, whoever had this place before.
+    pub fn new(last: Incarnation) -> Self {
         Self {
-            incarnation: Incarnation(0),
+            incarnation: last,
             epoch: Epoch(0),
             stage: Stage::Unplaced,
             engine: None,
@@ -413,7 +414,7 @@ mod tests {
     use super::*;
 
     fn replica(num_ranks: u32, now: Instant) -> Replica {
-        let mut replica = Replica::new();
+        let mut replica = Replica::new(Incarnation(0));
         let places = (0..num_ranks).map(|slot| Place { node: NodeId("node-a".into()), slot }).collect();
         replica.launch(places, now);
         replica

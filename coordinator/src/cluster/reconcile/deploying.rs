@@ -65,7 +65,11 @@ impl Reconciler {
             }
         }
         let size = self.world_size(&checked);
-        let mut deployment = Deployment::new(checked, size, now);
+        if let Some(known) = self.deployment_mut(&name) {
+            let last = known.last_incarnation();
+            self.last_incarnation = self.last_incarnation.max(last);
+        }
+        let mut deployment = Deployment::new(checked, size, self.last_incarnation, now);
         deployment.watchers.push(watcher);
         match self.could_place(&deployment) {
             Placement::Infeasible(Shortage { reason, hint, .. }) => {

@@ -116,6 +116,8 @@ impl Reconciler {
                 let _ = reply.send(Ok(()));
             }
         }
+        let ended = self.deployments.iter().filter(|(_, deployment)| has_ended(deployment));
+        self.last_incarnation = ended.map(|(_, known)| known.last_incarnation()).fold(self.last_incarnation, Ord::max);
         self.deployments.retain(|(_, deployment)| !has_ended(deployment));
     }
 

@@ -49,6 +49,7 @@ impl Reconciler {
             let name = checked.spec.name.clone();
             // A table that is full reads the tokenizer when the group is ready.
             let _ = self.serving.try_send(ServingChange::Starting(checked));
+            self.last_incarnation = self.last_incarnation.max(deployment.last_incarnation());
             self.deployments.push((name, deployment));
         }
         self.settle_slots();

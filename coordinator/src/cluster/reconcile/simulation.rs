@@ -20,6 +20,12 @@ use crate::stories::{self, Random};
 
 /// Stories that once went wrong.
 const SEEDS_KEPT: &[u64] = &[
+    // A placement group was refused by a full disk, and what had been asked for in it meanwhile was not.
+    30_700,
+    // A deployment was removed and came again by the same name, with incarnations that had been counted before: what was still
+    // said of the old one was heard of the new one.
+    977_003, // An engine was called idle with a step on its way, and its blocks were counted.
+    25_501,
     // While a store that had been full was left alone, agents were told of ranks that nobody had tried to write down.
     2208,
     // A deployment that waited for slots was called removed before its record was off the disk, and came back.
@@ -37,9 +43,6 @@ const SEEDS_KEPT: &[u64] = &[
     56_456, 184_339, 190_939, 338_786, 403_043, 458_567, 609_386, 648_376, 653_739, 661_018,
     // A placement group that was removed by force left the disk before what ran in it, which could never run again.
     60_233, 61_018, 64_876,
-    // A placement group was refused by a full disk, and what had been asked for in it meanwhile was not.
-    30_700, // An engine was called idle with a step on its way, and its blocks were counted.
-    25_501,
 ];
 /// Stories that every run of the tests plays.
 const NUM_SEEDS: u64 = 500;
