@@ -20,12 +20,13 @@ use crate::stories::{self, Random};
 
 /// Stories that once went wrong.
 const SEEDS_KEPT: &[u64] = &[
+    // An engine was called idle with a step on its way, and its blocks were counted.
+    25_501,
     // A placement group was refused by a full disk, and what had been asked for in it meanwhile was not.
     30_700,
-    // A deployment was removed and came again by the same name, with incarnations that had been counted before: what was still
-    // said of the old one was heard of the new one.
-    977_003, // An engine was called idle with a step on its way, and its blocks were counted.
-    25_501,
+    // A deployment was removed and came again by the same name, with incarnations that had been counted before: the new one
+    // heard what was still said of the old one.
+    977_003,
     // While a store that had been full was left alone, agents were told of ranks that nobody had tried to write down.
     2208,
     // A deployment that waited for slots was called removed before its record was off the disk, and came back.
