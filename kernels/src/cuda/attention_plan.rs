@@ -24,7 +24,7 @@ pub const MERGE_WORDS: usize = 4;
 const NO_PARTIAL: u32 = u32::MAX;
 /// Items begin at multiples of this many positions: the kernels' tile.
 const TILE: u32 = 16;
-/// Splits end at multiples of this many positions from the item's begin: the prefill kernel masks by position of the query
+/// Splits end at multiples of this many positions from the item's begin: attention_prefill.cu masks by position of the query
 /// only, so keys behind a split's end must not share a step with it; and every warp of the decode kernel gets as many tiles.
 const STEP: u32 = 64;
 /// Query rows (queries times heads of the group) of a decode item: one tile of the tensor cores.
